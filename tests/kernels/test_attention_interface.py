@@ -1,0 +1,147 @@
+"""Operator, plan, backend choice, messages, memory."""
+
+import pytest
+import torch
+from attention_cases import make_case, out_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tidal.kernels import TilePlan, alibi_slopes, available_backends, cpu, interval_attention
+from tidal.kernels.api import BACKEND_VARIABLE
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("structure", ["random", "streams"])
+def test_opcheck(structure: str) -> None:
+    case = make_case(0, n_queries=20, n_keys=30, structure=structure)
+    plan = TilePlan.build(case.ranges, 30, tile_q=8)
+    torch.library.opcheck(torch.ops.tidal.interval_attention_cpu.default, (*case.inputs(), plan.slices, 8, 0.5))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("given_plan", [True, False])
+def test_compile_without_graph_breaks(dense: bool, given_plan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "DENSE_LIMIT", 2**60 if dense else -1)
+    torch.compiler.reset()
+    case = make_case(2, n_queries=20, n_keys=30)
+    plan = TilePlan.build(case.ranges, 30) if given_plan else None
+    wanted = out_and_gradients(case, "cpu", plan)
+    compiled = torch.compile(
+        lambda *inputs: interval_attention(*inputs, plan=plan), fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(*case.inputs())
+    gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
+    for name, value in zip(wanted, (out, *gradients), strict=True):
+        torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
+
+
+def test_one_plan_for_many_layers() -> None:
+    case, other = make_case(0), make_case(1)
+    plan = TilePlan.build(case.ranges, 17)
+    for _ in range(2):
+        out = interval_attention(*case.inputs(), plan=plan)
+        assert torch.equal(out, interval_attention(*case.inputs()))
+    moved = (*case.inputs()[:4], other.q_position, other.k_position, case.slopes)  # the memo must notice
+    assert torch.equal(interval_attention(*moved, plan=plan), interval_attention(*moved))
+    with torch.inference_mode():
+        interval_attention(*case.inputs(), plan=plan)
+    out_and_gradients(case, "cpu", plan)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def test_memory_grows_linearly() -> None:
+    largest = {}
+    for length in (1024, 2048):
+        case = make_case(0, 1, 2, 2, length, 2 * length, 8, torch.float32, structure="streams")
+        with Largest() as mode:
+            out_and_gradients(case, "cpu")
+        largest[length] = mode.numel
+    assert largest[2048] < 2048 * 4096 / 4
+    assert largest[2048] <= 2.1 * largest[1024]
+
+
+def test_plan_of_the_diagram() -> None:
+    ends = [(2, 10), (3, 11), (4, 12), (4, 12)]
+    ranges = torch.tensor([[[[0, a], [b - 1, b]] for a, b in ends]], dtype=torch.int32)
+    ranges[0, 1, 1, 0] = 9
+    slices = TilePlan.build(ranges, 12, tile_q=2).slices
+    assert slices.tolist() == [[[0, 3, 0], [9, 11, 0]], [[0, 4, 1], [11, 12, 1]]]
+    assert TilePlan.build(ranges, 12, tile_q=2, tile_k=8).slices.tolist()[1] == [[0, 12, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 4, 8, 16, 64])
+def test_slopes_power_of_two(n_heads: int) -> None:
+    wanted = torch.tensor([(2 ** (-8 / n_heads)) ** (i + 1) for i in range(n_heads)])
+    torch.testing.assert_close(alibi_slopes(n_heads), wanted)
+
+
+def test_slopes_between_powers_of_two() -> None:
+    wanted = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    assert alibi_slopes(6).tolist() == wanted
+    assert len(alibi_slopes(12)) == len(set(alibi_slopes(12).tolist())) == 12
+    with pytest.raises(ValueError, match="n_heads must be at least 1"):
+        alibi_slopes(0)
+
+
+def test_backend_is_never_replaced_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_case(0).inputs()
+    assert {"reference", "cpu"} <= set(available_backends())
+    with pytest.raises(ValueError, match=r"backend='flash'.*available: reference, cpu"):
+        interval_attention(*inputs, backend="flash")
+    monkeypatch.setenv(BACKEND_VARIABLE, "nope")
+    with pytest.raises(ValueError, match=r"TIDAL_ATTENTION_BACKEND='nope'.*available"):
+        interval_attention(*inputs)
+    interval_attention(*inputs, backend="cpu")  # the argument comes first
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert torch.equal(interval_attention(*inputs), interval_attention(*inputs, backend="reference"))
+    on_meta = [x.to("meta") for x in inputs]
+    with pytest.raises(ValueError, match="runs on cpu, the tensors are on meta"):
+        interval_attention(*on_meta, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda x: x[0], r"q and k must be \[B, H, L, D\]"),
+        (1, lambda x: x[:, :1, :5], r"v must be \[2, 1, 5, 4\] to fit q"),
+        (2, lambda x: x[:, :, :5], r"v must be \[2, 2, 17, 4\] to fit q"),
+        (1, lambda x: x.float(), "q, k, v must share a floating point dtype"),
+        (3, lambda x: x[:, :5], r"ranges must be \[2, 13, 2, 2\]"),
+        (3, lambda x: x.long(), "ranges must be torch.int32, got torch.int64"),
+        (4, lambda x: x.double(), "positions must be torch.float32"),
+        (5, lambda x: x[:1], r"k_position must be \[2, 17\]"),
+        (6, lambda x: x[:3], r"slopes must be \[4\]"),
+        (6, lambda x: x.int(), "slopes must be floating point"),
+    ],
+)
+def test_messages(index: int, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    inputs = list(make_case(0).inputs())
+    inputs[index] = change(inputs[index].detach())
+    with pytest.raises(ValueError, match=message) as caught:
+        interval_attention(*inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_about_heads_plan_and_ranges() -> None:
+    case = make_case(0, n_heads=3, n_kv_heads=2 - 1)
+    two = make_case(0, n_heads=4, n_kv_heads=3)
+    with pytest.raises(ValueError, match="multiple of key heads, got 4 and 3"):
+        interval_attention(*two.inputs())
+    with pytest.raises(ValueError, match=r"plan was built for .*\(2, 13, 18\), the tensors have \(2, 13, 17\)"):
+        interval_attention(*case.inputs(), plan=TilePlan.build(case.ranges, 18))
+    with pytest.raises(ValueError, match=r"ranges must lie in \[0, 9\]"):
+        TilePlan.build(case.ranges, 9)

@@ -1,0 +1,112 @@
+"""The agreement check must catch each of these bugs, in the dense tile and in the loop over tiles."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_cases import assert_agrees, make_case
+from torch import Tensor
+
+from tidal.kernels import cpu
+
+torch.set_num_threads(1)
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+tile_geometry = cpu.tile_geometry
+
+
+def geometry(change: Callable[..., tuple[Tensor, Tensor | None]]) -> Plant:
+    return lambda patch: patch.setattr(cpu, "tile_geometry", change)
+
+
+def wrong_alibi_sign(*args):  # type: ignore[no-untyped-def]
+    distance, mask = tile_geometry(*args)
+    return -distance, mask
+
+
+def signed_distance(ranges, q_position, k_position, index_k, dtype):  # type: ignore[no-untyped-def]
+    _, mask = tile_geometry(ranges, q_position, k_position, index_k, dtype)
+    return (q_position.to(dtype)[:, :, None] - k_position.to(dtype)[:, None, :])[:, None, None], mask
+
+
+def end_off_by_one(ranges, *args):  # type: ignore[no-untyped-def]
+    return tile_geometry(ranges - torch.tensor([0, 1], dtype=torch.int32), *args)
+
+
+def end_inclusive(ranges, *args):  # type: ignore[no-untyped-def]
+    return tile_geometry(ranges + torch.tensor([0, 1], dtype=torch.int32), *args)
+
+
+def second_range_ignored(ranges, *args):  # type: ignore[no-untyped-def]
+    return tile_geometry(ranges * torch.tensor([[1], [0]], dtype=torch.int32), *args)
+
+
+def masked_with_zero(*args):  # type: ignore[no-untyped-def]
+    distance, mask = tile_geometry(*args)
+    return distance, None if mask is None else torch.zeros_like(mask)
+
+
+def overlap_counted_twice(ranges, q_position, k_position, index_k, dtype):  # type: ignore[no-untyped-def]
+    distance, mask = tile_geometry(ranges, q_position, k_position, index_k, dtype)
+    if index_k is None or mask is None:
+        return distance, mask
+    inside = (index_k >= ranges[..., 0, None]) & (index_k < ranges[..., 1, None])
+    return distance, mask + inside.all(dim=2)[:, None, None].to(dtype) * 0.6931471805599453
+
+
+def dslopes_sign(patch: pytest.MonkeyPatch) -> None:
+    class Flip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):  # type: ignore[no-untyped-def]
+            return -dx
+
+    attend = cpu.attend
+    patch.setitem(
+        __import__("tidal.kernels.api", fromlist=["BACKENDS"]).BACKENDS,
+        "cpu",
+        lambda q, k, v, r, qp, kp, slopes, *rest: attend(q, k, v, r, qp, kp, Flip.apply(slopes), *rest),
+    )
+
+
+def blind_queries_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cpu, "blind_queries", lambda ranges, n_keys: torch.zeros(ranges.shape[:2], dtype=torch.bool))
+
+
+def first_slice_only(patch: pytest.MonkeyPatch) -> None:
+    key_slices = cpu.key_slices
+    patch.setattr(cpu, "key_slices", lambda slices: key_slices(slices[:1]))
+
+
+def every_tile_full(patch: pytest.MonkeyPatch) -> None:
+    key_slices = cpu.key_slices
+    patch.setattr(cpu, "key_slices", lambda slices: (key_slices(slices)[0], True))
+
+
+BUGS: dict[str, Plant] = {
+    "wrong ALiBi sign": geometry(wrong_alibi_sign),
+    "signed distance": geometry(signed_distance),
+    "range end off by one": geometry(end_off_by_one),
+    "range end inclusive": geometry(end_inclusive),
+    "second range ignored": geometry(second_range_ignored),
+    "masked with 0": geometry(masked_with_zero),
+    "overlap counted twice": geometry(overlap_counted_twice),
+    "dslopes sign": dslopes_sign,
+    "blind queries forgotten": blind_queries_forgotten,
+}
+TILED_BUGS: dict[str, Plant] = {"first slice only": first_slice_only, "every tile full": every_tile_full}
+VARIANTS = [(name, dense) for name in BUGS for dense in (True, False)] + [(name, False) for name in TILED_BUGS]
+
+
+@pytest.mark.parametrize(("name", "dense"), VARIANTS)
+def test_check_catches(name: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [make_case(4), make_case(4, n_queries=24, n_keys=40, structure="streams")]
+    for case in cases:
+        assert_agrees(case, 5, dense)  # sound before the bug
+    {**BUGS, **TILED_BUGS}[name](monkeypatch)
+    with pytest.raises(AssertionError, match="differs by"):
+        for case in cases:
+            assert_agrees(case, 5, dense)

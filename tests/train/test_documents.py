@@ -1,0 +1,224 @@
+"""Reading --data and holding documents out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tidal.cli import UserError
+from tidal.train.documents import Document, hold_out, read_documents
+
+
+def texts(*paths: Path | str) -> list[str]:
+    return [document.completion for document in read_documents([str(path) for path in paths])]
+
+
+def complaint(*paths: Path | str) -> str:
+    with pytest.raises(UserError) as raised:
+        texts(*paths)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def test_a_plain_file_is_one_document_kept_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\r\xe2\x96\x81\xef\xbb\xbf\n")
+    assert list(read_documents([str(path)])) == [Document("", "one\r\ntwo\n\r\u2581\ufeff\n", str(path))]
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress], ids=["plain", "gz"])
+def test_jsonl(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    lines = [{"text": "a\r\nb\u2028\0"}, {"prompt": "1 + 1 =", "completion": " 2\n", "id": 3}, {"text": ""}]
+    path = tmp_path / ("d.jsonl" if pack(b"") == b"" else "d.jsonl.gz")
+    body = "\ufeff" + "".join(json.dumps(line) + "\r\n\n" for line in lines) + '{"text": "\\ud83d\\ude00"}'
+    path.write_bytes(pack(body.encode()))
+    assert list(read_documents([str(path)])) == [
+        Document("", "a\r\nb\u2028\0", f"{path}:1"),
+        Document("1 + 1 =", " 2\n", f"{path}:3"),
+        Document("", "\U0001f600", f"{path}:7"),
+    ]
+
+
+def test_jsonl_is_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "first"}\nnot json\n')
+    documents = read_documents([str(path)])
+    assert next(documents).completion == "first"
+    with pytest.raises(UserError, match=r"d\.jsonl:2 is not JSON"):
+        next(documents)
+
+
+def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    for name in (
+        "b.txt",
+        "a.MD",
+        "sub/c.txt.gz",
+        "sub/.hidden.txt",
+        "sub/.git/x.txt",
+        "x.png",
+        "sub/empty.txt",
+    ):
+        data = b"" if "empty" in name else b"\x89PNG" if "png" in name else name.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert texts(tmp_path) == ["a.MD", "b.txt", "sub/c.txt.gz"]
+    assert texts(tmp_path / "*.txt", tmp_path) == ["b.txt", "a.MD", "sub/c.txt.gz"]  # nothing is read twice
+    assert texts(tmp_path / "**" / "*.txt*") == ["b.txt", "sub/c.txt.gz"]
+    assert texts(tmp_path / "s*") == ["sub/c.txt.gz"]
+    assert texts(tmp_path / "b.txt", tmp_path / "sub" / ".." / "b.txt") == ["b.txt"]
+
+
+def test_a_folder_without_known_names_gives_whatever_is_text(tmp_path: Path) -> None:
+    (tmp_path / "poem").write_text("a")
+    (tmp_path / "code.py").write_text("b")
+    (tmp_path / "x.bin").write_bytes(b"\0\1")
+    (tmp_path / ".hidden").write_text("c")
+    assert texts(tmp_path) == ["b", "a"]
+
+
+def test_a_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("x")
+    assert texts(tmp_path / "a[1].txt") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("e.txt", b"", ["no text in", "e.txt"]),
+        ("e.txt", b" \r\n\t", ["no text in", "e.txt"]),
+        ("e.jsonl", b'{"text": ""}\n\n', ["no text in", "e.jsonl"]),
+        ("b.txt", b"abc\0def", ["b.txt is not text: NUL at byte 3"]),
+        ("b.txt", b"abc\xff\n", ["b.txt is not text: invalid UTF-8 (0xff) at byte 3"]),
+        ("b.txt", "ab".encode("utf-16"), ["b.txt", "UTF-16"]),
+        ("b.txt", gzip.compress(b"ab"), ["b.txt", "name it .gz"]),
+        ("b.txt", b"\xed\xa0\x80", ["b.txt", "at byte 0"]),
+        ("b.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["b.jsonl:2", "byte 24"]),
+        ("b.jsonl", b'{"text": "a"}\n{"text": "a\n', ["b.jsonl:2 is not JSON", "column"]),
+        ("b.jsonl", b"[" * 100_000, ["b.jsonl:1 is not JSON"]),
+        ("b.jsonl", b'["a"]', ["b.jsonl:1 holds a list", '{"text"']),
+        ("b.jsonl", b'{"txt": "a", "id\\n": 1}', ["b.jsonl:1 has the wrong keys ('txt', 'id\\n')"]),
+        ("b.jsonl", b"{}", ["b.jsonl:1 has the wrong keys (none)"]),
+        ("b.jsonl", b'{"prompt": "a"}', ["b.jsonl:1 has the wrong keys ('prompt')"]),
+        ("b.jsonl", b'{"text": "a", "prompt": "b", "completion": "c"}', ["b.jsonl:1 has the wrong keys"]),
+        ("b.jsonl", b'{"text": 3}', ["b.jsonl:1: 'text' is a int, not a string"]),
+        ("b.jsonl", b'{"prompt": "a", "completion": null}', ["b.jsonl:1: 'completion' is a NoneType"]),
+        ("b.jsonl", b'{"text": "ab\\ud800"}', ["b.jsonl:1: 'text'", "\\ud800", "character 2"]),
+        ("b.jsonl", b'{"prompt": "\\udc00x", "completion": ""}', ["b.jsonl:1: 'prompt'", "\\udc00"]),
+        ("b.gz", b"not gzip", ["b.gz is not intact gzip"]),
+        ("b.gz", gzip.compress(bytes(range(1, 100)) * 9)[:-9], ["b.gz is not intact gzip"]),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:30], ["b.jsonl.gz is not intact gzip"]),
+        (
+            "b.gz",
+            gzip.compress(b"abcdefgh")[:12] + b"\xff\xff" + gzip.compress(b"abcdefgh")[14:],
+            ["b.gz is not"],
+        ),
+        ("bad\nname.txt", b"\0", ["bad name.txt is not text"]),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, data: bytes, words: list[str]) -> None:
+    (tmp_path / name).write_bytes(data)
+    said = complaint(tmp_path / name)
+    assert all(word in said for word in words), said
+
+
+def test_missing_things(tmp_path: Path) -> None:
+    assert "no such file or folder" in complaint(tmp_path / "missing.txt")
+    assert "no file matches" in complaint(tmp_path / "*.txt")
+    assert "no text in" in complaint(tmp_path)
+    assert "no data" in complaint()
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    assert "no such file or folder" in complaint(tmp_path / "link.txt")
+
+
+def plain(*sizes: int) -> list[Document]:
+    return [Document("", f"{i} word\n" * (size // 7 + 1), str(i)) for i, size in enumerate(sizes)]
+
+
+def share(documents: list[Document], fraction: float = 0.05, **options: int) -> float:
+    training, validation = hold_out(documents, fraction, **options)
+    assert training
+    assert validation
+    together = sorted(document.completion for document in training + validation)
+    if not validation[0].source.endswith("(tail)"):
+        assert together == sorted(document.completion for document in documents)
+        assert [d for d in documents if d in training] == training
+    else:
+        cut = next(d for d in documents if validation[0].source == f"{d.source} (tail)")
+        kept = next(d for d in training if d.source == cut.source)
+        assert kept.completion + validation[0].completion == cut.completion
+        assert len(training) == len(documents)
+    return sum(map(len, validation)) / sum(map(len, documents))
+
+
+def test_hold_out_of_many_documents() -> None:
+    documents = plain(*(100 + 37 * i % 900 for i in range(1000)))
+    assert 0.04 < share(documents) < 0.055
+    assert hold_out(documents) == hold_out(iter(documents))
+    chosen = [{d.source for d in hold_out(documents, seed=seed)[1]} for seed in range(3)]
+    assert len(chosen[0] & chosen[1]) < len(chosen[0]) / 2
+    assert len({int(source) // 100 for source in chosen[0]}) > 5  # from everywhere
+    assert share(documents, cap=2000) * sum(map(len, documents)) <= 2000
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (10_000_000, 500, 500),
+        (500, 1_000_000),
+        (100_000, 100_000),
+        (10_000,),
+        (300_000, 10, 200_000, 90),
+        (20_000,) * 9,
+    ],
+    ids=str,
+)
+def test_hold_out_is_sensible_whatever_dominates(sizes: tuple[int, ...], seed: int) -> None:
+    assert 0.04 < share(plain(*sizes), seed=seed) < 0.12
+
+
+def test_hold_out_respects_the_cap_with_huge_documents() -> None:
+    documents = plain(*(3_000_000 for _ in range(4)))
+    assert sum(map(len, hold_out(documents)[1])) < 1_600_000
+
+
+def test_hold_out_cuts_at_the_best_boundary() -> None:
+    for end in ("\n\n", "\r\n\r\n", "\n", "\r\n", " "):
+        text = f"{'word' * 20}{end}" * 200
+        _, (tail,) = hold_out([Document("", text, "f")])
+        assert tail.completion.startswith("word"), end
+        assert len(tail) % (80 + len(end)) == 0
+    mixed = ("word word\n" * 10 + "\n") * 100
+    assert hold_out([Document("", mixed, "f")])[1][0].completion.startswith("word word\n" * 10 + "\n")
+    assert len(hold_out([Document("", "字" * 100_000, "f")])[1][0]) == 5000
+
+
+def test_hold_out_never_cuts_a_document_with_a_prompt() -> None:
+    documents = [Document("p" * 99, "c", "a:1"), Document("p", "c", "a:2")]
+    assert hold_out(documents) == (documents[:1], documents[1:])
+    for few in ([], documents[:1], plain(0)[:0], [Document("", "x", "f")]):
+        with pytest.raises(UserError, match="too little data"):
+            hold_out(few)
+    for fraction in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            hold_out(documents, fraction)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.text(alphabet="ab \n\r", min_size=1, max_size=60), min_size=1, max_size=8),
+    st.floats(0.01, 0.99),
+    st.integers(0, 9),
+    st.integers(1, 100),
+)
+@example(["ab"], 0.99, 0, 100)
+def test_hold_out_loses_nothing(bodies: list[str], fraction: float, seed: int, cap: int) -> None:
+    documents = [Document("", body, str(i)) for i, body in enumerate(bodies)]
+    if sum(map(len, documents)) > 1:
+        assert 0 < share(documents, fraction, seed=seed, cap=cap) < 1

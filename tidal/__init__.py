@@ -1,0 +1,48 @@
+"""Tidal: a language model that reads tokens and writes characters.
+
+    model, tokenizer = tidal.load("runs/addition")
+    tidal.generate(model, tokenizer, ["54663 + 132 ="])[0].completion
+    tidal.score(model, tokenizer, "54663 + 132 = 54795\\n", how="decode")
+
+Names are imported on first use, so that the command lines answer before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tidal.config import Shape as Shape
+    from tidal.config import TidalConfig as TidalConfig
+    from tidal.infer.engine import Completion as Completion
+    from tidal.infer.engine import generate as generate
+    from tidal.infer.load import load as load
+    from tidal.infer.score import score as score
+    from tidal.kernels import interval_attention as interval_attention
+    from tidal.model import TidalTransformer as TidalTransformer
+    from tidal.tokenizer import MixedTokenizer as MixedTokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Completion": "tidal.infer.engine",
+    "MixedTokenizer": "tidal.tokenizer",
+    "Shape": "tidal.config",
+    "TidalConfig": "tidal.config",
+    "TidalTransformer": "tidal.model",
+    "generate": "tidal.infer.engine",
+    "interval_attention": "tidal.kernels",
+    "load": "tidal.infer.load",
+    "score": "tidal.infer.score",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tidal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

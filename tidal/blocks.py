@@ -1,0 +1,206 @@
+"""Distinct blocks with all that the streams need of them, and passages: documents as indices of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tidal.tokenizer import MixedTokenizer
+
+Ints = npt.NDArray[np.int64]
+SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
+BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
+NOTHING = -1  # a target, hash or next token that is not there
+
+
+def suffix_hashes(written: Sequence[int], digits: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
+    """Name the suffix that a writer step stands on: 63-bit hashes, one for each of SUFFIX_ORDERS.
+
+    `written` are the units written so far in this block, last character first. A suffix that is shorter than
+    its order, or that holds a digit (numbers are not spelt by rote), is NOTHING.
+    """
+    hashes = [NOTHING, NOTHING, NOTHING]
+    for place, order in enumerate(SUFFIX_ORDERS):
+        suffix = written[-order:]
+        if len(suffix) >= max(order, 1) and not any(digits[unit] for unit in suffix):
+            code = 0xCBF29CE484222325 + order
+            for unit in suffix:  # FNV-1a, then mixed so that the low bits depend on all units
+                code = (code ^ (unit + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+            code = (code ^ code >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+            hashes[place] = (code ^ code >> 32) & 0x7FFFFFFFFFFFFFFF
+    return hashes[0], hashes[1], hashes[2]
+
+
+class Growing:
+    """An append-only int64 array [n, …] that doubles its memory when it is full."""
+
+    def __init__(self, *width: int) -> None:
+        self._data: Ints = np.zeros((1024, *width), np.int64)
+        self.n = 0
+
+    def extend(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> None:
+        """Append `values` ([m] or [m, width])."""
+        end = self.n + len(values)
+        if end > len(self._data):
+            self._data = np.concatenate([self._data, np.zeros((max(end, self.n), *self._data.shape[1:]), np.int64)])
+        if end > self.n:
+            self._data[self.n : end] = values
+        self.n = end
+
+    def view(self) -> Ints:
+        """The values so far, without a copy."""
+        return self._data[: self.n]
+
+
+class BlockTable:
+    """Distinct blocks, each with all that the streams need of it, as ragged arrays to gather from.
+
+    Blocks repeat (Zipf), so a text is an array of indices into this table, and building a batch is a few
+    gathers. Index BOS_BLOCK reads `<bos>` and writes nothing; EOS_BLOCK writes `<eos>` and reads nothing.
+    """
+
+    def __init__(self, tokenizer: MixedTokenizer, *, suffixes: bool = True) -> None:
+        self.tokenizer, self.suffixes = tokenizer, suffixes
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all blocks; indices given out before are void."""
+        self.index: dict[str, int] = {}
+        self.texts: list[str] = []
+        self.tokens, self.places, self.targets, self.hashes = Growing(), Growing(), Growing(), Growing(3)
+        self.token_start, self.target_start, self.first_token, self.n_bytes = (Growing() for _ in range(4))
+        self.token_start.extend([0])
+        self.target_start.extend([0])
+        self._append("", [self.tokenizer.bos_id], [0], [], self.tokenizer.bos_id)
+        self._append("", [], [], [self.tokenizer.eos_id], self.tokenizer.eos_id)
+
+    def __len__(self) -> int:
+        return self.first_token.n
+
+    def n_tokens(self, index: npt.NDArray[np.int32]) -> Ints:
+        """How many tokens each of these blocks [n] is read as."""
+        return self.token_start.view()[index + 1] - self.token_start.view()[index]
+
+    def n_targets(self, index: npt.NDArray[np.int32]) -> Ints:
+        """How many steps each of these blocks [n] is written in, the last one for `<eob>`."""
+        return self.target_start.view()[index + 1] - self.target_start.view()[index]
+
+    def indices(self, blocks: Iterable[str]) -> npt.NDArray[np.int32]:
+        """Look up blocks, adding the new ones; [n] int32."""
+        index = self.index
+        found = list(map(index.get, blocks := list(blocks)))
+        if None in found:
+            for i, text in enumerate(blocks):
+                if found[i] is None:
+                    found[i] = index[text] if text in index else self._add(text)
+        return np.array(found, np.int32)
+
+    def _add(self, text: str) -> int:
+        block = self.tokenizer.encode_block(text)
+        targets = [*block.units[::-1], self.tokenizer.eob_id]
+        self.index[text] = len(self)
+        self._append(text, block.tokens, block.places, targets, block.tokens[0])
+        return self.index[text]
+
+    def _append(self, text: str, tokens: Sequence[int], places: Sequence[int], targets: Sequence[int],
+                first: int) -> None:  # fmt: skip
+        self.texts.append(text)
+        self.tokens.extend(tokens)
+        self.places.extend(places)
+        self.targets.extend(targets)
+        nothing = (NOTHING, NOTHING, NOTHING)
+        digits = self.tokenizer.digit_units
+        self.hashes.extend([suffix_hashes(targets[:t], digits) if self.suffixes else nothing
+                            for t in range(len(targets))])  # fmt: skip
+        self.token_start.extend([self.tokens.n])
+        self.target_start.extend([self.targets.n])
+        self.first_token.extend([first])
+        self.n_bytes.extend([len(text.encode())])
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A document, or a window of one: block indices [n] with its BOS_BLOCK first, an EOS_BLOCK last if it ends."""
+
+    blocks: npt.NDArray[np.int32]
+    supervise_from: int = 1
+    """Index of the first block that is learnt; those before it are a prompt."""
+    place_offset: int = 0
+
+
+def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = True, place_offset: int = 0,
+            rng: np.random.Generator | None = None, cut_probability: float = 0.0) -> Passage:  # fmt: skip
+    """Split a prompt (unsupervised) and its completion into one passage, exactly as the decoder will.
+
+    Raises ValueError on lone surrogates.
+    """
+    tokenizer = table.tokenizer
+    before = tokenizer.split(prompt, rng, cut_probability) if prompt else []
+    after = tokenizer.split(completion, rng, cut_probability) if completion else []
+    first, last = np.array([BOS_BLOCK], np.int32), np.array([EOS_BLOCK] * ends, np.int32)
+    blocks = np.concatenate([first, table.indices(before), table.indices(after), last])
+    return Passage(blocks, 1 + len(before), place_offset)
+
+
+def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
+    """Boundary dropout: each block of two characters or more is cut, with this probability, at a random one.
+
+    The model thereby learns to go on from a prompt that ends inside a word.
+    """
+    chosen = np.flatnonzero(rng.random(len(p.blocks)) < probability)
+    texts = [table.texts[block] for block in p.blocks[chosen].tolist()]
+    cuts = [(i, text, int(rng.integers(1, len(text)))) for i, text in zip(chosen, texts, strict=True) if len(text) > 1]
+    if not cuts:
+        return p
+    at = np.array([i for i, _, _ in cuts])
+    blocks = p.blocks.copy()
+    blocks[at] = table.indices([text[:cut] for _, text, cut in cuts])
+    blocks = np.insert(blocks, at + 1, table.indices([text[cut:] for _, text, cut in cuts]))
+    return Passage(blocks, p.supervise_from + int((at < p.supervise_from).sum()), p.place_offset)
+
+
+def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int, overlap: int = 0) -> list[Passage]:
+    """Cut a passage that is over a budget into windows, each opened by BOS_BLOCK, in order.
+
+    Every supervised block is supervised in exactly one window. With `overlap`, a window begins with up to so many
+    reader tokens from before it, unsupervised, as its context. Windows without supervised blocks are left out.
+    """
+    body = p.blocks[1:]
+    n_read = np.concatenate([[1], 1 + np.cumsum(table.n_tokens(body))])  # tokens up to block i, <bos> included
+    n_written = np.concatenate([[0], np.cumsum(table.n_targets(body))])
+    if n_read[-1] <= reader_budget and n_written[-1] <= writer_budget:
+        return [p]
+    cut, start, end = [], 0, 0
+    while end < len(body):
+        start = int(np.searchsorted(n_read, n_read[end] - overlap)) if end else 0
+        by_reader = np.searchsorted(n_read, n_read[start] - 1 + reader_budget, side="right") - 1
+        by_writer = np.searchsorted(n_written, n_written[end] + writer_budget, side="right") - 1
+        first, end = end, max(int(min(by_reader, by_writer)), end + 1)
+        supervise_from = max(first + 1, p.supervise_from) - start
+        if end + 1 - start > supervise_from:
+            blocks = np.concatenate([[BOS_BLOCK], body[start:end]]).astype(np.int32)
+            cut.append(Passage(blocks, supervise_from, p.place_offset))
+    return cut
+
+
+def fill_rows(passages: Iterable[Passage], table: BlockTable, reader_budget: int,
+              writer_budget: int) -> Iterator[list[Passage]]:  # fmt: skip
+    """Pack passages in their order into rows of at most so many reader tokens and writer steps.
+
+    A passage over a budget on its own gets a row of its own.
+    """
+    row: list[Passage] = []
+    tokens = steps = 0
+    for p in passages:
+        n_tokens = int(table.n_tokens(p.blocks).sum())
+        n_steps = int(table.n_targets(p.blocks[p.supervise_from :]).sum())
+        if row and (tokens + n_tokens > reader_budget or steps + n_steps > writer_budget):
+            yield row
+            row, tokens, steps = [], 0, 0
+        row.append(p)
+        tokens, steps = tokens + n_tokens, steps + n_steps
+    if row:
+        yield row

@@ -1,0 +1,250 @@
+"""The command line: one-line errors, flags from dataclasses, progress that suits terminals and log files.
+
+Nothing here imports torch, and tyro and tqdm are imported only when they are used, so `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+LINE_EVERY_S = 5.0
+"""Without a terminal, progress prints at most one line in this many seconds."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was wrong, with which value, and what to do about it."""
+
+    def __init__(self, message: str) -> None:
+        """Line breaks in `message` (they come in with file names and parsers' messages) become spaces."""
+        super().__init__(" ".join(message.splitlines()))
+
+
+def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: the whole of `if __name__ == "__main__"` in every `python -m tidal.X`.
+
+    `run` is given the arguments and returns an exit code or None. A `UserError` becomes one line on stderr
+    and code 2, Ctrl-C one line and code 130, a reader that closed the pipe (`| head`) a silent 141. Every
+    other exception is a bug and keeps its traceback.
+    """
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        note(f"{prog}: error: {error}")
+        code = 2
+    except KeyboardInterrupt:
+        note(f"{prog}: interrupted")
+        code = 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends; give it somewhere to write.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def parse(
+    config_type: type[T],
+    argv: Sequence[str],
+    prog: str,
+    description: str | None = None,
+    default: T | None = None,
+) -> T:
+    """Make a `config_type` out of flags such as `--max-steps 100` or `--model.d-model 64`.
+
+    `default` replaces the defaults of the dataclass. Field docstrings are the help texts. `--help` prints
+    to stdout and exits with code 0.
+
+    Raises:
+        UserError: an unknown flag (the nearest known one is suggested), a value that does not fit, or a
+            missing one.
+    """
+    import tyro
+
+    def cli(arguments: Sequence[str]) -> tuple[T, list[str]]:
+        given: dict[str, Any] = {} if default is None else {"default": default}
+        usage = f"python -m {prog}" if prog.startswith("tidal") else prog
+        parsed: tuple[T, list[str]] = tyro.cli(
+            config_type,
+            prog=usage,
+            description=description,
+            args=list(arguments),
+            use_underscores=False,
+            return_unknown_args=True,
+            **given,
+        )
+        return parsed
+
+    try:
+        with _captured(width=9999) as said:
+            config, unknown = cli(argv)
+    except SystemExit as stop:
+        if not stop.code:
+            cli(argv)  # --help: once more, to the real stdout
+        text = said.getvalue()
+        known = _known_flags(cli) if "nrecognized" in text else []
+        unknown = [flag for flag in _flags(argv) if flag not in known] if known else []
+        raise UserError(_unknown(unknown, argv, known) if unknown else _one_line(text)) from None
+    if unknown:
+        raise UserError(_unknown(unknown, argv, _known_flags(cli)))
+    return config
+
+
+@contextlib.contextmanager
+def _captured(width: int) -> Iterator[io.StringIO]:
+    """Collect what tyro prints. Into a StringIO it draws no boxes, and at this width it breaks no lines."""
+    said, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield said
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _flags(argv: Sequence[str]) -> list[str]:
+    """The flags among the arguments, spelled as the help spells them."""
+    return [_spelling(argument) for argument in argv if argument.startswith("--")]
+
+
+def _spelling(flag: str) -> str:
+    return flag.partition("=")[0].replace("_", "-")
+
+
+def _known_flags(cli: Callable[[Sequence[str]], object]) -> list[str]:
+    """Every flag, read off the help: its lines that begin with a dash."""
+    with _captured(width=80) as said, contextlib.suppress(SystemExit):
+        cli(["--help"])
+    lines = [line for line in _plain(said.getvalue()) if line.startswith("-")]
+    return [flag for line in lines for flag in re.findall(r"(?:^|, )(--[a-z][\w.-]*)", line)]
+
+
+def _plain(text: str) -> list[str]:
+    """The lines that are not empty, without colours and indentation."""
+    return [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines() if line.strip()]
+
+
+def _unknown(unknown: Sequence[str], argv: Sequence[str], known: Sequence[str]) -> str:
+    """What to say about arguments that nothing asked for: the first flag among them, else the first."""
+    token = next((argument for argument in unknown if argument.startswith("--")), unknown[0])
+    if not token.startswith("-"):
+        whole = next((argument for argument in argv if argument.endswith(f"={token}")), None)
+        if whole is not None:
+            return f"{_spelling(whole)} takes no value, but was given {token!r}; see --help"
+        return f"unexpected argument {token!r}; every value needs its flag before it, see --help"
+    flag = _spelling(token)
+    names = {"--" + name.rpartition(".")[2].lstrip("-"): name for name in known} | {name: name for name in known}
+    near = [names[match] for match in difflib.get_close_matches(flag, names, n=1, cutoff=0.7)]
+    return f"unknown flag {flag!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help for all flags")
+
+
+def _one_line(said: str) -> str:
+    """Tyro's complaint (title, rule, message, rule, advice) as one line, in plainer words."""
+    sections = re.split(r"\n-+\n", "\n".join(_plain(said)))
+    text = " ".join(sections[min(1, len(sections) - 1)].split("\n")).rstrip(".")
+    for pattern, words in (
+        (
+            r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)",
+            r"\1 needs a whole number, not \2",
+        ),
+        (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 needs a number, not \2"),
+        (r"Error parsing (\S+): (.*)", r"\1: \2"),
+        (r"Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
+        (r"Missing value for argument '(.*)'\. Expected (\d+) values", r"\1 needs \2 values"),
+        (
+            r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)",
+            r"\2 must be one of \3, not \1",
+        ),
+        (r"Missing from .*?: (--\S+).*", r"\1 is required"),
+    ):
+        text, found = re.subn(f"^{pattern}$", words, text)
+        if found:
+            break
+    return f"{text or 'cannot read these arguments'}; see --help"
+
+
+class Progress:
+    """How far a loop has come; made by `progress`."""
+
+    def __init__(self, total: int | None, what: str, unit: str, done: int, bar: Any) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done = self._first = done
+        self._bar = bar
+        self._values = ""
+        self._began = self._printed = time.monotonic()
+
+    def update(self, n: int = 1, **values: object) -> None:
+        """`n` more units are done; `values` (such as loss=2.31) are shown beside the count."""
+        self.done += n
+        if values:
+            self._values = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._values, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._printed >= LINE_EVERY_S:
+            self._line()
+
+    def close(self) -> None:
+        """Finish the bar, or print the last line."""
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        passed = self._printed - self._began
+        rate = (self.done - self._first) / max(passed, 1e-9)
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        parts = [
+            f"{self.what} {count} {self.unit}",
+            self._values,
+            f"{rate:.3g} {self.unit}/s",
+            f"{passed:.0f} s",
+        ]
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(total: int | None, what: str, unit: str = "steps", done: int = 0) -> Iterator[Progress]:
+    """Show a loop's progress on stderr: a bar on a terminal, elsewhere a plain line now and then.
+
+        with progress(1000, "train", done=200) as bar:
+            bar.update(loss=2.31)
+
+    `done` is where a resumed loop begins. In plain form there is at most one line every `LINE_EVERY_S`
+    seconds, and one at the end.
+    """
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        bar = tqdm(total=total, desc=what, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+    shown = Progress(total, what, unit, done, bar)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def note(message: str) -> None:
+    """Write a line to stderr, above the progress bar if there is one."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)

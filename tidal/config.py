@@ -1,0 +1,178 @@
+"""Settings, as dataclasses; the strings under the fields are the help texts of the command line.
+
+No torch here: `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a model, as far as a person chooses it."""
+
+    d_model: int = 128
+    """Width of the reader's and the writer's states."""
+    n_heads: int = 4
+    """Attention heads; must divide the width."""
+    n_kv_heads: int = 4
+    """Key and value heads, shared by groups of heads; must divide the heads."""
+    reader_layers: int = 3
+    """Layers that read tokens."""
+    writer_layers: int = 1
+    """Layers that write characters."""
+    reader_ff: int = 384
+    """Hidden width of the reader's SwiGLU."""
+    writer_ff: int = 384
+    """Hidden width of the writer's SwiGLU."""
+    suffix_rows: int = 16384
+    """Rows of the hashed table of written suffixes; 0 turns it off."""
+    writer_attention: Literal["memory", "block", "none"] = "memory"
+    """What the first writer layer sees: the text so far and its own block, its own block only, or nothing."""
+    qk_norm: bool = False
+    """Normalize queries and keys."""
+    place_jitter: int = 0
+    """In training, every document's places are moved by a random number up to this one."""
+    step_stride: float = 0.0
+    """How far apart, in reader positions, the steps of one block stand."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 1),
+                            ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1), ("suffix_rows", 0),
+                            ("place_jitter", 0), ("step_stride", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.writer_attention not in ("memory", "block", "none"):
+            raise ValueError(f"writer_attention is {self.writer_attention!r}; choose memory, block or none")
+
+
+@dataclass(frozen=True)
+class TidalConfig:
+    """All that is needed to build a `TidalTransformer`: a shape, and the tokenizer's side of it."""
+
+    vocab_size: int
+    """All ids the reader knows."""
+    n_writable: int
+    """Ids below this one can be written."""
+    n_head: int
+    """Columns of the head: `n_writable` and room for `<bob>`, padded to a multiple of 64."""
+    max_block_units: int
+    """The longest block, in units."""
+    fingerprint: str
+    """Of the tokenizer this model belongs to."""
+    shape: Shape = field(default_factory=Shape)
+
+    @property
+    def n_places(self) -> int:
+        """Rows of the place table: every step of the longest block (its `<eob>` too), moved by the jitter."""
+        return self.max_block_units + 1 + self.shape.place_jitter
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ValueError on unknown or missing keys (law 7)."""
+        known = _checked(cls, values)
+        return cls(**{**known, "shape": Shape(**_checked(Shape, known["shape"]))})
+
+
+def _checked(kind: type, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {values!r}; it must be an object")
+    names = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"{kind.__name__} has unknown keys {unknown}; known are {sorted(names)}")
+    if missing := sorted(names - set(values)):
+        raise ValueError(f"{kind.__name__} lacks the keys {missing}")
+    return values
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How the weights are learnt."""
+
+    lr: float = 2e-3
+    """Highest learning rate of the matrices."""
+    table_lr_scale: float = 10.0
+    """Embedding tables learn with this multiple of it, and without weight decay."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay of the matrices."""
+    beta2: float = 0.98
+    """AdamW's second moment rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.5
+    """The last part of the steps, in which the rate falls linearly to zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    aux_weight: float = 0.3
+    """Weight of the reader's next-token loss."""
+    accumulate: int = 1
+    """Batches summed up for one step."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The data of `--recipe addition`."""
+
+    digits: int = 5
+    """Most digits of an operand in training; one run sees all lengths up to it."""
+    max_block_units: int = 128
+    """Longest number that can be written, in characters."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The data of `--recipe text`."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs, .jsonl ({"text"} or {"prompt", "completion"}), also gzipped."""
+    tokenizer: str | None = None
+    """Folder of a trained tokenizer; none: train one on the data."""
+    vocab_size: int = 2048
+    """Size of the sentencepiece vocabulary to train."""
+    reader_budget: int = 256
+    """Reader tokens in a row."""
+    cut_probability: float = 0.05
+    """Boundary dropout: how often a block of the training data is cut at a random character."""
+    hold_out: float = 0.05
+    """Part of the documents kept for validation."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Settings of `python -m tidal.train`."""
+
+    recipe: Literal["addition", "text"] = "addition"
+    """What to learn: `addition` makes its own data, `text` reads --data."""
+    out: str | None = None
+    """Folder of the run; none: runs/RECIPE."""
+    max_steps: int = 1000
+    """Optimizer steps; the learning rate is planned over them."""
+    max_seconds: float = 0.0
+    """Stop after this many seconds of training, if not done before; 0: no limit."""
+    rows: int = 32
+    """Rows in a batch."""
+    seed: int = 0
+    """Of weights, data order and samples."""
+    validate_every: int = 250
+    """Steps between validations, samples and checkpoints."""
+    keep: int = 2
+    """Checkpoints kept besides the best."""
+    threads: int = 0
+    """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    model: Shape = field(default_factory=Shape)
+    optim: Optim = field(default_factory=Optim)
+    addition: Addition = field(default_factory=Addition)
+    text: Text = field(default_factory=Text)

@@ -1,0 +1,123 @@
+"""`python -m tidal.evaluate addition | bits-per-byte`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tidal.cli import UserError, main, note, parse
+
+USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte} [flags]
+
+  addition        exact match on random sums          --digits N --count M
+  bits-per-byte   of documents the model never saw    --data FILE …
+
+Both take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Settings of `python -m tidal.evaluate addition`."""
+
+    digits: int = 5
+    """Digits of both operands."""
+    count: int = 1000
+    """How many sums."""
+    seed: int = 1234
+    """Of the sums."""
+    batch_size: int = 256
+    """Sums answered side by side."""
+    checkpoint: str | None = None
+    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Settings of `python -m tidal.evaluate bits-per-byte`."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs or .jsonl, also gzipped."""
+    context: int = 512
+    """Reader tokens in a window; each has half of them as its context."""
+    checkpoint: str | None = None
+    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+def run(argv: list[str]) -> None:
+    """Choose the figure to measure."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        if not argv:
+            raise UserError("nothing to evaluate; choose addition or bits-per-byte")
+    elif argv[0] == "addition":
+        addition(parse(Sums, argv[1:], "tidal.evaluate addition", "Exact match on random sums."))
+    elif argv[0] == "bits-per-byte":
+        bits_per_byte(parse(Bits, argv[1:], "tidal.evaluate bits-per-byte", "Bits per byte; every unit is charged."))
+    else:
+        raise UserError(f"unknown evaluation {argv[0]!r}; choose addition or bits-per-byte")
+
+
+def addition(settings: Sums) -> None:
+    """Exact match on sums of two operands with exactly `digits` digits."""
+    if settings.digits < 1 or settings.count < 1 or settings.batch_size < 1:
+        raise UserError("--digits, --count and --batch-size must be at least 1")
+    import numpy as np
+
+    from tidal.device import pick_device
+    from tidal.infer.load import load
+    from tidal.train.recipes.addition import exact_match, random_sums
+
+    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    if settings.digits + 2 > tokenizer.max_block_units:
+        raise UserError(f"--digits is {settings.digits}; this model writes blocks of {tokenizer.max_block_units} units")
+    began = time.perf_counter()
+    sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
+    share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
+    for prompt, answer in wrong[:5]:
+        note(f"wrong: {prompt!r} → {answer!r}")
+    _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share,
+             "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+
+
+def bits_per_byte(settings: Bits) -> None:
+    """Bits per byte of documents, in windows that overlap by half."""
+    if settings.context < 16:
+        raise UserError(f"--context is {settings.context}; it must be at least 16")
+    from tidal.blocks import BlockTable, passage, windows
+    from tidal.device import pick_device
+    from tidal.infer.load import load
+    from tidal.infer.score import bits_per_byte as measure
+    from tidal.train.documents import read_documents
+
+    documents = list(read_documents(settings.data))
+    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    began = time.perf_counter()
+    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    whole = (passage(table, d.prompt, d.completion) for d in documents)
+    rows = [[w] for p in whole for w in windows(p, table, settings.context, 1 << 40, overlap=settings.context // 2)]
+    bits, n_units, n_bytes = measure(model, rows, table)
+    _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
+             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+
+
+def _report(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):<14} {value:.4f}" if isinstance(value, float) else
+              f"{name.replace('_', ' '):<14} {value:,}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(run, "tidal.evaluate")

@@ -1,0 +1,50 @@
+"""Loading a model with its tokenizer from a run or a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidal import checkpoint
+from tidal.cli import UserError
+from tidal.config import TidalConfig
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
+
+
+def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
+         dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer]:  # fmt: skip
+    """Model (in evaluation mode) and tokenizer of a run folder (its best checkpoint) or of a checkpoint folder.
+
+    `None` takes the newest run under `runs/`. Every file is verified against the manifest first. Raises UserError
+    in one line for a path that is neither, a damaged file, a config that does not fit the weights, or a tokenizer
+    that is not the checkpoint's own.
+    """
+    model, tokenizer, _ = load_with_trainer(path, device=device, dtype=dtype)
+    return model, tokenizer
+
+
+def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
+                      dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer, dict[str, Any]]:
+    """Like `load`, with the content of trainer.json: the step and the settings of the training."""
+    folder = checkpoint.resolve(None if path is None else Path(path))
+    values, tensors, trainer = checkpoint.read_checkpoint(folder)
+    try:
+        config = TidalConfig.from_dict(values)
+        tokenizer = MixedTokenizer.load(folder / "tokenizer")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
+    if tokenizer.fingerprint != config.fingerprint:
+        raise UserError(
+            f"{folder} was trained with tokenizer {config.fingerprint[:16]}…, but holds {tokenizer.fingerprint[:16]}…; "
+            "restore the checkpoint's own tokenizer folder"
+        )
+    model = TidalTransformer(config)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: weights do not fit its config.json: {error}") from error
+    return model.to(device=device, dtype=dtype).eval(), tokenizer, trainer

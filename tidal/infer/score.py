@@ -1,0 +1,86 @@
+"""The log-probability of a text, computed in three ways that must agree (laws 4 and 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
+from tidal.infer.decoder import Decoder
+from tidal.model import TidalTransformer
+from tidal.streams import pack
+from tidal.tokenizer import MixedTokenizer
+
+
+@torch.inference_mode()
+def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
+          how: Literal["packed", "naive", "decode"] = "packed", *,
+          supervise_from: int = 0) -> npt.NDArray[np.float64]:  # fmt: skip
+    """Log-probability (nats) of every supervised unit in the order of writing, `<eob>` and `<eos>` included.
+
+    `packed`: one training pass over the whole document. `naive`: one forward per block, its context re-read from
+    scratch. `decode`: the cached step-by-step decoder, forced. The first `supervise_from` characters are a
+    prompt and not scored. Raises ValueError on lone surrogates, an unknown `how` or an offset outside the text.
+    """
+    if how not in ("packed", "naive", "decode"):
+        raise ValueError(f"how is {how!r}; choose packed, naive or decode")
+    if not 0 <= supervise_from <= len(text):
+        raise ValueError(f"supervise_from is {supervise_from}; the text has {len(text)} characters")
+    was_training = model.training
+    model.eval()
+    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    whole = passage(table, text[:supervise_from], text[supervise_from:])
+    if how == "packed":
+        log_probs = _packed(model, table, whole)
+    elif how == "naive":
+        parts = [Passage(whole.blocks[: i + 1], i) for i in range(whole.supervise_from, len(whole.blocks))]
+        log_probs = torch.cat([_packed(model, table, part) for part in parts])
+    else:
+        log_probs = _decoded(model, tokenizer, table, whole)
+    model.train(was_training)
+    return log_probs.double().cpu().numpy()
+
+
+def _packed(model: TidalTransformer, table: BlockTable, one: Passage) -> torch.Tensor:
+    batch = pack([[one]], table, step_stride=model.config.shape.step_stride)
+    return model.log_probs(batch.to(model.unit_embedding.weight.device))
+
+
+def _decoded(model: TidalTransformer, tokenizer: MixedTokenizer, table: BlockTable, one: Passage) -> torch.Tensor:
+    decoder = Decoder(model, tokenizer, 1)
+    log_probs = []
+    for i, index in enumerate(one.blocks.tolist()):
+        if index == BOS_BLOCK:
+            continue  # read when the document was opened
+        block = tokenizer.encode_block(table.texts[index]) if index != EOS_BLOCK else None
+        written: list[int] = []
+        if i >= one.supervise_from:
+            for unit in [*tokenizer.write_units(block.text), tokenizer.eob_id] if block else [tokenizer.eos_id]:
+                log_probs.append(decoder.step([0], [written])[0].log_softmax(-1)[unit])
+                written.append(unit)
+        if block:
+            decoder.read([0], [[block]])
+    return torch.stack(log_probs)
+
+
+@torch.inference_mode()
+def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], table: BlockTable,
+                  rows_per_batch: int = 8) -> tuple[float, int, int]:  # fmt: skip
+    """(bits per byte, units, bytes) of the supervised blocks of packed rows; every unit is charged.
+
+    NaN where there are no bytes. An upper bound: only the one segmentation that `split` gives is counted.
+    """
+    was_training = model.training
+    model.eval()
+    nats, n_units, n_bytes = 0.0, 0, 0
+    for first in range(0, len(rows), rows_per_batch):
+        batch = pack(rows[first : first + rows_per_batch], table, step_stride=model.config.shape.step_stride)
+        nats -= model.log_probs(batch.to(model.unit_embedding.weight.device)).double().sum().item()
+        n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
+    model.train(was_training)
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan, n_units, n_bytes

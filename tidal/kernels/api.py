@@ -1,0 +1,164 @@
+"""The public function: checks the arguments, chooses a backend, calls it."""
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tidal.kernels import cpu, reference
+from tidal.kernels.plan import TilePlan
+
+BACKEND_VARIABLE = "TIDAL_ATTENTION_BACKEND"
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, TilePlan | None], Tensor]
+
+BACKENDS: dict[str, Backend] = {"reference": reference.attend, "cpu": cpu.attend}
+"""name → function(q, k, v, ranges, q_position, k_position, slopes, scale, plan); a new backend is one more line"""
+
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda",)}
+"""device types a backend can run on; one that is not listed runs anywhere"""
+
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "reference")}
+"""device type → backends to try when none is asked for"""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that ``backend=`` and TIDAL_ATTENTION_BACKEND accept here."""
+    return tuple(BACKENDS)
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """Slopes of ALiBi (Press, Smith & Lewis, "Train Short, Test Long", ICLR 2022, section 3 and its code).
+
+    For a power of two the geometric sequence (2^(−8/n))^(i+1), i = 0 … n−1. Otherwise the slopes of the next
+    lower power of two, then every second one of the sequence for twice as many heads.
+
+    Returns:
+        float32 [n_heads].
+    """
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+
+    def sequence(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    lower = 2 ** int(math.log2(n_heads))
+    slopes = sequence(lower) + sequence(2 * lower)[0::2][: n_heads - lower]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    slopes: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    plan: TilePlan | None = None,
+) -> Tensor:
+    """Attention in which query i sees the keys in the union of its two ranges.
+
+    ::
+
+        score[i, j] = scale · q_i·k_j − slope_h · |q_position_i − k_position_j|      j in the ranges of i
+        out[i]      = Σ_j softmax_j(score[i, j]) · v_j                               0 if i sees no key
+
+    Args:
+        q: [B, Hq, Lq, D] in float32, float64, bfloat16 or float16. Statistics are kept in float32 (float64 for
+            float64).
+        k: [B, Hkv, Lk, D], same dtype; Hq is a multiple of Hkv, query head h uses key head h // (Hq / Hkv).
+        v: [B, Hkv, Lk, D], same dtype.
+        ranges: int32 [B, Lq, 2, 2], two half-open ranges [start, end) of key indices per query. Empty where
+            end <= start; where they overlap, a key counts once.
+        q_position: float32 [B, Lq].
+        k_position: float32 [B, Lk].
+        slopes: floating point [Hq]; may require a gradient.
+        scale: D ** -0.5 unless given.
+        backend: a name from :func:`available_backends`; otherwise the environment variable
+            TIDAL_ATTENTION_BACKEND, otherwise by device.
+        plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
+            built inside when missing.
+
+    Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
+    that does not overflow).
+
+    Returns:
+        [B, Hq, Lq, D] in the dtype of q. Differentiable in q, k, v and slopes.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a backend that does not exist or cannot run here.
+    """
+    check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan)
+    attend = BACKENDS[choose_backend(q.device.type, backend)]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
+
+
+def choose_backend(device: str, asked: str | None) -> str:
+    """The backend asked for, else the environment's, else the preferred one of the device type.
+
+    Raises:
+        ValueError: the backend asked for does not exist or does not run on this device.
+    """
+    source = "backend="
+    if asked is None:
+        asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE + "="
+    if asked is None:
+        return next((name for name in PREFERRED.get(device, ()) if name in BACKENDS), "reference")
+    if asked not in BACKENDS:
+        raise ValueError(f"{source}{asked!r}: no such attention backend, available: {', '.join(BACKENDS)}")
+    if device not in DEVICES.get(asked, (device,)):
+        raise ValueError(f"{source}{asked!r}: runs on {', '.join(DEVICES[asked])}, the tensors are on {device}")
+    return asked
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    slopes: Tensor,
+    plan: TilePlan | None,
+) -> None:
+    """Raise a ValueError of one line unless shapes, dtypes and devices fit together."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q and k must be [B, H, L, D], got {list(q.shape)} and {list(k.shape)}")
+    n_batch, n_heads, n_queries, head_dim = q.shape
+    n_kv_heads, n_keys = k.shape[1], k.shape[2]
+    expected: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
+        ("k", k, (n_batch, n_kv_heads, n_keys, head_dim)),
+        ("v", v, (n_batch, n_kv_heads, n_keys, head_dim)),
+        ("ranges", ranges, (n_batch, n_queries, 2, 2)),
+        ("q_position", q_position, (n_batch, n_queries)),
+        ("k_position", k_position, (n_batch, n_keys)),
+        ("slopes", slopes, (n_heads,)),
+    )
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} to fit q {list(q.shape)}, got {list(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+    if n_kv_heads == 0 or n_heads % n_kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {n_heads} and {n_kv_heads}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k, v must share a floating point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if ranges.dtype != torch.int32:
+        raise ValueError(f"ranges must be torch.int32, got {ranges.dtype}")
+    if q_position.dtype != torch.float32 or k_position.dtype != torch.float32:
+        raise ValueError(f"positions must be torch.float32, got {q_position.dtype} and {k_position.dtype}")
+    if not slopes.dtype.is_floating_point:
+        raise ValueError(f"slopes must be floating point, got {slopes.dtype}")
+    if plan is not None and plan.shape != (n_batch, n_queries, n_keys):
+        built, here = plan.shape, (n_batch, n_queries, n_keys)
+        raise ValueError(f"plan was built for (B, Lq, Lk) = {built}, the tensors have {here}")

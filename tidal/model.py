@@ -1,0 +1,256 @@
+"""TidalTransformer: a deep reader of tokens and a shallow writer of characters.
+
+Shape suffixes: b rows, i reader tokens, s writer steps, k keys, h heads, d width (of a head in q, k, v),
+v reader vocabulary, u head columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tidal.blocks import NOTHING
+from tidal.config import TidalConfig
+from tidal.kernels import TilePlan, alibi_slopes, interval_attention
+from tidal.streams import Batch
+
+KeysValues = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class View:
+    """What the queries of a pass see: positions, ranges over the keys, and how those keys come together.
+
+    `extend` turns the keys and values of the queries' own elements into those attended to: as they are, behind
+    the keys of a memory, or stored in a cache.
+    """
+
+    ranges: Tensor
+    """int32 [B, L, 2, 2]"""
+    q_position: Tensor
+    """float32 [B, L]"""
+    k_position: Tensor
+    """float32 [B, K]"""
+    extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)
+    plan: TilePlan | None = None
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        down: Tensor = self.down(F.silu(gate) * value)
+        return down
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer, for reader and writer alike; `attends=False` leaves the MLP only."""
+
+    slopes: Tensor
+
+    def __init__(self, config: TidalConfig, d_ff: int, attends: bool = True) -> None:
+        super().__init__()
+        shape = config.shape
+        self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
+        self.d_head, self.qk_norm, self.attends = shape.d_model // shape.n_heads, shape.qk_norm, attends
+        if attends:
+            self.norm_attention = nn.RMSNorm(shape.d_model, eps=1e-6)
+            self.query = nn.Linear(shape.d_model, self.n_heads * self.d_head, bias=False)
+            self.key_value = nn.Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head, bias=False)
+            self.out = nn.Linear(self.n_heads * self.d_head, shape.d_model, bias=False)
+            self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
+        self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
+        self.mlp = SwiGLU(shape.d_model, d_ff)
+
+    def keys_values(self, x_bkd: Tensor) -> KeysValues:
+        """Keys and values [B, H_kv, K, D] of normalized states."""
+        kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (F.rms_norm(k, (self.d_head,)) if self.qk_norm else k), v
+
+    def forward(self, x_bld: Tensor, view: View) -> Tensor:
+        if self.attends:
+            h = self.norm_attention(x_bld)
+            q_bhld = self.query(h).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
+            if self.qk_norm:
+                q_bhld = F.rms_norm(q_bhld, (self.d_head,))
+            k_bhkd, v_bhkd = view.extend(*self.keys_values(h))
+            a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
+                                        self.slopes, plan=view.plan)  # fmt: skip
+            x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
+        mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
+        return x_bld + mlp_bld
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over units of one batch, in nats; divide by the counts."""
+
+    units: Tensor
+    """[] loss of the written units"""
+    n_units: int
+    next_tokens: Tensor
+    """[] loss of the auxiliary next-token prediction"""
+    n_next: int
+
+class TidalTransformer(nn.Module):
+    """Reader and writer. `forward` is the packed pass; `read` and `write` are its two halves, for the decoder."""
+
+    head_mask: Tensor
+
+    def __init__(self, config: TidalConfig) -> None:
+        super().__init__()
+        self.config, shape = config, config.shape
+        d = shape.d_model
+        self.token_embedding = nn.Embedding(config.vocab_size, d)
+        self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
+        self.place_embedding = nn.Embedding(config.n_places, d)  # one table: digits line up by content alone
+        self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
+        self.reader_norm = nn.RMSNorm(d, eps=1e-6)
+        self.context = nn.Linear(d, d, bias=False)
+        if shape.suffix_rows:  # row 0 is "no suffix" and stays zero
+            self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, d, padding_idx=0)
+        self.writer = nn.ModuleList(
+            Layer(config, shape.writer_ff, attends=shape.writer_attention != "none")
+            for _ in range(shape.writer_layers)
+        )
+        self.writer_norm = nn.RMSNorm(d, eps=1e-6)
+        padding = torch.zeros(config.n_head)
+        padding[config.n_writable :] = -math.inf
+        self.register_buffer("head_mask", padding, persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Initialise the weights: tables so that the tied head starts near logits of variance one."""
+        d = self.config.shape.d_model
+        n_layers = len(self.reader) + len(self.writer)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith((".out", ".down"))
+                nn.init.normal_(module.weight, std=d**-0.5 * 0.6 / (math.sqrt(2 * n_layers) if residual else 1.0))
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=d**-0.5)
+        if self.config.shape.suffix_rows:  # strings never met add nothing
+            nn.init.zeros_(self.suffix_embedding.weight)
+
+    def memory(self, states_bid: Tensor) -> KeysValues:
+        """The first writer layer's keys and values of the reader's states."""
+        first = self.writer[0]
+        assert isinstance(first, Layer)
+        return first.keys_values(states_bid)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the first writer layer attends to the reader's states."""
+        return self.config.shape.writer_attention == "memory"
+
+    def tables(self) -> list[Tensor]:
+        """The parameters that learn faster and without weight decay."""
+        return [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+
+    def read(self, ids: Tensor, places: Tensor, views: list[View]) -> Tensor:
+        """Read tokens: ids and places int64 [B, I], one view a reader layer; returns states [B, I, D]."""
+        x_bid = self.token_embedding(ids) + self.place_embedding(places)
+        for layer, view in zip(self.reader, views, strict=True):
+            x_bid = layer(x_bid, view)
+        states: Tensor = self.reader_norm(x_bid)
+        return states
+
+    def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context_bsd: Tensor,
+              views: list[View]) -> Tensor:  # fmt: skip
+        """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] the reader's last states.
+
+        Returns states [B, S, D] for `head`.
+        """
+        x_bsd = self.unit_embedding(ids) + self.place_embedding(places) + self.context(context_bsd)
+        if self.config.shape.suffix_rows:
+            rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
+            x_bsd = x_bsd + self.suffix_embedding(rows).sum(-2)
+        for layer, view in zip(self.writer, views, strict=True):
+            x_bsd = layer(x_bsd, view)
+        states: Tensor = self.writer_norm(x_bsd)
+        return states
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits [..., n_head] over units; columns that are no writable id are -inf."""
+        return states @ self.unit_embedding.weight.T + self.head_mask
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""
+        none = torch.zeros_like(batch.reader_sees)
+        reader_view = _planned(torch.stack([batch.reader_sees, none], 2), batch.reader_positions,
+                               batch.reader_positions)  # fmt: skip
+        reader_brd = self.read(batch.reader_ids, batch.reader_places, [reader_view] * len(self.reader))
+
+        own = torch.stack([batch.sees_writer, torch.zeros_like(batch.sees_writer)], 2)
+        views = [_planned(own, batch.writer_positions, batch.writer_positions)] * len(self.writer)
+        if self.has_memory:
+            k_memory, v_memory = self.memory(reader_brd)
+            n_memory = reader_brd.shape[1]
+            ranges = torch.stack([batch.sees_reader, batch.sees_writer + n_memory], 2)
+            k_position = torch.cat([batch.reader_positions, batch.writer_positions], 1)
+            views[0] = _planned(
+                ranges, batch.writer_positions, k_position,
+                lambda k, v: (torch.cat([k_memory, k], 2), torch.cat([v_memory, v], 2)),
+            )  # fmt: skip
+        context_bsd = reader_brd.gather(1, batch.context[..., None].expand(-1, -1, reader_brd.shape[-1]))
+        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Losses of a packed batch: every block of every row in one pass."""
+        reader_brd, writer_bsd = self.states(batch)
+        written, asked = batch.targets != NOTHING, batch.next_tokens != NOTHING
+        targets, next_tokens = batch.targets[written], batch.next_tokens[asked]
+        units = F.cross_entropy(self.head(writer_bsd[written]), targets, reduction="sum")
+        logits_nv = reader_brd[asked] @ self.token_embedding.weight.T
+        return Losses(units, len(targets), F.cross_entropy(logits_nv, next_tokens, reduction="sum"), len(next_tokens))
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Log-probability of every supervised unit [n_units], row by row."""
+        states = self.states(batch)[1][batch.targets != NOTHING]
+        targets = batch.targets[batch.targets != NOTHING]
+        return self.head(states).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+    def n_parameters(self) -> dict[str, int]:
+        """Counts of parameters: `tables` (embeddings, head included), `reader`, `writer`, `total`."""
+        tables = sum(p.numel() for p in self.tables())
+        reader = sum(p.numel() for m in (self.reader, self.reader_norm) for p in m.parameters())
+        total = sum(p.numel() for p in self.parameters())
+        return {"tables": tables, "reader": reader, "writer": total - tables - reader, "total": total}
+
+    def flops(self, n_tokens: int, n_steps: int, context: int) -> int:
+        """Floating-point operations of a forward pass (two a multiply-add; three times this with backward).
+
+        `n_tokens` are read and `n_steps` written, each seeing `context` reader keys; norms, tables and the
+        keys of a step's own block, which are few, are not counted.
+        """
+        shape, d = self.config.shape, self.config.shape.d_model
+        key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
+        attention, seen = 2 * d * d + key_value, 2 * d * context
+        per_token = shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
+        per_step = d * d + d * self.config.n_head + shape.writer_layers * 3 * d * shape.writer_ff
+        if shape.writer_attention != "none":
+            per_step += shape.writer_layers * attention
+        if self.has_memory:
+            per_token, per_step = per_token + key_value, per_step + seen
+        return 2 * (n_tokens * per_token + n_steps * per_step)
+
+    def cache_bytes(self, n_tokens: int) -> int:
+        """Bytes of cached keys and values for a context of `n_tokens`, in the dtype of the weights."""
+        shape = self.config.shape
+        layers = shape.reader_layers + self.has_memory
+        width = 2 * shape.n_kv_heads * (shape.d_model // shape.n_heads)
+        return n_tokens * layers * width * self.unit_embedding.weight.element_size()
+
+def _planned(ranges: Tensor, q_position: Tensor, k_position: Tensor,
+             extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)) -> View:  # fmt: skip
+    """A view whose tile plan is built once and serves all layers and heads."""
+    plan = TilePlan.build(ranges, k_position.shape[1])
+    return View(ranges, q_position, k_position, extend, plan)

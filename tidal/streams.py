@@ -1,0 +1,222 @@
+"""The one builder of streams: blocks in, everything the model is fed out.
+
+    text    "5 + 7 = 12\\n"           blocks  <bos> | 5 | ' +' | ' 7' | ' =' | ' 12' | \\n | <eos>
+
+    reader  <bos> 5 ' +' ' ' 7 ' =' ' ' 1 2 \\n        a token sees its own block and all before it
+    writer                           <bob> 2 1 ' '     a step sees the reader tokens before its block
+    targets                            2   1 ' ' <eob> and the steps of its block up to itself
+
+`DocumentBuilder` is the definition: it appends one block, and the decoder calls the very same methods after
+every block and before every unit. `pack` is its vectorized twin for training; a property test holds the two
+equal. No layout is computed anywhere else (law 2), and nothing here depends on the length of a block that is
+still being written, of a row or of a batch (law 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
+from tidal.tokenizer import MixedTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderToken:
+    """One element of the reader stream; indices count in the row."""
+
+    id: int
+    position: float
+    place: int
+    sees: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WriterStep:
+    """What the model is fed to write one unit; `context` is the reader index of the last state before the block."""
+
+    id: int
+    position: float
+    place: int
+    suffixes: tuple[int, int, int]
+    context: int
+    sees_reader: tuple[int, int]
+    sees_writer: tuple[int, int]
+
+
+class DocumentBuilder:
+    """Builds the streams of one document, block by block; opening it reads `<bos>`.
+
+    `reader_start` and `writer_start` say where in the row the document's elements begin (0 when decoding).
+    """
+
+    def __init__(self, tokenizer: MixedTokenizer, *, step_stride: float = 0.0, place_offset: int = 0,
+                 reader_start: int = 0, writer_start: int = 0) -> None:  # fmt: skip
+        self.tokenizer = tokenizer
+        self.step_stride, self.place_offset = step_stride, place_offset
+        self.reader_start, self.writer_start = reader_start, writer_start
+        self.n_read = 0
+        self.opening = self.read([tokenizer.bos_id], [0])
+
+    def step(self, written: Sequence[int]) -> WriterStep:
+        """The step that follows `written`, the units of the current block so far, last character first."""
+        t, end = len(written), self.reader_start + self.n_read
+        return WriterStep(
+            id=written[-1] if written else self.tokenizer.bob_id,
+            position=self.n_read + self.step_stride * t,
+            place=self.place_offset + t,
+            suffixes=suffix_hashes(written, self.tokenizer.digit_units),
+            context=end - 1,
+            sees_reader=(self.reader_start, end),
+            sees_writer=(self.writer_start, self.writer_start + t + 1),
+        )
+
+    def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
+        """Append a finished block to the reader stream."""
+        first = self.n_read
+        self.n_read += len(tokens)
+        sees = (self.reader_start, self.reader_start + self.n_read)
+        return [
+            ReaderToken(token, float(first + i), self.place_offset + place, sees)
+            for i, (token, place) in enumerate(zip(tokens, places, strict=True))
+        ]
+
+    def write(self, targets: Sequence[int]) -> list[WriterStep]:
+        """All steps of a supervised block in training; the next block's steps begin after them."""
+        steps = [self.step(targets[:t]) for t in range(len(targets))]
+        self.writer_start += len(targets)
+        return steps
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The streams of B rows: R reader tokens, W writer steps, padded at the end with elements that see nothing."""
+
+    reader_ids: torch.Tensor
+    """int64 [B, R]"""
+    reader_positions: torch.Tensor
+    """float32 [B, R], counted in the document"""
+    reader_places: torch.Tensor
+    """int64 [B, R]"""
+    reader_sees: torch.Tensor
+    """int32 [B, R, 2], half-open range of reader indices in the row"""
+    next_tokens: torch.Tensor
+    """int64 [B, R]: the first token of the next block at the last token of a block, else -1"""
+    writer_ids: torch.Tensor
+    """int64 [B, W]"""
+    writer_positions: torch.Tensor
+    """float32 [B, W]"""
+    writer_places: torch.Tensor
+    """int64 [B, W]"""
+    suffixes: torch.Tensor
+    """int64 [B, W, 3], hashes, -1 where there is none"""
+    context: torch.Tensor
+    """int64 [B, W], reader index of the last state before the block"""
+    sees_reader: torch.Tensor
+    """int32 [B, W, 2]"""
+    sees_writer: torch.Tensor
+    """int32 [B, W, 2], half-open range of writer indices in the row"""
+    targets: torch.Tensor
+    """int64 [B, W], -1 in the padding"""
+    n_units: int
+    """Supervised units."""
+    n_bytes: int
+    """UTF-8 bytes of the supervised text."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on another device."""
+        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in dataclasses.fields(self)
+                   if isinstance(value := getattr(self, f.name), torch.Tensor)}  # fmt: skip
+        return dataclasses.replace(self, **tensors)
+
+
+def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+    """Lay passages out in rows: the fold of `DocumentBuilder` over all blocks of all rows, at once.
+
+    Names: `b` counts blocks, `i` reader tokens, `s` writer steps, all over the whole batch.
+    """
+    passages = [p for row in rows for p in row]
+    row_of_p = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    n_blocks = np.array([len(p.blocks) for p in passages], np.int64)
+    p_of_b = np.repeat(np.arange(len(passages)), n_blocks)
+    index_b = np.concatenate([p.blocks for p in passages])
+    rank_b = np.arange(len(index_b)) - _starts(n_blocks)[p_of_b]
+    supervised_b = rank_b >= np.array([p.supervise_from for p in passages])[p_of_b]
+    row_b = row_of_p[p_of_b]
+    offset_p = np.array([p.place_offset for p in passages], np.int64)
+
+    tokens_b = table.n_tokens(index_b)
+    steps_b = table.n_targets(index_b) * supervised_b
+    first_i_b, first_s_b = _starts(tokens_b), _starts(steps_b)
+    # where a row, and a passage, begin among all tokens and all steps
+    row_start_i = _starts(np.bincount(row_b, tokens_b, len(rows)).astype(np.int64))
+    row_start_s = _starts(np.bincount(row_b, steps_b, len(rows)).astype(np.int64))
+    passage_start_b = first_i_b[_starts(n_blocks)][p_of_b]
+
+    b_of_i, within_i = _ragged(tokens_b)
+    source_i = table.token_start.view()[index_b][b_of_i] + within_i
+    row_i, p_i = row_b[b_of_i], p_of_b[b_of_i]
+    index_i = np.arange(len(b_of_i))
+    document_start_b, block_end_b = passage_start_b - row_start_i[row_b], first_i_b + tokens_b - row_start_i[row_b]
+    reader = _Padded(len(rows), row_i, index_i - row_start_i[row_i])
+
+    b_of_s, t_s = _ragged(steps_b)
+    source_s = table.target_start.view()[index_b][b_of_s] + t_s
+    row_s, p_s = row_b[b_of_s], p_of_b[b_of_s]
+    targets_s = table.targets.view()[source_s]
+    previous_s = np.where(t_s == 0, table.tokenizer.bob_id, np.roll(targets_s, 1))
+    n_before_b = first_i_b - passage_start_b
+    context_b = first_i_b - 1 - row_start_i[row_b]
+    own_start_s = (first_s_b - row_start_s[row_b])[b_of_s]
+    writer = _Padded(len(rows), row_s, np.arange(len(b_of_s)) - row_start_s[row_s])
+
+    next_tokens = torch.full((len(rows), reader.width), NOTHING)
+    asked = supervised_b & (steps_b > 0)
+    next_tokens[row_b[asked], context_b[asked]] = torch.from_numpy(table.first_token.view()[index_b[asked]])
+    return Batch(
+        reader_ids=reader(table.tokens.view()[source_i]),
+        reader_positions=reader((index_i - passage_start_b[b_of_i]).astype(np.float32)),
+        reader_places=reader(table.places.view()[source_i] + offset_p[p_i]),
+        reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
+        next_tokens=next_tokens,
+        writer_ids=writer(previous_s),
+        writer_positions=writer((n_before_b[b_of_s] + step_stride * t_s).astype(np.float32)),
+        writer_places=writer(t_s + offset_p[p_s]),
+        suffixes=writer(table.hashes.view()[source_s], NOTHING),
+        context=writer(context_b[b_of_s]),
+        sees_reader=writer(np.stack([document_start_b, context_b + 1], 1)[b_of_s].astype(np.int32)),
+        sees_writer=writer(np.stack([own_start_s, own_start_s + t_s + 1], 1).astype(np.int32)),
+        targets=writer(targets_s, NOTHING),
+        n_units=len(targets_s),
+        n_bytes=int(table.n_bytes.view()[index_b[supervised_b]].sum()),
+    )
+
+
+def _starts(counts: Ints) -> Ints:
+    """Exclusive cumulative sum: where each group begins."""
+    return np.cumsum(counts) - counts
+
+
+def _ragged(counts: Ints) -> tuple[Ints, Ints]:
+    """For groups of `counts` elements: each element's group, and its index inside the group."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - _starts(counts)[group]
+
+
+class _Padded:
+    """Spreads values, given one after the other, over rows of equal width."""
+
+    def __init__(self, n_rows: int, row: Ints, column: Ints) -> None:
+        self.shape, self.at = (n_rows, int(column.max(initial=-1)) + 1), (row, column)
+        self.width = self.shape[1]
+
+    def __call__(self, values: npt.NDArray[np.generic], fill: int = 0) -> torch.Tensor:
+        out = np.full(self.shape + values.shape[1:], fill, values.dtype)
+        out[self.at] = values
+        return torch.from_numpy(out)
