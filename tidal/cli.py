@@ -46,9 +46,6 @@ def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] 
         note(f"{prog}: interrupted")
         code = 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends; give it somewhere to write.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
 
@@ -80,6 +77,7 @@ def parse(
             description=description,
             args=list(arguments),
             use_underscores=False,
+            config=(tyro.conf.OmitArgPrefixes,),
             return_unknown_args=True,
             **given,
         )

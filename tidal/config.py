@@ -32,7 +32,7 @@ class Shape:
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
     """What the first writer layer sees: the text so far and its own block, its own block only, or nothing."""
-    qk_norm: bool = False
+    qk_norm: bool = True
     """Normalize queries and keys."""
     place_jitter: int = 0
     """In training, every document's places are moved by a random number up to this one."""
@@ -105,9 +105,9 @@ class Optim:
     table_lr_scale: float = 10.0
     """Embedding tables learn with this multiple of it, and without weight decay."""
     weight_decay: float = 0.1
-    """AdamW's weight decay of the matrices."""
+    """Weight decay of the matrices."""
     beta2: float = 0.98
-    """AdamW's second moment rate."""
+    """Second moment rate of AdamW, which learns the tables."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_fraction: float = 0.5

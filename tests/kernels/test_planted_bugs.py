@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_cases import assert_agrees, make_case
+from attention_cases import assert_agrees, make_case, worst_difference
 from torch import Tensor
 
 from tidal.kernels import cpu
@@ -107,6 +107,4 @@ def test_check_catches(name: str, dense: bool, monkeypatch: pytest.MonkeyPatch) 
     for case in cases:
         assert_agrees(case, 5, dense)  # sound before the bug
     {**BUGS, **TILED_BUGS}[name](monkeypatch)
-    with pytest.raises(AssertionError, match="differs by"):
-        for case in cases:
-            assert_agrees(case, 5, dense)
+    assert max(worst_difference(case, 5, dense)[0] for case in cases) > 1e-3

@@ -6,9 +6,9 @@
         score = −slope·|distance| (−inf where hidden) + scale · q kᵀ      [B·Hkv, G·tile, keys of the slices]
         out   = softmax(score) v
 
-    Only out is kept; the backward pass recomputes the weights tile by tile (Dao et al. 2022, "FlashAttention",
-    section 3). A tile holds whole rows of the softmax, so unlike on a GPU its statistics need not be stored:
-    on a CPU a second softmax costs less than one exp(score − lse), because torch.exp is slower than its exp.
+    Nothing is kept for the backward pass, which recomputes the weights tile by tile (Dao et al. 2022,
+    "FlashAttention", section 3). A tile holds whole rows of the softmax, so unlike on a GPU no log Σ exp is
+    stored: a second softmax costs less than exp(score − lse), because torch.exp is slower than the exp inside it.
 
 Shape letters: b batch, g key head, r query head within its group, h = g·r, q query, k key, d head dimension,
 z = b·g, m = r·q rows of one batched matrix product.
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tidal.kernels.plan import TilePlan
+
+softmax_backward = torch.ops.aten._softmax_backward_data.default  # weight · (dweight − Σ weight · dweight), fused
 
 DENSE_LIMIT = 2**14
 """largest Lq · Lk that is computed as one dense tile"""
@@ -90,13 +92,13 @@ def attend_dense(
     """The whole score matrix as one tile; distances and mask are kept in the plan for the next layer."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     (n_batch, n_heads, n_queries, head_dim), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
-    n_rows = n_heads // n_kv_heads * n_queries
+    n_products, n_rows = n_batch * n_kv_heads, n_heads // n_kv_heads * n_queries
     distance, mask, sighted = dense_geometry(ranges, q_position, k_position, dtype, plan)
     slopes_gr11 = slopes.to(dtype).view(n_kv_heads, -1, 1, 1)
-    bias_zmk = torch.addcmul(mask, distance, slopes_gr11, value=-1).view(-1, n_rows, n_keys)
-    q_zmd = (q.to(dtype) * scale).reshape(-1, n_rows, head_dim)
-    k_zkd = k.to(dtype).reshape(-1, n_keys, head_dim)
-    v_zkd = v.to(dtype).reshape(-1, n_keys, head_dim)
+    bias_zmk = torch.addcmul(mask, distance, slopes_gr11, value=-1).view(n_products, n_rows, n_keys)
+    q_zmd = (q.to(dtype) * scale).reshape(n_products, n_rows, head_dim)
+    k_zkd = k.to(dtype).reshape(n_products, n_keys, head_dim)
+    v_zkd = v.to(dtype).reshape(n_products, n_keys, head_dim)
     weight_zmk = torch.baddbmm(bias_zmk, q_zmd, k_zkd.transpose(1, 2)).softmax(dim=-1)
     out = torch.bmm(weight_zmk, v_zkd).view(n_batch, n_heads, n_queries, head_dim)
     if sighted.numel():
@@ -166,9 +168,10 @@ class Tiles:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.n_batch, self.n_heads, self.n_queries, self.head_dim = q.shape
         self.n_kv_heads, self.n_keys = k.shape[1], k.shape[2]
+        self.n_products = self.n_batch * self.n_kv_heads
         self.q, self.tile_q, self.scale = q, tile_q, scale
-        self.k_zkd = k.to(self.dtype).reshape(-1, self.n_keys, self.head_dim)
-        self.v_zkd = v.to(self.dtype).reshape(-1, self.n_keys, self.head_dim)
+        self.k_zkd = k.to(self.dtype).reshape(self.n_products, self.n_keys, self.head_dim)
+        self.v_zkd = v.to(self.dtype).reshape(self.n_products, self.n_keys, self.head_dim)
         self.ranges, self.q_position, self.k_position = ranges, q_position, k_position
         self.slopes_gr11 = slopes.to(self.dtype).view(self.n_kv_heads, -1, 1, 1)
         self.index_k = torch.arange(self.n_keys, dtype=torch.int32)
@@ -177,7 +180,7 @@ class Tiles:
     def rows(self, x_bhqd: Tensor, tile: int) -> Tensor:
         """The queries of one tile of x [B, Hq, Lq, D] as [B·Hkv, G·tile, D]."""
         x_tile = x_bhqd.narrow(2, tile * self.tile_q, self.width(tile))
-        return x_tile.reshape(self.n_batch * self.n_kv_heads, -1, x_bhqd.shape[3]).to(self.dtype)
+        return x_tile.reshape(self.n_products, -1, self.head_dim).to(self.dtype)
 
     def width(self, tile: int) -> int:
         """Number of queries of a tile."""
@@ -245,7 +248,6 @@ def attend_tiled(
 @torch.library.custom_op("tidal::interval_attention_cpu_backward", mutates_args=())
 def attend_tiled_backward(
     dout: Tensor,
-    out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -269,11 +271,10 @@ def attend_tiled_backward(
         if not live:
             continue
         k_zkd, v_zkd = take(tiles.k_zkd, live, 1), take(tiles.v_zkd, live, 1)
-        q_zmd, dout_zmd, out_zmd = (tiles.rows(x, tile) for x in (q, dout, out))
+        q_zmd, dout_zmd = tiles.rows(q, tile), tiles.rows(dout, tile)
         weight_zmk, distance = tiles.weights(tile, live, full, q_zmd, k_zkd)
-        # dscore = weight · (dout vᵀ − Σ dout·out)
-        delta_zm1 = (dout_zmd * out_zmd).sum(dim=-1, keepdim=True).neg_()
-        dscore_zmk = torch.baddbmm(delta_zm1, dout_zmd, v_zkd.transpose(1, 2)).mul_(weight_zmk)
+        dweight_zmk = torch.bmm(dout_zmd, v_zkd.transpose(1, 2))
+        dscore_zmk = softmax_backward(dweight_zmk, weight_zmk, -1, tiles.dtype)
         span = slice(tile * tile_q, tile * tile_q + tiles.width(tile))
         dq[:, :, span] = tiles.unrows(torch.bmm(dscore_zmk, k_zkd).mul_(scale))
         dk_part = torch.bmm(dscore_zmk.transpose(1, 2), q_zmd)
@@ -292,13 +293,13 @@ def attend_tiled_backward(
 
 attend_tiled.register_fake(lambda q, *_: q.new_empty(q.shape))
 attend_tiled_backward.register_fake(
-    lambda _dout, _out, q, k, v, _ranges, _qp, _kp, slopes, *_: tuple(x.new_empty(x.shape) for x in (q, k, v, slopes))
+    lambda _dout, q, k, v, _ranges, _qp, _kp, slopes, *_: tuple(x.new_empty(x.shape) for x in (q, k, v, slopes))
 )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.tile_q, ctx.scale = inputs
-    ctx.save_for_backward(output, *tensors)
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dout):  # type: ignore[no-untyped-def]

@@ -199,7 +199,7 @@ def hold_out(
     chosen: set[int] = set()
     taken = 0
     for i in order:
-        if taken >= 0.9 * target:
+        if taken >= 0.99 * target:
             break
         if taken + sizes[i] <= target:
             chosen.add(i)

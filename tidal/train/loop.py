@@ -20,7 +20,7 @@ from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.optim import learning_rate, make_optimizer, set_learning_rate
+from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import GREEDY
 
 LOG_EVERY = 10
@@ -67,7 +67,7 @@ def train(settings: Train, recipe: Recipe, out: Path) -> Path:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     model = model_for(settings, recipe.tokenizer).to(device)
-    optimizer = make_optimizer(model, settings.optim)
+    optimizer = Optimizer(model, settings.optim)
     sizes = model.n_parameters()
     note(f"{out}: {sizes['total']:,} parameters ({sizes['tables']:,} in tables), {settings.recipe}, on {device}, "
          f"{torch.get_num_threads()} CPU threads")  # fmt: skip
@@ -103,11 +103,10 @@ def train(settings: Train, recipe: Recipe, out: Path) -> Path:
     return out
 
 
-def train_step(model: TidalTransformer, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, rate: float,
+def train_step(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, rate: float,
                settings: Train, device: torch.device) -> dict[str, float]:  # fmt: skip
     """One step over `accumulate` batches; returns the loss (nats a unit), bits per byte and the gradient's norm."""
-    set_learning_rate(optimizer, rate)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     n = settings.optim.accumulate
     nats, n_units, n_bytes = 0.0, 0, 0
     for batch in [recipe.batch(step * n + i) for i in range(n)]:
@@ -121,7 +120,7 @@ def train_step(model: TidalTransformer, optimizer: torch.optim.Optimizer, recipe
     if not (math.isfinite(nats) and math.isfinite(norm)):
         raise UserError(f"step {step}: loss {nats / n_units} and gradient norm {norm}; weights were left as they were, "
                         "the last checkpoint is good; try a smaller --lr")  # fmt: skip
-    optimizer.step()
+    optimizer.step(rate)
     return {"loss": nats / n_units, "bits_per_byte": nats / math.log(2) / max(1, n_bytes), "grad_norm": norm}
 
 
@@ -148,14 +147,12 @@ class Metrics:
         self.file.flush()
 
 
-def save(out: Path, step: int, model: TidalTransformer, optimizer: torch.optim.Optimizer, settings: Train,
+def save(out: Path, step: int, model: TidalTransformer, optimizer: Optimizer, settings: Train,
          tokenizer: MixedTokenizer) -> str:  # fmt: skip
     """Write a checkpoint and point `latest` to it; returns its name."""
-    entries = optimizer.state_dict()["state"].items()
-    state = {f"{i}.{name}": value for i, entry in entries for name, value in entry.items()}
     trainer = {"step": step, "settings": dataclasses.asdict(settings)}
     path = checkpoint.write_checkpoint(out, step, tensors=model.state_dict(), config=model.config.to_dict(),
-                                       trainer=trainer, tokenizer=tokenizer, optimizer=state)  # fmt: skip
+                                       trainer=trainer, tokenizer=tokenizer, optimizer=optimizer.state())  # fmt: skip
     checkpoint.set_pointer(out, "latest", path.name)
     return path.name
 

@@ -1,29 +1,69 @@
-"""Optimizer groups and the learning rate as a pure function of the step."""
+"""The optimizer, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tidal.config import Optim
 from tidal.model import TidalTransformer
 
 
-def make_optimizer(model: TidalTransformer, settings: Optim) -> torch.optim.Optimizer:
-    """AdamW with three groups: matrices; tables, faster and without decay; the gains of norms, without decay.
+class Optimizer:
+    """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay).
 
-    `lr_scale` of a group is its multiple of the common learning rate.
+    Muon (Jordan et al. 2024) is torch's own, with updates as large as AdamW's (Liu et al. 2025, "Muon is scalable
+    for LLM training"), so that one learning rate serves both.
     """
-    tables = model.tables()
-    is_table = {id(p) for p in tables}
-    others = [p for p in model.parameters() if id(p) not in is_table]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim > 1], "lr_scale": 1.0, "weight_decay": settings.weight_decay},
-        {"params": tables, "lr_scale": settings.table_lr_scale, "weight_decay": 0.0},
-        {"params": [p for p in others if p.ndim <= 1], "lr_scale": 1.0, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+    def __init__(self, model: TidalTransformer, settings: Optim) -> None:
+        tables = model.tables()
+        is_table = {id(p) for p in tables}
+        others = [p for p in model.parameters() if id(p) not in is_table]
+        gains = [p for p in others if p.ndim < 2]
+        matrices = [p for p in others if p.ndim == 2]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                [{"params": matrices, "scale": 1.0}],
+                lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [{"params": tables, "scale": settings.table_lr_scale}, {"params": gains, "scale": 1.0}],
+                lr=settings.lr, weight_decay=0.0, betas=(0.9, settings.beta2), fused=True,
+            ),
+        ]  # fmt: skip
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self, rate: float) -> None:
+        """Update the weights; each group takes its multiple of `rate`."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * group["scale"]
+            part.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """All moments and counters, by name."""
+        entries: dict[str, Tensor] = {}
+        for n, part in enumerate(self.parts):
+            for i, values in part.state_dict()["state"].items():
+                entries |= {f"{n}.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        return entries
+
+    def load_state(self, entries: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for n, part in enumerate(self.parts):
+            state: dict[int, dict[str, Any]] = {}
+            for key, value in entries.items():
+                which, i, name = key.split(".", 2)
+                if int(which) == n:
+                    state.setdefault(int(i), {})[name] = value
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
 def learning_rate(step: int, max_steps: int, settings: Optim) -> float:
@@ -34,9 +74,3 @@ def learning_rate(step: int, max_steps: int, settings: Optim) -> float:
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     decay_steps = max(1.0, settings.decay_fraction * max_steps)
     return settings.lr * min(warm, max(0.0, (max_steps - step) / decay_steps))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its multiple of `rate`."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]

@@ -1,0 +1,39 @@
+# The few commands. Everything lives in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo install dev test lint format clean
+
+demo: install  ## learn to add, then add
+	$(PY) -m tidal.train --recipe addition --out runs/demo
+	$(PY) -m tidal.infer --prompt "54663 + 132 ="
+
+install: $(VENV)/core  ## the package alone
+dev: $(VENV)/dev  ## and what tests, lint and pictures need
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Tidal and PyTorch (about a minute) …"
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	@echo "installing the tools for tests …"
+	$(PIP) -e ".[dev]"
+	touch $@
+
+test: dev  ## lint, types and all tests
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+lint: dev
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
