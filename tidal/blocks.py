@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -12,26 +13,47 @@ from tidal.tokenizer import MixedTokenizer
 
 Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
+_SEEDS = [0xCBF29CE484222325 + order for order in SUFFIX_ORDERS]
+_PRIME, _64_BITS = 0x100000001B3, 0xFFFFFFFFFFFFFFFF
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
 NOTHING = -1  # a target, hash or next token that is not there
 
 
-def suffix_hashes(written: Sequence[int], digits: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
-    """Name the suffix that a writer step stands on: 63-bit hashes, one for each of SUFFIX_ORDERS.
+def suffix_hashes_along(written: Sequence[int], digits: Sequence[bool]) -> list[tuple[int, int, int]]:
+    """Name the suffixes that the steps of a block stand on: for every t, hashes of the first t units written.
 
-    `written` are the units written so far in this block, last character first. A suffix that is shorter than
-    its order, or that holds a digit (numbers are not spelt by rote), is NOTHING.
+    `written` are units, last character first; `digits[unit]` says which are digits. Each entry has a 63-bit hash
+    for each of SUFFIX_ORDERS; a suffix that is shorter than its order, or that holds a digit (numbers are not
+    spelt by rote), is NOTHING. FNV-1a, mixed at the end so that the low bits depend on all units.
     """
-    hashes = [NOTHING, NOTHING, NOTHING]
-    for place, order in enumerate(SUFFIX_ORDERS):
-        suffix = written[-order:]
-        if len(suffix) >= max(order, 1) and not any(digits[unit] for unit in suffix):
-            code = 0xCBF29CE484222325 + order
-            for unit in suffix:  # FNV-1a, then mixed so that the low bits depend on all units
-                code = (code ^ (unit + 1)) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-            code = (code ^ code >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
-            hashes[place] = (code ^ code >> 32) & 0x7FFFFFFFFFFFFFFF
-    return hashes[0], hashes[1], hashes[2]
+    steps = [(NOTHING, NOTHING, NOTHING)]
+    whole = _SEEDS[0]
+    plain = 0  # how many units since the last digit
+    for t, unit in enumerate(written, start=1):
+        plain = 0 if digits[unit] else plain + 1
+        whole = (whole ^ (unit + 1)) * _PRIME & _64_BITS
+        steps.append((
+            _mixed(whole) if plain == t else NOTHING,
+            _ngram(_SEEDS[1], written[t - 2 : t]) if plain >= 2 else NOTHING,
+            _ngram(_SEEDS[2], written[t - 3 : t]) if plain >= 3 else NOTHING,
+        ))  # fmt: skip
+    return steps
+
+
+def suffix_hashes(written: Sequence[int], digits: Sequence[bool]) -> tuple[int, int, int]:
+    """The last entry of `suffix_hashes_along`: what the step that follows `written` stands on."""
+    return suffix_hashes_along(written, digits)[-1]
+
+
+def _ngram(code: int, units: Sequence[int]) -> int:
+    for unit in units:
+        code = (code ^ (unit + 1)) * _PRIME & _64_BITS
+    return _mixed(code)
+
+
+def _mixed(code: int) -> int:
+    code = (code ^ code >> 32) * 0xD6E8FEB86659FD93 & _64_BITS
+    return (code ^ code >> 32) & 0x7FFFFFFFFFFFFFFF
 
 
 class Growing:
@@ -41,7 +63,7 @@ class Growing:
         self._data: Ints = np.zeros((1024, *width), np.int64)
         self.n = 0
 
-    def extend(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> None:
+    def extend(self, values: Ints | Sequence[int] | Sequence[tuple[int, ...]]) -> None:
         """Append `values` ([m] or [m, width])."""
         end = self.n + len(values)
         if end > len(self._data):
@@ -55,6 +77,10 @@ class Growing:
         return self._data[: self.n]
 
 
+# text, tokens, places, targets (last unit first, then <eob>), first token
+_Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
 class BlockTable:
     """Distinct blocks, each with all that the streams need of it, as ragged arrays to gather from.
 
@@ -64,6 +90,7 @@ class BlockTable:
 
     def __init__(self, tokenizer: MixedTokenizer, *, suffixes: bool = True) -> None:
         self.tokenizer, self.suffixes = tokenizer, suffixes
+        self._digits: list[bool] = tokenizer.digit_units.tolist()
         self.clear()
 
     def clear(self) -> None:
@@ -74,8 +101,8 @@ class BlockTable:
         self.token_start, self.target_start, self.first_token, self.n_bytes = (Growing() for _ in range(4))
         self.token_start.extend([0])
         self.target_start.extend([0])
-        self._append("", [self.tokenizer.bos_id], [0], [], self.tokenizer.bos_id)
-        self._append("", [], [], [self.tokenizer.eos_id], self.tokenizer.eos_id)
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        self._append([("", (bos,), (0,), (), bos), ("", (), (), (eos,), eos)])
 
     def __len__(self) -> int:
         return self.first_token.n
@@ -90,35 +117,34 @@ class BlockTable:
 
     def indices(self, blocks: Iterable[str]) -> npt.NDArray[np.int32]:
         """Look up blocks, adding the new ones; [n] int32."""
-        index = self.index
-        found = list(map(index.get, blocks := list(blocks)))
+        blocks = list(blocks)
+        found = list(map(self.index.get, blocks))
         if None in found:
-            for i, text in enumerate(blocks):
-                if found[i] is None:
-                    found[i] = index[text] if text in index else self._add(text)
+            new = [text for text in dict.fromkeys(blocks) if text not in self.index]
+            self.index.update(zip(new, range(len(self), len(self) + len(new)), strict=True))
+            self._append(map(self._entry, new))
+            found = list(map(self.index.get, blocks))
         return np.array(found, np.int32)
 
-    def _add(self, text: str) -> int:
+    def _entry(self, text: str) -> _Entry:
         block = self.tokenizer.encode_block(text)
-        targets = [*block.units[::-1], self.tokenizer.eob_id]
-        self.index[text] = len(self)
-        self._append(text, block.tokens, block.places, targets, block.tokens[0])
-        return self.index[text]
+        return text, block.tokens, block.places, (*block.units[::-1], self.tokenizer.eob_id), block.tokens[0]
 
-    def _append(self, text: str, tokens: Sequence[int], places: Sequence[int], targets: Sequence[int],
-                first: int) -> None:  # fmt: skip
-        self.texts.append(text)
-        self.tokens.extend(tokens)
-        self.places.extend(places)
-        self.targets.extend(targets)
-        nothing = (NOTHING, NOTHING, NOTHING)
-        digits = self.tokenizer.digit_units
-        self.hashes.extend([suffix_hashes(targets[:t], digits) if self.suffixes else nothing
-                            for t in range(len(targets))])  # fmt: skip
-        self.token_start.extend([self.tokens.n])
-        self.target_start.extend([self.targets.n])
-        self.first_token.extend([first])
-        self.n_bytes.extend([len(text.encode())])
+    def _append(self, entries: Iterable[_Entry]) -> None:
+        texts, tokens, places, targets, first_tokens = zip(*entries, strict=True)
+        self.texts += texts
+        self.n_bytes.extend([len(text.encode()) for text in texts])
+        self.token_start.extend(self.tokens.n + np.cumsum([len(t) for t in tokens]))
+        self.target_start.extend(self.targets.n + np.cumsum([len(t) for t in targets]))
+        self.tokens.extend(list(chain.from_iterable(tokens)))
+        self.places.extend(list(chain.from_iterable(places)))
+        self.targets.extend(list(chain.from_iterable(targets)))
+        if self.suffixes:
+            steps = (suffix_hashes_along(written[:-1], self._digits) for written in targets if written)
+            self.hashes.extend(list(chain.from_iterable(steps)))
+        else:
+            self.hashes.extend([(NOTHING, NOTHING, NOTHING)] * sum(map(len, targets)))
+        self.first_token.extend(first_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +188,8 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     return Passage(blocks, p.supervise_from + int((at < p.supervise_from).sum()), p.place_offset)
 
 
-def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int, overlap: int = 0) -> list[Passage]:
+def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int,
+            overlap: int = 0) -> list[Passage]:  # fmt: skip
     """Cut a passage that is over a budget into windows, each opened by BOS_BLOCK, in order.
 
     Every supervised block is supervised in exactly one window. With `overlap`, a window begins with up to so many
@@ -170,12 +197,14 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     """
     body = p.blocks[1:]
     n_read = np.concatenate([[1], 1 + np.cumsum(table.n_tokens(body))])  # tokens up to block i, <bos> included
-    n_written = np.concatenate([[0], np.cumsum(table.n_targets(body))])
+    supervised = np.arange(1, len(p.blocks)) >= p.supervise_from
+    n_written = np.concatenate([[0], np.cumsum(table.n_targets(body) * supervised)])
     if n_read[-1] <= reader_budget and n_written[-1] <= writer_budget:
         return [p]
     cut, start, end = [], 0, 0
     while end < len(body):
-        start = int(np.searchsorted(n_read, n_read[end] - overlap)) if end else 0
+        least = max(n_read[end] - overlap, n_read[end + 1] + 1 - reader_budget)  # room for the next block
+        start = min(int(np.searchsorted(n_read, least)), end) if end else 0
         by_reader = np.searchsorted(n_read, n_read[start] - 1 + reader_budget, side="right") - 1
         by_writer = np.searchsorted(n_written, n_written[end] + writer_budget, side="right") - 1
         first, end = end, max(int(min(by_reader, by_writer)), end + 1)

@@ -144,8 +144,7 @@ def _unknown(unknown: Sequence[str], argv: Sequence[str], known: Sequence[str]) 
             return f"{_spelling(whole)} takes no value, but was given {token!r}; see --help"
         return f"unexpected argument {token!r}; every value needs its flag before it, see --help"
     flag = _spelling(token)
-    names = {"--" + name.rpartition(".")[2].lstrip("-"): name for name in known} | {name: name for name in known}
-    near = [names[match] for match in difflib.get_close_matches(flag, names, n=1, cutoff=0.7)]
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
     return f"unknown flag {flag!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help for all flags")
 
 

@@ -60,12 +60,14 @@ class Layer(nn.Module):
         super().__init__()
         shape = config.shape
         self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
-        self.d_head, self.qk_norm, self.attends = shape.d_model // shape.n_heads, shape.qk_norm, attends
+        self.d_head, self.attends = shape.d_model // shape.n_heads, attends
         if attends:
             self.norm_attention = nn.RMSNorm(shape.d_model, eps=1e-6)
             self.query = nn.Linear(shape.d_model, self.n_heads * self.d_head, bias=False)
             self.key_value = nn.Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head, bias=False)
             self.out = nn.Linear(self.n_heads * self.d_head, shape.d_model, bias=False)
+            norms = nn.RMSNorm if shape.qk_norm else nn.Identity
+            self.norm_query, self.norm_key = norms(self.d_head, eps=1e-6), norms(self.d_head, eps=1e-6)
             self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
         self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
         self.mlp = SwiGLU(shape.d_model, d_ff)
@@ -74,14 +76,12 @@ class Layer(nn.Module):
         """Keys and values [B, H_kv, K, D] of normalized states."""
         kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return (F.rms_norm(k, (self.d_head,)) if self.qk_norm else k), v
+        return self.norm_key(k), v
 
     def forward(self, x_bld: Tensor, view: View) -> Tensor:
         if self.attends:
             h = self.norm_attention(x_bld)
-            q_bhld = self.query(h).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-            if self.qk_norm:
-                q_bhld = F.rms_norm(q_bhld, (self.d_head,))
+            q_bhld = self.norm_query(self.query(h).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2))
             k_bhkd, v_bhkd = view.extend(*self.keys_values(h))
             a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
                                         self.slopes, plan=view.plan)  # fmt: skip

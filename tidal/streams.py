@@ -61,6 +61,7 @@ class DocumentBuilder:
         self.tokenizer = tokenizer
         self.step_stride, self.place_offset = step_stride, place_offset
         self.reader_start, self.writer_start = reader_start, writer_start
+        self.digits: list[bool] = tokenizer.digit_units.tolist()
         self.n_read = 0
         self.opening = self.read([tokenizer.bos_id], [0])
 
@@ -71,7 +72,7 @@ class DocumentBuilder:
             id=written[-1] if written else self.tokenizer.bob_id,
             position=self.n_read + self.step_stride * t,
             place=self.place_offset + t,
-            suffixes=suffix_hashes(written, self.tokenizer.digit_units),
+            suffixes=suffix_hashes(written, self.digits),
             context=end - 1,
             sees_reader=(self.reader_start, end),
             sees_writer=(self.writer_start, self.writer_start + t + 1),

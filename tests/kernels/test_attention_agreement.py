@@ -1,5 +1,7 @@
 """reference against the definition, cpu against reference: output and every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, assert_agrees, make_case, out_and_gradients, triple_loop
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from tidal.kernels import TilePlan, cpu, interval_attention, reference
 
 torch.set_num_threads(1)
+
+NAMES = ("out", "dq", "dk", "dv", "dslopes")
 
 
 @pytest.mark.parametrize("structure", ["random", "streams", "causal"])
@@ -124,25 +128,41 @@ def test_gradcheck(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(attend, (case.q, case.k, case.v, case.slopes))
 
 
+def eager_in_same_dtype(case: Case) -> dict[str, torch.Tensor]:
+    """Output and gradients of plain PyTorch run wholly in the dtype of the case."""
+    visible = reference.visible_keys(case.ranges, case.k.shape[2])[:, None]
+    bias = reference.alibi_bias(case.q_position, case.k_position, case.slopes).to(case.q.dtype)
+    k, v = (x.repeat_interleave(case.q.shape[1] // x.shape[1], dim=1) for x in (case.k, case.v))
+    score = (case.q @ k.transpose(-1, -2)) * case.q.shape[-1] ** -0.5 + bias
+    blind = ~visible.any(-1, keepdim=True)
+    score = score.masked_fill(~visible, float("-inf")).masked_fill(blind, 0.0)
+    out = score.softmax(-1).masked_fill(~visible, 0.0) @ v
+    gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dslopes"), gradients, strict=True))}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("structure", ["random", "streams"])
 def test_low_precision_error(dtype: torch.dtype, dense: bool, structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64, at most twice the error of eager PyTorch run wholly in the same dtype."""
-    monkeypatch.setattr(cpu, "DENSE_LIMIT", 2**60 if dense else -1)
-    low = make_case(11, n_queries=60, n_keys=90, head_dim=16, structure=structure).to(dtype)
-    wanted = out_and_gradients(low.to(torch.float64), "reference")
-    got = out_and_gradients(low, "cpu")
+    """Against float64, at most twice the error of eager PyTorch in the same dtype.
 
-    visible = reference.visible_keys(low.ranges, 90)[:, None]
-    bias = reference.alibi_bias(low.q_position, low.k_position, low.slopes).to(dtype)
-    k, v = (x.repeat_interleave(2, dim=1) for x in (low.k, low.v))
-    score = ((low.q @ k.transpose(-1, -2)) * 16**-0.5 + bias).masked_fill(~visible, float("-inf"))
-    blind = ~visible.any(-1, keepdim=True)
-    out = score.masked_fill(blind, 0.0).softmax(-1).masked_fill(~visible, 0.0) @ v
-    eager = dict(zip(("dq", "dk", "dv", "dslopes"), torch.autograd.grad(
-        out, (low.q, low.k, low.v, low.slopes), low.weight), strict=True))  # fmt: skip
-    for name, value in {"out": out.detach(), **eager}.items():
-        assert got[name].dtype == value.dtype
-        error, allowed = ((x.double() - wanted[name]).abs().max() for x in (got[name], value))
-        assert error <= 2 * allowed, f"{name}: error {error:.2e}, eager PyTorch {allowed:.2e}"
+    The largest error of a single case is luck (in float32 either side wins by up to 3×, and the slopes are only four
+    numbers): the largest errors of ten cases are added up.
+    """
+    monkeypatch.setattr(cpu, "DENSE_LIMIT", 2**60 if dense else -1)
+    error, allowed = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    for seed in range(10):
+        low = make_case(seed, n_queries=60, n_keys=90, head_dim=16, structure=structure).to(dtype)
+        low = replace(low, slopes=low.slopes.detach().float().requires_grad_())
+        exact = replace(low.to(torch.float64), slopes=low.slopes.detach().double().requires_grad_())
+        wanted, got, eager = (
+            out_and_gradients(exact, "reference"),
+            out_and_gradients(low, "cpu"),
+            eager_in_same_dtype(low),
+        )
+        for name in NAMES:
+            assert got[name].dtype == eager[name].dtype
+            error[name] += float((got[name].double() - wanted[name]).abs().max())
+            allowed[name] += float((eager[name].double() - wanted[name]).abs().max())
+    assert all(error[name] <= 2 * allowed[name] for name in NAMES), (error, allowed)

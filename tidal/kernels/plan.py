@@ -19,7 +19,11 @@ DEFAULT_TILE_Q = 64
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """Key slices per tile of queries. Belongs to the ranges it was built from: build anew if those change."""
+    """Key slices per tile of queries.
+
+    Belongs to the ranges it was built from and the positions it is first used with: build anew when any of these
+    is changed in place. Pass the same position tensors in every layer, or nothing is remembered between layers.
+    """
 
     slices: Tensor
     """int32 [n_tiles, 2, 3]: (start, end, full) of the one or two disjoint key slices of a tile: the hull of

@@ -1,0 +1,121 @@
+"""Tiny tokenizers, random models and documents to hold the laws on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from tests.tokenizer.strategies import hostile_text
+from tidal.blocks import BlockTable, Passage, passage
+from tidal.config import Shape, TidalConfig
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+_WORDS = "the there then other light night and land hand said god let be was saw fox dogs with within 'tis don't"
+_HAN = "今天天气很好我们去公园玩你们明天见今天很好天气好我们明天去公园"
+
+
+@functools.cache
+def tokenizers() -> dict[str, MixedTokenizer]:
+    """English with multi-character pieces, Chinese, digits, and one that must spell nearly all in bytes."""
+    words = _WORDS.split()
+    english = " ".join(f"{a} {b}, {c}." for i, a in enumerate(words) for b in words[::3] for c in words[i % 5 :: 7])
+    han = [_HAN[i : i + 7] + "，" for i in range(25)] * 9
+    sums = ["12 + 345 = 357\n"] * 9
+    return {
+        "english": MixedTokenizer.train([english, *sums], 480, max_block_units=8),
+        "chinese": MixedTokenizer.train(han, 620, max_block_units=12),
+        "digits": MixedTokenizer.train(sums, 400, max_block_units=6),
+        "bytes": MixedTokenizer.train(sums, 288, max_block_units=4),
+    }
+
+
+TOKENIZERS = ("english", "chinese", "digits", "bytes")
+tokenizer_names = st.sampled_from(TOKENIZERS)
+
+# ----------------------------------------------------------------------------------------------- models
+
+SHAPES = {
+    "memory": Shape(d_model=16, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=1, reader_ff=24, writer_ff=24,
+                    suffix_rows=61, qk_norm=False),
+    "memory deep": Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=3, reader_ff=16,
+                         writer_ff=40, suffix_rows=0, qk_norm=True, step_stride=1.0, place_jitter=5),
+    "block": Shape(d_model=24, n_heads=3, n_kv_heads=1, reader_layers=2, writer_layers=2, reader_ff=24, writer_ff=24,
+                   suffix_rows=7, writer_attention="block", qk_norm=True, step_stride=0.375),
+    "none": Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=3, writer_layers=2, reader_ff=24, writer_ff=24,
+                  suffix_rows=1000, writer_attention="none", qk_norm=False),
+}  # fmt: skip
+shape_names = st.sampled_from(tuple(SHAPES))
+
+
+def config_of(tokenizer: MixedTokenizer, shape: Shape) -> TidalConfig:
+    """What training would write for this tokenizer."""
+    return TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
+                       tokenizer.fingerprint, shape)  # fmt: skip
+
+
+def random_model(tokenizer: MixedTokenizer, shape: Shape, dtype: torch.dtype = torch.float64,
+                 seed: int = 0) -> TidalTransformer:  # fmt: skip
+    """A model in which everything matters: no weight is zero, and `<eob>` and `<eos>` are likely enough."""
+    model = TidalTransformer(config_of(tokenizer, shape))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in name else noise * shape.d_model**-0.5)
+        model.unit_embedding.weight[[tokenizer.eob_id, tokenizer.eos_id]] *= 3
+        if shape.suffix_rows:
+            model.suffix_embedding.weight[0] = 0
+    return model.to(dtype).eval()
+
+
+@functools.cache
+def _shared(tokenizer: str, shape: str, dtype: torch.dtype) -> TidalTransformer:
+    return random_model(tokenizers()[tokenizer], SHAPES[shape], dtype)
+
+
+def tiny(tokenizer: str, shape: str, dtype: torch.dtype = torch.float64) -> tuple[TidalTransformer, MixedTokenizer]:
+    """A random model with its tokenizer. The model is shared: copy it before changing it."""
+    return _shared(tokenizer, shape, dtype), tokenizers()[tokenizer]
+
+
+def tiny_copy(tokenizer: str, shape: str) -> tuple[TidalTransformer, MixedTokenizer]:
+    """Like `tiny`, to be changed."""
+    model, its_tokenizer = tiny(tokenizer, shape)
+    return copy.deepcopy(model), its_tokenizer
+
+
+# -------------------------------------------------------------------------------------------- documents
+
+
+@st.composite
+def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4) -> Passage:
+    """A document with or without a prompt, an end, boundary dropout, a place offset; it may be empty."""
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    return passage(
+        table,
+        draw(st.just("") | hostile_text(max_size=max_size)),
+        draw(hostile_text(max_size=max_size)),
+        ends=draw(st.booleans()),
+        place_offset=draw(st.sampled_from((0, 0, 3))),
+        rng=rng,
+        cut_probability=draw(st.sampled_from((0.0, 0.5))),
+    )
+
+
+@st.composite
+def rows_of_passages(draw: st.DrawFn, table: BlockTable) -> list[list[Passage]]:
+    """Rows of different lengths, each with several documents."""
+    row = st.lists(passages(table), min_size=1, max_size=3)
+    return draw(st.lists(row, min_size=1, max_size=3))
+
+
+def short_text() -> st.SearchStrategy[str]:
+    """Hostile, and short enough to be decoded step by step."""
+    return hostile_text(max_size=4).map(lambda text: text[:14])

@@ -1,0 +1,232 @@
+"""Tables of blocks, passages, and how they are cut and packed into rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import passages, tokenizer_names, tokenizers
+from tests.tokenizer.strategies import hostile_text
+from tidal.blocks import (
+    BOS_BLOCK,
+    EOS_BLOCK,
+    NOTHING,
+    BlockTable,
+    Growing,
+    Passage,
+    cut_at_random,
+    fill_rows,
+    passage,
+    suffix_hashes,
+    windows,
+)
+
+
+def texts_of(p: Passage, table: BlockTable) -> list[str]:
+    return [table.texts[index] for index in p.blocks]
+
+
+def n_tokens(p: Passage, table: BlockTable) -> int:
+    return int(table.n_tokens(p.blocks).sum())
+
+
+def n_steps(p: Passage, table: BlockTable) -> int:
+    return int(table.n_targets(p.blocks[p.supervise_from :]).sum())
+
+
+# ------------------------------------------------------------------------------------------------- table
+
+
+@settings(max_examples=80)
+@given(tokenizer_names, st.lists(hostile_text(), max_size=4))
+def test_a_table_holds_every_block_once(name: str, texts: list[str]) -> None:
+    table = BlockTable(tokenizer := tokenizers()[name])
+    blocks = [block for text in texts for block in tokenizer.split(text)]
+    index = table.indices(blocks)
+    assert index.dtype == np.int32
+    assert [table.texts[i] for i in index] == blocks
+    assert len(table) == len(table.texts) == 2 + len(set(blocks))
+    assert table.indices(blocks).tolist() == index.tolist()
+    for i, text in zip(index, blocks, strict=True):
+        block = tokenizer.encode_block(text)
+        read = slice(*table.token_start.view()[[i, i + 1]])
+        write = slice(*table.target_start.view()[[i, i + 1]])
+        targets = table.targets.view()[write].tolist()
+        assert tuple(table.tokens.view()[read]) == block.tokens
+        assert tuple(table.places.view()[read]) == block.places
+        assert targets == [*tokenizer.write_units(text), tokenizer.eob_id]
+        assert table.hashes.view()[write].tolist() == [
+            list(suffix_hashes(targets[:t], tokenizer.digit_units)) for t in range(len(targets))
+        ]
+        assert table.n_bytes.view()[i] == len(text.encode())
+        assert table.first_token.view()[i] == block.tokens[0]
+
+
+def test_the_two_special_blocks() -> None:
+    table = BlockTable(tokenizer := tokenizers()["english"])
+    table.indices(["the", " light"])
+    table.clear()
+    assert len(table) == 2
+    both = np.array([BOS_BLOCK, EOS_BLOCK], np.int32)
+    assert table.n_tokens(both).tolist() == [1, 0]
+    assert table.n_targets(both).tolist() == [0, 1]
+    assert table.tokens.view().tolist() == [tokenizer.bos_id]
+    assert table.targets.view().tolist() == [tokenizer.eos_id]
+
+
+def test_without_suffixes_there_are_no_hashes() -> None:
+    table = BlockTable(tokenizers()["english"], suffixes=False)
+    table.indices(["the", " light"])
+    assert (table.hashes.view() == NOTHING).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=700), max_size=8))
+def test_growing_keeps_all_that_it_was_given(parts: list[list[int]]) -> None:
+    growing, pairs = Growing(), Growing(2)
+    for part in parts:
+        growing.extend(part)
+        pairs.extend([(value, -value) for value in part])
+    flat = [value for part in parts for value in part]
+    assert growing.view().tolist() == flat
+    assert pairs.view().tolist() == [[value, -value] for value in flat]
+
+
+# ------------------------------------------------------------------------------------------------ suffixes
+
+
+@given(st.lists(st.integers(2, 11), max_size=6), st.lists(st.integers(2, 11), max_size=6))
+def test_a_hash_names_a_suffix(one: list[int], other: list[int]) -> None:
+    digits = np.zeros(12, np.bool_)
+    a, b = suffix_hashes(one, digits), suffix_hashes(other, digits)
+    for place, order in enumerate((0, 2, 3)):
+        here, there = (written[-order:] if len(written) >= max(order, 1) else None for written in (one, other))
+        assert (a[place] == b[place]) == (here == there)
+        assert (a[place] == NOTHING) == (here is None)
+        assert a[place] < 2**63
+    assert len({h for h in a if h != NOTHING}) == sum(h != NOTHING for h in a), "the orders share a hash"
+
+
+@given(st.lists(st.integers(2, 11), min_size=1, max_size=6))
+def test_a_suffix_with_a_digit_has_no_hash(written: list[int]) -> None:
+    digits = np.arange(12) >= 9
+    for place, order in enumerate((0, 2, 3)):
+        suffix = written[-order:]
+        known = len(written) >= max(order, 1) and max(suffix) < 9
+        assert (suffix_hashes(written, digits)[place] != NOTHING) == known
+
+
+def test_low_bits_of_hashes_are_spread() -> None:
+    """Rows of the table are hash modulo its size, also where that is a power of two."""
+    digits = np.zeros(300, np.bool_)
+    rows = [suffix_hashes([a, b], digits)[0] % 4096 for a in range(200, 264) for b in range(200, 264)]
+    assert len(set(rows)) > 4096 * 0.6  # 1 − 1/e of the rows, were they random
+
+
+# ------------------------------------------------------------------------------------------------ passages
+
+
+@settings(max_examples=80)
+@given(tokenizer_names, hostile_text(), hostile_text(), st.floats(0, 1), st.integers(0, 5))
+def test_cutting_at_random_keeps_the_text(name: str, prompt: str, completion: str, chance: float, seed: int) -> None:
+    table = BlockTable(tokenizers()[name])
+    whole = passage(table, prompt, completion, place_offset=2)
+    cut = cut_at_random(whole, table, np.random.default_rng(seed), chance)
+    texts = texts_of(cut, table)
+    assert "".join(texts[: cut.supervise_from]) == prompt
+    assert "".join(texts[cut.supervise_from :]) == completion
+    assert all(texts[1:-1])
+    assert (cut.blocks[0], cut.blocks[-1], cut.place_offset) == (BOS_BLOCK, EOS_BLOCK, 2)
+    assert cut.blocks.dtype == np.int32
+    again = cut_at_random(whole, table, np.random.default_rng(seed), chance)
+    assert again.blocks.tolist() == cut.blocks.tolist()
+    if chance == 1:
+        n_long = sum(len(text) > 1 for text in texts_of(whole, table))
+        assert len(cut.blocks) == len(whole.blocks) + n_long
+
+
+def test_every_inner_cut_happens() -> None:
+    table = BlockTable(tokenizers()["english"])
+    whole = passage(table, "", "light")
+    seen = {texts_of(cut_at_random(whole, table, np.random.default_rng(i), 1), table)[1] for i in range(99)}
+    assert seen == {"l", "li", "lig", "ligh"}
+
+
+def test_lone_surrogates_are_refused() -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        passage(BlockTable(tokenizers()["english"]), "", "a\ud800")
+
+
+# ----------------------------------------------------------------------------------------- windows and rows
+
+
+def test_a_window_has_less_context_where_its_next_block_is_long() -> None:
+    table = BlockTable(tokenizers()["digits"])
+    cut = windows(passage(table, "", "1234567 12345 123456"), table, 10, 1000, overlap=7)
+    assert [n_tokens(w, table) for w in cut] == [8, 8, 8]
+    assert [texts_of(w, table)[w.supervise_from :] for w in cut] == [["123456", "7"], [" 12345"], [" 12345", "6", ""]]
+
+
+def test_a_prompt_costs_no_writer_steps() -> None:
+    table = BlockTable(tokenizers()["digits"])
+    whole = passage(table, "123456 123456 123456", " 1\n")
+    assert windows(whole, table, 100, 6) == [whole]
+    assert list(fill_rows([whole], table, 100, 6)) == [[whole]]
+
+
+@settings(max_examples=150)
+@given(st.data(), tokenizer_names, st.integers(2, 40), st.integers(1, 60), st.integers(0, 12))
+def test_windows(data: st.DataObject, name: str, reader_budget: int, writer_budget: int, overlap: int) -> None:
+    table = BlockTable(tokenizers()[name])
+    whole = data.draw(passages(table, max_size=10))
+    cut = windows(whole, table, reader_budget, writer_budget, overlap)
+    supervised = [block for w in cut for block in w.blocks[w.supervise_from :].tolist()]
+    assert supervised == whole.blocks[whole.supervise_from :].tolist(), "each block once, in order"
+    body = whole.blocks.tolist()
+    for window in cut:
+        blocks = window.blocks.tolist()
+        assert blocks[0] == BOS_BLOCK
+        assert BOS_BLOCK not in blocks[1:]
+        assert window.blocks.dtype == np.int32
+        assert window.place_offset == whole.place_offset
+        assert any(blocks[1:] == body[i : i + len(blocks) - 1] for i in range(1, len(body) + 1)), "not contiguous"
+        if len(cut) > 1:
+            assert window.supervise_from < len(blocks), "a window without supervised blocks"
+    if n_tokens(whole, table) <= reader_budget and n_steps(whole, table) <= writer_budget:
+        assert cut == [whole]
+        return
+    for window in cut:  # only a block that is over a budget on its own may be in a window over it
+        last = Passage(window.blocks[[0, -1]])
+        assert n_tokens(window, table) <= max(reader_budget, n_tokens(last, table))
+        assert n_steps(window, table) <= max(writer_budget, n_steps(last, table))
+
+
+@settings(max_examples=60)
+@given(hostile_text(max_size=16), st.integers(20, 40), st.integers(0, 8))
+def test_windows_of_text_join_to_it_and_overlap_as_asked(text: str, reader_budget: int, overlap: int) -> None:
+    table = BlockTable(tokenizers()["chinese"])
+    cut = windows(passage(table, "", text), table, reader_budget, 1000, overlap)
+    assert "".join(table.texts[block] for w in cut for block in w.blocks[w.supervise_from :]) == text
+    for window in cut:
+        context = window.blocks[1 : window.supervise_from]
+        assert table.n_tokens(context).sum() <= overlap
+
+
+@settings(max_examples=60)
+@given(st.data(), tokenizer_names, st.integers(1, 40), st.integers(1, 60))
+def test_rows_keep_order_and_budgets(data: st.DataObject, name: str, reader_budget: int, writer_budget: int) -> None:
+    table = BlockTable(tokenizers()[name])
+    many = data.draw(st.lists(passages(table), max_size=6))
+    rows = list(fill_rows(iter(many), table, reader_budget, writer_budget))
+    assert [id(p) for row in rows for p in row] == [id(p) for p in many]
+    for row in rows:
+        assert row
+        tokens, steps = sum(n_tokens(p, table) for p in row), sum(n_steps(p, table) for p in row)
+        assert len(row) == 1 or (tokens <= reader_budget and steps <= writer_budget)
+    for row, after in itertools.pairwise(rows):  # greedy: the next one did not fit
+        tokens, steps = n_tokens(after[0], table), n_steps(after[0], table)
+        assert (tokens + sum(n_tokens(p, table) for p in row) > reader_budget
+                or steps + sum(n_steps(p, table) for p in row) > writer_budget)  # fmt: skip

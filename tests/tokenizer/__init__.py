@@ -1,0 +1,1 @@
+"""Tests of `tidal.tokenizer`. Other tests may import `strategies.hostile_text`."""

@@ -1,0 +1,95 @@
+"""The split rules by example, their caps, boundary dropout, and that no text is slow."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tidal.tokenizer import split as rules
+
+from . import laws
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ["54663", " +", " 132", " =", " 54795", "\n"],
+        ["a", "  ", " b"],
+        ["\n\n ", " foo"],
+        ["\n", "foo"],
+        ["  "],
+        ["a", "\t", "b", "\u00a0", "c", " \n"],
+        ["Don't", " rock’n’roll", " 'tis", "'"][:2] + [" '", "tis", "'"],
+        ["R", "2", "D", "2", " x²"],
+        ["__", "init", "__", "(", "self", ")", ":"],
+        ["3", ".", "14", " ...", " (", "x", ")."],
+        ["cafe\u0301", " नमस्ते", " हिन्दी", " می\u200cخواهم"],
+        ["x", " 👩\u200d👩\u200d👧", "1", "\ufe0f\u20e3"],
+        ["<", "bob", ">"],
+        [" ٣٤", " ๑๒๓"],
+        [],
+    ],
+)
+def test_examples(blocks: list[str]) -> None:
+    assert laws.tokenizer("mixed").split("".join(blocks)) == blocks
+
+
+def test_long_runs_are_cut_from_the_left() -> None:
+    split = laws.tokenizer("mixed").split
+    assert split("7" * 40) == ["7" * 32, "7" * 8]
+    assert split(" " + "7" * 40) == [" " + "7" * 31, "7" * 9]
+    assert split("\u2581" * 12) == ["\u2581" * 10, "\u2581" * 2]  # three byte units each
+    assert laws.tokenizer("cap4").split("running\U0010ffff𠮷") == ["runn", "ing", "\U0010ffff", "𠮷"]
+
+
+def test_unspaced_scripts_are_cut_along_tokens() -> None:
+    tokenizer = laws.tokenizer("mixed")
+    blocks = tokenizer.split("cat 你好世界，你好ภาษา𠮷𠮷")
+    assert blocks[0] == "cat"
+    assert " 你好" in blocks or " 你" in blocks  # the leading space stays with the first
+    assert blocks[-2:] == ["𠮷", "𠮷"]  # outside the alphabet: each by itself
+    assert all(not (set("你好世界") & set(b) and set("，ภาษา") & set(b)) for b in blocks)
+    run = "你好中国"
+    pieces = [tokenizer.id_bytes[i].decode() for i in tokenizer.encode_block(run).tokens]
+    assert tokenizer.split(run) == pieces
+
+
+def test_combining_marks_lie_where_the_pattern_looks_for_them() -> None:
+    listed = rules._combining_marks()
+    ranges = [(ord(listed[at]), ord(listed[at + 2])) for at in range(0, len(listed), 3)]
+    found = {code for first, last in ranges for code in range(first, last + 1)}
+    assert found == {c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] == "M"}
+
+
+def test_dropout_is_uniform_over_inner_characters_and_as_frequent_as_asked() -> None:
+    tokenizer = laws.tokenizer("mixed")
+    text = " abcdefghi" * 9000
+    blocks = tokenizer.split(text, np.random.default_rng(1), 0.5)
+    assert "".join(blocks) == text
+    heads = Counter(len(b) for b in blocks if b.startswith(" ") and len(b) < 10)
+    assert sorted(heads) == list(range(1, 10))
+    assert all(abs(count - 500) < 100 for count in heads.values())  # four and a half standard deviations
+    assert tokenizer.split(text, np.random.default_rng(1), 0.0) == tokenizer.split(text)
+
+
+@pytest.mark.parametrize(("seed", "probability"), [(None, 0.5), (1, -0.1), (1, 1.5), (1, float("nan"))])
+def test_dropout_settings_are_checked(seed: int | None, probability: float) -> None:
+    rng = None if seed is None else np.random.default_rng(seed)
+    with pytest.raises(ValueError, match=r"cut_probability"):
+        laws.tokenizer("mixed").split("text", rng, probability)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a", "a'", "a\u0301", "\u0301", "\n", " ", "  \n", "-_", "1", "中a", "\u2581", "\0"]
+)
+def test_no_run_is_slow(pattern: str) -> None:
+    """Generous: a quadratic rule would need hours, not seconds."""
+    text = pattern * 100_000
+    start = time.process_time()
+    assert "".join(laws.tokenizer("mixed").split(text)) == text
+    assert time.process_time() - start < 10

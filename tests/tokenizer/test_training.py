@@ -1,0 +1,106 @@
+"""Training: deterministic, quiet, bounded, and possible on any corpus."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tidal.tokenizer import MixedTokenizer
+
+from . import laws
+from .strategies import HOSTILE
+
+SCRIPT = """
+from tests.tokenizer import laws
+print(laws.tokenizer("mixed").fingerprint)
+"""
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_the_same_texts_give_the_same_fingerprint_quietly(hash_seed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(["."])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == laws.tokenizer("mixed").fingerprint
+    assert done.stderr == ""
+
+
+def test_the_order_of_texts_does_not_matter() -> None:
+    texts = laws.CORPUS * 20
+    assert MixedTokenizer.train(texts[::-1], 600).fingerprint == laws.tokenizer("mixed").fingerprint
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [[], [""], ["", "\n", " \n\t "], ["\0"], ["\u2581\u2585\ufffd"], ["7"], ["a"], HOSTILE, ["".join(HOSTILE)] * 9],
+)
+@pytest.mark.parametrize("vocab_size", [288, 2048])
+def test_any_corpus_will_do(texts: list[str], vocab_size: int) -> None:
+    tokenizer = MixedTokenizer.train(texts, vocab_size)
+    assert tokenizer.vocab_size <= vocab_size
+    laws.check_layout(tokenizer)
+    for text in (*texts, laws.CORPUS[2], " ".join(HOSTILE)):
+        for law in laws.TEXT_LAWS:
+            law(tokenizer, text)
+
+
+def test_printable_ascii_is_in_the_alphabet() -> None:
+    for name in ("mixed", "empty", "cap4"):
+        assert set(map(chr, range(32, 127))) <= set(laws.alphabet(laws.tokenizer(name)))
+    assert set("0123456789+= ") <= set(laws.alphabet(laws.tokenizer("digits")))  # no room for all of it
+
+
+def test_a_large_alphabet_leaves_room_for_pieces() -> None:
+    texts = ["".join(map(chr, range(0x4E00, 0x5E00)))] + ["你好世界 running"] * 1000
+    tokenizer = MixedTokenizer.train(texts, 1000)
+    room = 1000 - 260
+    assert tokenizer.n_writable - 258 == room // 2
+    assert set("你好世界") <= set(laws.alphabet(tokenizer))
+    assert tokenizer.encode_block(" running").tokens[0] > tokenizer.bos_id
+
+
+def test_coverage_leaves_rare_characters_to_bytes() -> None:
+    texts = ["a" * 9990 + "é" * 9 + "ж"]
+    assert {"é", "ж"} <= set(laws.alphabet(MixedTokenizer.train(texts, character_coverage=1.0)))
+    covered = set(laws.alphabet(MixedTokenizer.train(texts, character_coverage=0.9999)))
+    assert "é" in covered
+    assert "ж" not in covered
+
+
+def test_training_reads_no_more_than_it_may() -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "the cat sat "
+
+    assert MixedTokenizer.train(endless(), max_bytes=10_000).encode_block(" cat").tokens
+    tokenizer = MixedTokenizer.train(["ab\u00e9", "ж"], max_bytes=3)  # ends inside é
+    assert not {"é", "ж"} & set(laws.alphabet(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 287}, "at least 288"),
+        ({"max_block_units": 3}, "max_block_units must be at least 4, not 3"),
+        ({"character_coverage": 0.0}, "character_coverage"),
+        ({"character_coverage": 1.1}, "character_coverage"),
+        ({"max_bytes": 0}, "max_bytes"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixedTokenizer.train(["text"], **settings)
+
+
+def test_one_string_is_not_an_iterable_of_texts() -> None:
+    with pytest.raises(TypeError, match="not one string"):
+        MixedTokenizer.train("text")
