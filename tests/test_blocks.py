@@ -66,6 +66,15 @@ def test_a_table_holds_every_block_once(name: str, texts: list[str]) -> None:
         assert table.first_token.view()[i] == block.tokens[0]
 
 
+def test_a_block_that_is_refused_leaves_the_table_as_it_was() -> None:
+    table = BlockTable(tokenizers()["english"])
+    for bad in ("\ud800", ""):
+        with pytest.raises(ValueError, match=r"surrogate|at least one character"):
+            table.indices(["the", bad])
+    assert len(table) == 2
+    assert [table.texts[i] for i in table.indices(["fox", "the"])] == ["fox", "the"]
+
+
 def test_the_two_special_blocks() -> None:
     table = BlockTable(tokenizer := tokenizers()["english"])
     table.indices(["the", " light"])

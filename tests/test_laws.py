@@ -49,7 +49,7 @@ def table_for(model: TidalTransformer, tokenizer: MixedTokenizer) -> BlockTable:
 
 def assert_close(one: object, other: object, tolerance: float) -> None:
     """The largest difference, not the mean."""
-    a, b = (torch.as_tensor(x).double() for x in (one, other))
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (one, other))
     assert a.shape == b.shape
     assert torch.isfinite(a).all()
     worst = (a - b).abs().max().item() if a.numel() else 0.0
@@ -73,8 +73,8 @@ def packed_states(model: TidalTransformer, table: BlockTable, rows: Sequence[Seq
 # ------------------------------------------------------------------------------ the model a second time
 
 
-def norm(x: Tensor, weight: Tensor | float = 1.0, eps: float = 1e-6) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
 def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, distance_lk: Tensor) -> Tensor:
@@ -87,9 +87,8 @@ def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, 
         for i in range(layer.n_heads):
             group = i // (layer.n_heads // layer.n_kv_heads)
             q, k, v = h @ weight_q[i].T, keys @ weight_kv[0, group].T, keys @ weight_kv[1, group].T
-            if layer.qk_norm:
-                eps = torch.finfo(q.dtype).eps
-                q, k = norm(q, eps=eps), norm(k, eps=eps)
+            if isinstance(layer.norm_query, torch.nn.RMSNorm):
+                q, k = norm(q, layer.norm_query.weight), norm(k, layer.norm_key.weight)
             scores = q @ k.T / layer.d_head**0.5 - layer.slopes[i] * distance_lk
             heads.append(scores.masked_fill(~sees_lk, -torch.inf).softmax(-1) @ v)
         x_ld = x_ld + torch.cat(heads, -1) @ layer.out.weight.T

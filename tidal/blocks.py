@@ -121,8 +121,9 @@ class BlockTable:
         found = list(map(self.index.get, blocks))
         if None in found:
             new = [text for text in dict.fromkeys(blocks) if text not in self.index]
+            entries = list(map(self._entry, new))  # before anything changes: a lone surrogate raises here
             self.index.update(zip(new, range(len(self), len(self) + len(new)), strict=True))
-            self._append(map(self._entry, new))
+            self._append(entries)
             found = list(map(self.index.get, blocks))
         return np.array(found, np.int32)
 

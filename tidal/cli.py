@@ -6,12 +6,14 @@ Nothing here imports torch, and tyro and tqdm are imported only when they are us
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
 import re
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -57,7 +59,7 @@ def parse(
     description: str | None = None,
     default: T | None = None,
 ) -> T:
-    """Make a `config_type` out of flags such as `--max-steps 100` or `--model.d-model 64`.
+    """Make a `config_type` out of flags such as `--max-steps 100` or `--d-model 64`.
 
     `default` replaces the defaults of the dataclass. Field docstrings are the help texts. `--help` prints
     to stdout and exits with code 0.
@@ -83,6 +85,7 @@ def parse(
         )
         return parsed
 
+    argv = _gathered(argv, _variadic(config_type))
     try:
         with _captured(width=9999) as said:
             config, unknown = cli(argv)
@@ -96,6 +99,34 @@ def parse(
     if unknown:
         raise UserError(_unknown(unknown, argv, _known_flags(cli)))
     return config
+
+
+def _variadic(config_type: type) -> set[str]:
+    """The flags that take several values."""
+    flags = set()
+    for name, hint in typing.get_type_hints(config_type).items():
+        if dataclasses.is_dataclass(hint):
+            flags |= _variadic(typing.cast(type, hint))
+        elif typing.get_origin(hint) is tuple:
+            flags.add(f"--{name.replace('_', '-')}")
+    return flags
+
+
+def _gathered(argv: Sequence[str], variadic: set[str]) -> list[str]:
+    """A flag of several values that is given again (`--data a --data b`) adds its values to those before."""
+    if len(flags := _flags(argv)) == len(set(flags)):
+        return list(argv)
+    groups: dict[object, list[str]] = {None: []}  # a flag with its values; each comes by itself unless variadic
+    key: object = None
+    for i, argument in enumerate(argv):
+        if argument.startswith("--"):
+            flag = _spelling(argument)
+            key = flag if flag in variadic else i
+            values = [argument.partition("=")[2]] if "=" in argument else []
+            groups.setdefault(key, [flag] if key == flag else [argument]).extend(values if key == flag else [])
+        else:
+            groups[key].append(argument)
+    return [argument for group in groups.values() for argument in group]
 
 
 @contextlib.contextmanager

@@ -55,10 +55,10 @@ class Bits:
 
 def run(argv: list[str]) -> None:
     """Choose the figure to measure."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        raise UserError("nothing to evaluate; choose addition or bits-per-byte, or see --help")
+    if argv[0] in ("-h", "--help"):
         print(USAGE)
-        if not argv:
-            raise UserError("nothing to evaluate; choose addition or bits-per-byte")
     elif argv[0] == "addition":
         addition(parse(Sums, argv[1:], "tidal.evaluate addition", "Exact match on random sums."))
     elif argv[0] == "bits-per-byte":
@@ -71,6 +71,8 @@ def addition(settings: Sums) -> None:
     """Exact match on sums of two operands with exactly `digits` digits."""
     if settings.digits < 1 or settings.count < 1 or settings.batch_size < 1:
         raise UserError("--digits, --count and --batch-size must be at least 1")
+    if settings.seed < 0:
+        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     import numpy as np
 
     from tidal.device import pick_device
@@ -106,6 +108,8 @@ def bits_per_byte(settings: Bits) -> None:
     whole = (passage(table, d.prompt, d.completion) for d in documents)
     rows = [[w] for p in whole for w in windows(p, table, settings.context, 1 << 40, overlap=settings.context // 2)]
     bits, n_units, n_bytes = measure(model, rows, table)
+    if not n_bytes:
+        raise UserError("no text to score: every completion is empty; check --data")
     _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
              "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
 

@@ -50,14 +50,20 @@ class Infer:
 def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
-    if settings.num_samples < 1:
-        raise UserError(f"--num-samples is {settings.num_samples}; it must be at least 1")
+    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0)):
+        if (value := getattr(settings, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device
     from tidal.infer.load import load_with_trainer
+    from tidal.infer.sampling import Sampling
     from tidal.train.presets import GREEDY
 
+    try:
+        Sampling(settings.temperature or 0.0, settings.top_k, settings.top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     device = pick_device(settings.device)
     folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
     model, tokenizer, trainer = load_with_trainer(folder, device=device)
@@ -69,11 +75,15 @@ def run(argv: list[str]) -> None:
         return
     note("type a prompt; Ctrl-D ends")
     while True:
+        print("> ", end="", file=sys.stderr, flush=True)  # stdout is for results
         try:
-            prompt = input("> ")
+            prompt = input()
         except EOFError:
             note("")
             return
+        except UnicodeDecodeError as error:
+            note(f"not UTF-8 text: {error}")
+            continue
         try:
             _answer(model, tokenizer, [prompt], settings, temperature)
         except UserError as error:  # one bad prompt does not end the conversation
@@ -85,6 +95,13 @@ def _prompts(settings: Infer) -> list[str] | None:
     if settings.prompt and settings.prompt_file:
         raise UserError(f"both --prompt and --prompt-file {settings.prompt_file!r} are given; choose one")
     if settings.prompt:
+        from tidal.tokenizer.split import utf8
+
+        for prompt in settings.prompt:
+            try:
+                utf8(prompt)
+            except ValueError as error:  # bytes of the command line that are no UTF-8 arrive as these
+                raise UserError(f"--prompt {prompt!r}: {error}") from error
         return list(settings.prompt)
     if settings.prompt_file is None and sys.stdin.isatty():
         return None

@@ -42,6 +42,10 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
             f"{folder} was trained with tokenizer {config.fingerprint[:16]}…, but holds {tokenizer.fingerprint[:16]}…; "
             "restore the checkpoint's own tokenizer folder"
         )
+    for name in ("vocab_size", "n_writable", "n_head", "max_block_units"):
+        here, there = getattr(config, name), getattr(tokenizer, name)
+        if here != there:
+            raise UserError(f"{folder}: {name} is {here!r} in its config.json, but {there} in its tokenizer")
     model = TidalTransformer(config)
     try:
         model.load_state_dict(tensors)

@@ -41,7 +41,8 @@ def choose(logits: Tensor, allowed: Tensor, how: Sampling, generators: Sequence[
     logits = logits.double().masked_fill(~allowed, -math.inf)
     if how.temperature == 0:
         return logits.argmax(-1).tolist()
-    values, units = (logits / how.temperature).sort(dim=-1, descending=True, stable=True)
+    values, units = logits.sort(dim=-1, descending=True, stable=True)
+    values = (values - values[:, :1]) / how.temperature  # the highest is 0, so that no temperature overflows it
     if how.top_k:
         values[:, how.top_k :] = -math.inf
     probabilities = values.softmax(-1)

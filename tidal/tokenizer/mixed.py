@@ -34,9 +34,10 @@ from tidal.tokenizer.split import RULES_VERSION, UNSPACED, by_script, cut_to_fit
 from tidal.tokenizer.training import SPACE_MARK, may_be_unit, train_model
 
 _EOB, _EOS, _FIRST_BYTE, _FIRST_CHAR = 0, 1, 2, 258
-Value = TypeVar("Value")
 _CACHE_ENTRIES = 1_000_000
 _MODEL_FILE, _RULES_FILE = "tokenizer.model", "tokenizer.json"
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class MixedTokenizer:
         self.max_block_units = max_block_units
         self._lay_out_ids()
         self.fingerprint = _fingerprint(model, _rules(max_block_units))
-        """SHA-256 (hex) of the sentencepiece model and the split rules: equal means equal on every text."""
+        """SHA-256 (hex) of the sentencepiece model and the split rules. Equal ones treat every text the same."""
         self._blocks: dict[str, Block] = {}
         self._cuts: dict[str, list[str]] = {}
 
@@ -321,10 +322,12 @@ def _fingerprint(model: bytes, rules: dict[str, int]) -> str:
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError) as error:
+        processor.load_from_serialized_proto(model)
+    except RuntimeError as error:
         raise ValueError(f"not a sentencepiece model: {error}") from None
+    return processor
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -4,7 +4,8 @@ A block is about a word, with its one leading space. Joined, the blocks are the 
 
     "Don't add 54663 +\\n\\n  1."   ->   [Don't][ add][ 54663][ +][\\n\\n ][ 1][.]
 
-Everything here is linear in the length of the text, whatever the text.
+Everything here is linear in the length of the text, whatever the text. Letters, marks, digits and white space are
+those of Python's Unicode version; versions differ only in characters that were newly assigned.
 """
 
 from __future__ import annotations

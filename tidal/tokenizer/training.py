@@ -117,10 +117,10 @@ def _choose_alphabet(blocks: Counter[str], room: int, coverage: float) -> list[s
     for block, count in blocks.items():
         for char in block:
             counts[char] += count
-    missing = int((1.0 - coverage) * counts.total())
     usable = sorted(filter(may_be_unit, counts), key=lambda c: (c not in _PRINTABLE, -counts[c], c))
-    while usable and usable[-1] not in _PRINTABLE and counts[usable[-1]] <= missing:
-        missing -= counts[usable.pop()]
+    total = covered = sum(counts[char] for char in usable)
+    while usable[-1] not in _PRINTABLE and covered - counts[usable[-1]] >= coverage * total:
+        covered -= counts[usable.pop()]
     return sorted(usable[: min(room, max(len(_PRINTABLE), room // 2))])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tidal.cli import UserError, main, note, parse
@@ -11,15 +12,26 @@ from tidal.train.presets import PRESETS
 DESCRIPTION = """Train a Tidal model. The default recipe, addition, needs no data; for your own text:
 python -m tidal.train --recipe text --data FILE"""
 
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("max_steps", "rows", "validate_every", "keep", "accumulate", "digits"), (1, math.inf)),
+    **dict.fromkeys(("threads", "max_seconds", "seed", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "clip", "aux_weight", "step_stride"), (0, 1e6)),
+    **dict.fromkeys(("decay_fraction", "cut_probability"), (0, 1)),
+    "beta2": (0, 0.999999), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
+}  # fmt: skip
+"""Least and most of the numbers; shapes are checked where they are made."""
+
 
 def run(argv: list[str]) -> None:
     """Parse the flags, check the data, train, draw the loss."""
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=PRESETS[_recipe(argv)])
     _check(settings)
     from tidal import checkpoint  # torch comes with these
+    from tidal.device import pick_device
     from tidal.train.loop import make_recipe, train
     from tidal.train.plot import draw
 
+    pick_device(settings.device)  # what can fail fails before there is a run folder
     recipe = make_recipe(settings)
     out = checkpoint.prepare_run_dir(Path(settings.out or f"runs/{settings.recipe}"))
     train(settings, recipe, out)
@@ -38,11 +50,16 @@ def _recipe(argv: list[str]) -> str:
 
 
 def _check(settings: Train) -> None:
-    """Raise UserError for numbers that make no sense; shapes are checked where they are made."""
-    least = {"max_steps": 1, "rows": 1, "validate_every": 1, "keep": 1, "threads": 0, "max_seconds": 0, "seed": 0}
-    for name, limit in least.items():
-        if getattr(settings, name) < limit:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {limit}")
+    """Raise UserError for settings that make no sense."""
+    for part in (settings, settings.model, settings.optim, settings.addition, settings.text):
+        for name, (least, most) in LIMITS.items():
+            value = vars(part).get(name, least)
+            if not least <= value <= most:  # nan neither
+                wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+    longest = settings.addition.digits + 4  # validation asks two digits more; their sum has one more, and its space
+    if settings.recipe == "addition" and longest > settings.addition.max_block_units:
+        raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
     if settings.recipe == "addition" and settings.text.data:
         raise UserError("--data goes with --recipe text; the addition recipe makes its own data")
 

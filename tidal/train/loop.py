@@ -24,6 +24,8 @@ from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import GREEDY
 
 LOG_EVERY = 10
+WIDE = 128
+"""Models of at least this width are faster on several CPU threads than on one."""
 
 
 class Recipe(Protocol):
@@ -63,8 +65,8 @@ def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
 
 def train(settings: Train, recipe: Recipe, out: Path) -> Path:
     """Train from scratch into the run folder `out`; returns it. Raises UserError on a loss that is not finite."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.threads or settings.model.d_model < WIDE:
+        torch.set_num_threads(settings.threads or 1)
     device = pick_device(settings.device)
     model = model_for(settings, recipe.tokenizer).to(device)
     optimizer = Optimizer(model, settings.optim)
@@ -90,7 +92,7 @@ def train(settings: Train, recipe: Recipe, out: Path) -> Path:
                 held_out = recipe.validate(model)
                 metrics.add(step=step, seconds=seconds, lr=rate, **figures, **held_out)
                 note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
-                if held_out["quality"] > best:
+                if held_out["quality"] >= best:  # of equals the later one, which has learnt more
                     best = held_out["quality"]
                     checkpoint.set_pointer(out, "best", name)
                 checkpoint.prune(out, settings.keep)
@@ -160,7 +162,7 @@ def save(out: Path, step: int, model: TidalTransformer, optimizer: Optimizer, se
 def show_samples(out: Path, step: int, model: TidalTransformer, recipe: Recipe, temperature: float) -> None:
     """Print and store what the model writes now."""
     completions = generate(model, recipe.tokenizer, recipe.sample_prompts(step), temperature=temperature, seed=step)
-    with open(out / "samples.jsonl", "a") as file:
+    with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
         for c in completions:
             note(f"  {c.prompt!r} → {c.completion!r}")
             file.write(json.dumps({"step": step, **c.to_dict()}, ensure_ascii=False) + "\n")

@@ -38,11 +38,12 @@ def _picture(path: Path, curves: dict[str, list[tuple[int, float]]],
 
 
 def _terminal(loss: list[tuple[int, float]]) -> None:
-    import plotext
+    import plotext  # version 6 or newer; 5 had other names
 
-    plotext.clear_figure()
-    plotext.plot(*zip(*loss, strict=True))
-    plotext.plotsize(80, 18)
-    plotext.theme("clear")
-    plotext.title("loss, nats per unit")
-    print(plotext.build(), file=sys.stderr)
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(80, 18)
+    figure.theme("colorless")
+    figure.title("loss, nats per unit")
+    figure.draw(figure.signal(*map(list, zip(*loss, strict=True))).lines())
+    print(plotext.uncolorize(str(figure.build())), file=sys.stderr)

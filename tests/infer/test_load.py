@@ -1,0 +1,108 @@
+"""`load`: what was written comes back; what does not fit is refused in one line (law 7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.strategies import SHAPES, tiny, tokenizers
+from tidal.checkpoint import write_checkpoint
+from tidal.cli import UserError
+from tidal.infer.load import load, load_with_trainer
+from tidal.infer.score import score
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def write(run: Path, model: TidalTransformer, tokenizer: MixedTokenizer, config: Change = lambda values: None,
+          tensors: Change = lambda values: None) -> Path:  # fmt: skip
+    """A checkpoint that verifies, with changes to its config and weights."""
+    values, weights = model.config.to_dict(), dict(model.state_dict())
+    config(values)
+    tensors(weights)
+    return write_checkpoint(run, 5, tensors=weights, config=values, trainer={"step": 5}, tokenizer=tokenizer)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert len(str(raised.value).splitlines()) == 1
+    assert str(path) in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_written_comes_back(shape: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, tokenizer = tiny("english", shape, dtype)
+    folder = write(tmp_path / "run", model, tokenizer)
+    for path in (folder, tmp_path / "run", str(tmp_path / "run")):
+        again, its_tokenizer = load(path, dtype=dtype)
+        assert its_tokenizer.fingerprint == tokenizer.fingerprint
+        assert again.config == model.config
+        assert not again.training
+        text = "the light, 12 今\n"
+        assert (score(again, its_tokenizer, text) == score(model, tokenizer, text)).all()
+        assert {p.dtype for p in again.parameters()} == {dtype}
+    assert load_with_trainer(folder)[2] == {"step": 5}
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    model, _ = tiny("english", "none")
+    complaint = refused(write(tmp_path, model, tokenizers()["chinese"]))
+    for tokenizer in (tokenizers()["english"], tokenizers()["chinese"]):
+        assert tokenizer.fingerprint[:16] in complaint, "names both sides"
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("reader_norm.weight", lambda w: w.pop("reader_norm.weight")),
+    ("stowaway", lambda w: w.update(stowaway=torch.zeros(2))),
+    ("context.weight", lambda w: w.update({"context.weight": torch.zeros(3, 3)})),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(name: str, change: Change, tmp_path: Path) -> None:
+    assert name in refused(write(tmp_path, *tiny("english", "none"), tensors=change))
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("rope", lambda c: c.update(rope=True)),
+    ("rope", lambda c: c["shape"].update(rope=True)),
+    ("n_head", lambda c: c.pop("n_head")),
+    ("qk_norm", lambda c: c["shape"].pop("qk_norm")),
+    ("d_model", lambda c: c["shape"].update(d_model=15)),
+    ("Shape", lambda c: c.update(shape=None)),
+    ("cannot be loaded", lambda c: c["shape"].update(d_model="wide")),
+    ("n_writable", lambda c: c.update(n_writable=c["n_writable"] + 1)),
+    ("vocab_size", lambda c: c.update(vocab_size=c["vocab_size"] - 1)),
+    ("vocab_size", lambda c: c.update(vocab_size="many")),
+    ("n_head", lambda c: c.update(n_head=c["n_head"] + 64)),
+    ("max_block_units", lambda c: c.update(max_block_units=c["max_block_units"] + 1)),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_is_refused(name: str, change: Change, tmp_path: Path) -> None:
+    assert name in refused(write(tmp_path, *tiny("english", "none"), config=change))
+
+
+def test_damage_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, *tiny("english", "none"))
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "model.safetensors" in refused(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refused(folder)
+
+
+def test_nothing_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(tmp_path / "none")
+    refused(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no runs found"):
+        load()

@@ -1,0 +1,126 @@
+"""`choose` against plain numpy, draw by draw, and refused settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import tiny
+from tidal.infer.engine import generate
+from tidal.infer.sampling import Sampling, choose
+
+Floats = npt.NDArray[np.float64]
+
+
+def distribution(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling) -> Floats:
+    """What `choose` is to sample from, by its definition."""
+    scaled = np.where(allowed, logits, -np.inf)
+    scaled = (scaled - scaled.max()) / how.temperature
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    kept = order[: how.top_k or len(order)]
+    weights = np.zeros(len(scaled))
+    weights[kept] = np.exp(scaled[kept])
+    weights /= weights.sum()
+    nucleus, reached = [], 0.0
+    for i in order:
+        if reached < how.top_p or how.top_p == 1:
+            nucleus.append(i)
+        reached += weights[i]
+    weights[[i for i in range(len(weights)) if i not in nucleus]] = 0
+    return weights / weights.sum()
+
+
+class Fixed:
+    """A generator that draws given numbers."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+def draw(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling, value: float) -> int:
+    generators: list[Any] = [Fixed(value)]
+    return choose(torch.tensor(logits)[None], torch.tensor(allowed)[None], how, generators)[0]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=12), st.data(), st.sampled_from((0.05, 0.7, 1.0, 3.0, 100.0)),
+       st.integers(0, 14), st.sampled_from((1e-9, 0.3, 0.9, 1.0)))  # fmt: skip
+def test_choose_is_the_distribution(values: list[float], data: st.DataObject, temperature: float, top_k: int,
+                                    top_p: float) -> None:  # fmt: skip
+    logits, how = np.array(values), Sampling(temperature, top_k, top_p)
+    allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
+    allowed[data.draw(st.integers(0, len(values) - 1))] = True
+    expected = distribution(logits, allowed, how)
+    grid = (np.arange(200) + 0.5) / 200
+    chosen = [draw(logits, allowed, how, value) for value in grid]
+    assert all(allowed[unit] for unit in chosen)
+    found = np.bincount(chosen, minlength=len(values)) / 200
+    assert np.abs(found - expected).max() <= 1 / 200 + 1e-9, "inverse of the cumulative distribution on a grid"
+    assert all(expected[unit] > 0 for unit in (draw(logits, allowed, how, v) for v in (0.0, np.nextafter(1.0, 0.0))))
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=12), st.integers(0, 11))
+def test_greedy_takes_the_first_likeliest_that_is_allowed(values: list[float], which: int) -> None:
+    logits, allowed = np.array(values), np.ones(len(values), np.bool_)
+    allowed[which % len(values)] = len(values) == 1
+    best = np.flatnonzero(allowed)[logits[allowed].argmax()]
+    assert draw(logits, allowed, Sampling(), 0.9) == best
+    assert draw(logits, allowed, Sampling(1.0, top_k=1), 0.9) == best
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 5e-324])
+def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
+    logits, allowed = np.array([300.0, 1.0, 301.0, -np.inf, 500.0]), np.array([True] * 4 + [False])
+    for value in (0.0, 0.5, np.nextafter(1.0, 0.0)):
+        assert draw(logits, allowed, Sampling(temperature), value) == 2
+
+
+def test_each_row_has_its_own_generator() -> None:
+    logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    generators: list[Any] = [Fixed(0.1), Fixed(0.9)]
+    assert choose(logits, allowed, Sampling(1.0), generators) == [0, 3]
+
+
+@pytest.mark.parametrize("how", [
+    {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0},
+    {"top_p": 1.1}, {"top_p": math.nan},
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(how: dict[str, Any]) -> None:
+    name = next(iter(how))
+    with pytest.raises(ValueError, match=name):
+        Sampling(**how)
+    with pytest.raises(ValueError, match=name):
+        generate(*tiny("english", "none"), ["the"], **how)
+
+
+@pytest.mark.parametrize("how", [{"max_new_units": 0}, {"batch_size": 0}])
+def test_sizes_that_make_no_sense_are_refused(how: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(how))):
+        generate(*tiny("english", "none"), ["the"], **how)
+
+
+def test_a_lone_surrogate_in_a_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        generate(*tiny("english", "none"), ["the", "\ud800"])
+
+
+def test_seeds() -> None:
+    model, tokenizer = tiny("english", "none")
+
+    def blocks(seed: int) -> list[list[str]]:
+        done = generate(model, tokenizer, ["the"] * 8, temperature=2.0, seed=seed, max_new_units=20)
+        return [c.blocks for c in done]
+
+    assert blocks(1) == blocks(1)
+    assert blocks(1) != blocks(2)
+    assert len({tuple(b) for b in blocks(1)}) > 2, "prompts alike, samples not"

@@ -1,0 +1,358 @@
+"""The commands end to end, in real processes: what they print, what they write, and that they agree."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, SMALL, SMALL_TEXT, Ran, Terminal, run, tidal, tree
+
+import tidal as package
+from tidal import checkpoint
+from tidal.config import Optim
+from tidal.train.optim import learning_rate
+
+KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "seconds"]
+SEA = "the sea comes in and the sea goes out and so it goes on day by day "
+TRAIN = ("--max-steps", "30", "--validate-every", "15", "--rows", "8", "--lr", "1e-2", "--warmup-steps", "5", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def addition(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """A folder in which `python -m tidal.train` has just run."""
+    folder = tmp_path_factory.mktemp("addition")
+    return folder, tidal("train", *TRAIN, cwd=folder)
+
+
+@pytest.fixture
+def home(addition: tuple[Path, Ran]) -> Iterator[Path]:
+    """The folder of `addition`; what does not train there must leave it as it is."""
+    before = tree(addition[0])
+    yield addition[0]
+    assert tree(addition[0]) == before
+
+
+@pytest.fixture(scope="module")
+def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """A folder with a run on a text, one line without a line break, easy enough to be learnt in 40 steps."""
+    folder = tmp_path_factory.mktemp("sea")
+    (folder / "sea.txt").write_text((SEA * 200)[:10_000])
+    flags = ("--recipe", "text", "--data", "sea.txt", "--max-steps", "40", "--warmup-steps", "5", "--lr", "1e-2")
+    return folder, tidal("train", *flags, *SMALL_TEXT, "--d-model", "32", cwd=folder)
+
+
+def objects(lines: list[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in lines]
+
+
+def without_seconds(lines: list[str]) -> list[dict[str, object]]:
+    return [{**values, "seconds": 0} for values in objects(lines)]
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def test_training_writes_a_whole_run_folder(home: Path) -> None:
+    out = home / "runs" / "addition"
+    tokenizer = {"tokenizer/tokenizer.json", "tokenizer/tokenizer.model"}
+    inside = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json", "manifest.json", *tokenizer}
+    steps = {f"checkpoints/step-0000{n}/{name}" for n in (15, 30) for name in inside}
+    files = {"config.json", "metrics.csv", "samples.jsonl", "loss.png", "latest", "best"} | tokenizer | steps
+    assert {name for name, digest in tree(out).items() if digest} == files
+    for n in (15, 30):
+        checkpoint.verify(out / "checkpoints" / f"step-0000{n}")
+        for name in tokenizer:
+            assert (out / "checkpoints" / f"step-0000{n}" / name).read_bytes() == (out / name).read_bytes()
+    assert (out / "latest").read_text() == "step-000030\n"
+    assert (out / "best").read_text() in ("step-000015\n", "step-000030\n")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["recipe"], config["max_steps"], config["rows"]) == ("addition", 30, 8)
+    assert config["model"]["d_model"] == 16
+    assert config == json.loads((out / "checkpoints/step-000030/trainer.json").read_text())["settings"]
+
+
+def test_metrics_are_sensible(home: Path) -> None:
+    with open(home / "runs/addition/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [10, 15, 20, 30]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    losses = [float(row["loss"]) for row in rows]
+    assert 10 > losses[0] > losses[-1] > 0.1
+    for row in rows:
+        rate = learning_rate(int(row["step"]) - 1, 30, Optim(lr=1e-2, warmup_steps=5))
+        assert float(row["lr"]) == pytest.approx(rate, rel=1e-4)
+        assert 0.1 < float(row["bits_per_byte"]) < 30
+        assert 0 < float(row["grad_norm"]) < 1000
+        shares = [row[f"exact_{n}"] for n in (5, 6, 7)]
+        assert all(0 <= float(share) <= 1 for share in shares) if int(row["step"]) % 15 == 0 else not any(shares)
+
+
+def test_samples_are_stored(home: Path) -> None:
+    samples = objects((home / "runs/addition/samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert [sample["step"] for sample in samples] == [15] * 3 + [30] * 3
+    for sample in samples:
+        assert list(sample) == ["step", *KEYS]
+        assert re.fullmatch(r"(\d+) \+ (\d+) =", str(sample["prompt"]))
+        assert sample["text"] == f"{sample['prompt']}{sample['completion']}"
+        assert "".join(sample["blocks"]) == sample["completion"]  # type: ignore[arg-type]
+
+
+def test_training_prints_plain_lines_and_no_results(addition: tuple[Path, Ran]) -> None:
+    done = addition[1]
+    assert done.out == ""
+    assert not re.search(r"[\r\x1b]", done.err)
+    lines = done.err.splitlines()
+    assert re.fullmatch(r"runs/addition: [\d,]+ parameters .*, addition, on \w+, 1 CPU threads", lines[0])
+    assert [line.split(":")[0] for line in lines if line.startswith("step ")] == ["step 15", "step 30"]
+    assert sum(" → " in line for line in lines) == 6
+    assert re.match(r"train 30/30 steps  loss \d", lines[-2])
+    assert lines[-1] == 'done; try: python -m tidal.infer --checkpoint runs/addition --prompt "54663 + 132 ="'
+
+
+def test_a_second_run_on_a_terminal(
+    addition: tuple[Path, Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes to NAME-2, leaves the first alone, is what `infer` then takes, and shows a bar and a plot."""
+    shutil.copytree(addition[0], tmp_path, dirs_exist_ok=True)
+    first = tree(tmp_path / "runs/addition")
+    with Terminal([sys.executable, "-m", "tidal.train", *TRAIN, "--seed", "1"], tmp_path) as terminal:
+        code, shown = terminal.end()
+    assert code == 0, shown
+    assert "runs/addition already holds a run; writing to runs/addition-2" in shown
+    assert re.search(r"train: +\d+%\|.*30/30", shown)
+    assert "loss, nats per unit" in shown
+    assert tree(tmp_path / "runs/addition") == first
+    second = tree(tmp_path / "runs/addition-2")
+    assert second.keys() == first.keys()
+    weights = "checkpoints/step-000030/model.safetensors"
+    assert second[weights] != first[weights]
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.resolve(None).parts[:2] == ("runs", "addition-2")
+
+
+# ------------------------------------------------------------------------------------------ inference
+
+
+def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
+    prompts = ["1 + 1 =", "😀 今天天气很好 é", "", "1 + 1 ="]
+    flags = ("--prompt", prompts[0], prompts[1], "--json", "--prompt", *prompts[2:], "--num-samples", "2",
+             "--temperature", "1", "--seed", "3", "--max-new-units", "40")  # fmt: skip
+    done = tidal("infer", *flags, cwd=home)
+    best = (home / "runs/addition/best").read_text().strip()
+    assert done.err == f"using runs/addition/checkpoints/{best}\n"
+    answers = objects(done.lines)
+    assert [a["prompt"] for a in answers] == [p for p in prompts for _ in range(2)]
+    for answer in answers:
+        assert list(answer) == KEYS
+        assert answer["text"] == f"{answer['prompt']}{answer['completion']}"
+        assert "".join(answer["blocks"]) == answer["completion"]  # type: ignore[arg-type]
+        assert answer["stop_reason"] in ("eos", "length")
+        assert isinstance(answer["units"], int)
+        assert 0 <= answer["units"] <= 40
+        assert isinstance(answer["log_prob"], float)
+        assert answer["log_prob"] <= 0
+        assert isinstance(answer["seconds"], float)
+    assert len({a["log_prob"] for a in answers}) > 4  # samples differ, and so do equal prompts
+
+    again = tidal("infer", *flags, cwd=home)
+    assert without_seconds(again.lines) == without_seconds(done.lines)
+    model, tokenizer = package.load(home / "runs/addition")
+    asked = [p for p in prompts for _ in range(2)]
+    here = package.generate(model, tokenizer, asked, temperature=1.0, seed=3, max_new_units=40)
+    for answer, completion in zip(answers, here, strict=True):
+        assert answer["completion"] == completion.completion
+        assert answer["log_prob"] == pytest.approx(completion.log_prob, abs=1e-3)
+    others = package.generate(model, tokenizer, asked, temperature=1.0, seed=4, max_new_units=40)
+    assert [c.log_prob for c in others] != [c.log_prob for c in here]
+
+
+def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("1 + 1 =\r\n\n今天 2 =".encode())
+    prompts = ["1 + 1 =", "", "今天 2 ="]
+    flags = ("--json", "--max-new-units", "12")
+    by_file = tidal("infer", "--prompt-file", str(tmp_path / "prompts.txt"), *flags, cwd=home)
+    assert [a["prompt"] for a in objects(by_file.lines)] == prompts
+    for extra in ((), ("--prompt-file", "-")):
+        piped = tidal("infer", *extra, *flags, cwd=home, stdin="1 + 1 =\n\n今天 2 =\n")
+        assert without_seconds(piped.lines) == without_seconds(by_file.lines)
+
+
+def test_plain_output_is_the_text_and_nothing_else(sea: tuple[Path, Ran]) -> None:
+    flags = ("--checkpoint", "runs/text/checkpoints/step-000040", "--prompt", "the sea goes", "the sea comes",
+             "--temperature", "0", "--max-new-units", "30")  # fmt: skip
+    done = tidal("infer", *flags, cwd=sea[0])
+    assert len(done.lines) == 2
+    assert done.lines[0].startswith("the sea goes ")
+    assert done.lines[1].startswith("the sea comes ")
+    assert done.out.endswith("\n")
+    assert done.err == "using runs/text/checkpoints/step-000040\n"
+
+
+def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
+    """One bad prompt does not end it, and what is redirected holds results only."""
+    answers = tmp_path / "answers.jsonl"
+    command = f"exec '{sys.executable}' -m tidal.infer --json --max-new-units 5 > '{answers}'"
+    with Terminal(["sh", "-c", command], home) as terminal:
+        assert "type a prompt" in terminal.read_until("> ")
+        terminal.type("1 + 1 =\n")
+        terminal.read_until("> ")
+        terminal.type(b"\xff\n")
+        assert re.search("not UTF-8|lone surrogate", terminal.read_until("> "))
+        terminal.type("今天 😀\n")
+        terminal.read_until("> ")
+        terminal.type("\x04")
+        code, _ = terminal.end()
+    assert code == 0
+    assert [a["prompt"] for a in objects(answers.read_text().splitlines())] == ["1 + 1 =", "今天 😀"]
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+
+
+def figures(plain: list[str]) -> dict[str, float]:
+    """What `evaluate` prints without --json, as it is with it."""
+    pairs = [re.fullmatch(r"(.*?) +([\d.,]+)", line) for line in plain]
+    return {pair[1].replace(" ", "_"): float(pair[2].replace(",", "")) for pair in pairs if pair}
+
+
+def test_evaluate_addition(home: Path) -> None:
+    flags = ("addition", "--digits", "2", "--count", "20", "--batch-size", "7")
+    (line,) = tidal("evaluate", *flags, "--json", cwd=home).lines
+    values = json.loads(line)
+    assert list(values) == ["digits", "count", "seed", "exact_match", "seconds"]
+    assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)
+    assert 0 <= values["exact_match"] <= 1
+    plain = figures(tidal("evaluate", *flags, cwd=home).lines)
+    assert list(plain) == list(values)
+    assert plain["exact_match"] == pytest.approx(values["exact_match"], abs=1e-4)
+
+
+def test_evaluate_bits_per_byte(sea: tuple[Path, Ran], tmp_path: Path) -> None:
+    lines = [{"text": SEA * 30}, {"prompt": SEA, "completion": SEA}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("bits-per-byte", "--data", str(tmp_path / "a.jsonl"), "--context", "64")
+    (line,) = tidal("evaluate", *flags, "--json", cwd=sea[0]).lines
+    values = json.loads(line)
+    assert list(values) == ["bits_per_byte", "documents", "bytes", "units", "context", "seconds"]
+    assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
+    assert values["units"] > values["bytes"]  # every block end is charged
+    assert 0.01 < values["bits_per_byte"] < 2
+    plain = figures(tidal("evaluate", *flags, cwd=sea[0]).lines)
+    assert list(plain) == list(values)
+    assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- own text
+
+
+def test_samples_are_turned_the_right_way_round(sea: tuple[Path, Ran]) -> None:
+    folder, done = sea
+    samples = objects((folder / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len(samples) == 2
+    for sample in samples:
+        written = str(sample["completion"]).split()
+        known = set(SEA.split())
+        backwards = {word[::-1] for word in known} - known
+        assert sum(word in known for word in written) > 0.8 * len(written) > 10
+        assert not backwards & set(written)
+        assert f"  {sample['prompt']!r} → {sample['completion']!r}\n" in done.err  # the same is printed
+
+
+ENGLISH = "".join(f"Line {i} of a small file; it costs {i * 7} pence, don't you know?\n" for i in range(200))[:10_000]
+CHINESE = "今天天气很好，我们去公园玩。你们明天也来吗？" * 152
+SMALL_FILES = {"english": ENGLISH, "chinese": CHINESE, "one line": (SEA * 200)[:10_000].strip()}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_ten_kilobytes_need_no_other_flags(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(SMALL_FILES[name], encoding="utf-8")
+    assert 9_000 < (tmp_path / "file").stat().st_size <= 10_100
+    done = tidal("train", "--recipe", "text", "--data", "file", "--max-steps", "2", cwd=tmp_path)
+    assert done.out == ""
+    assert (tmp_path / "runs/text/latest").read_text() == "step-000002\n"
+    samples = objects((tmp_path / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
+    for sample in samples:
+        assert str(sample["prompt"]) in SMALL_FILES[name]
+        assert "".join(sample["blocks"]) == sample["completion"]  # type: ignore[arg-type]
+
+
+def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path) -> None:
+    """Several kinds of data in one run, with the tokenizer of another."""
+    folder = tmp_path / "data" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text(SEA * 20)
+    (folder / "b.md.gz").write_bytes(gzip.compress((SEA * 21).encode()))
+    pairs = [{"prompt": f"{i} ", "completion": f"{SEA}{i}\n"} for i in range(40)]
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(p) + "\n" for p in pairs).encode()))
+    data = ("--data", "data", "--data", str(tmp_path / "c.jsonl.*"))
+    tokenizer = ("--tokenizer", str(sea[0] / "runs/text/tokenizer"))
+    done = tidal("train", *data, *tokenizer, "--max-steps", "3", *SMALL_TEXT, "--out", "here", cwd=tmp_path)
+    (read,) = re.findall(r"^([\d,]+) documents, ", done.err, re.MULTILINE)
+    assert 30 <= int(read) < 42  # the others are held out
+    assert "training the tokenizer" not in done.err
+    model, its_tokenizer = package.load(tmp_path / "here")
+    assert its_tokenizer.fingerprint == package.MixedTokenizer.load(tokenizer[1]).fingerprint
+    assert model.config.shape.suffix_rows == 500
+
+
+# --------------------------------------------------------------------------------------------- python
+
+
+@pytest.mark.parametrize("name", ["addition", "sea"])
+def test_three_ways_to_score_agree_on_a_trained_run(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)[0] / "runs"
+    model, tokenizer = package.load(next(folder.iterdir()))
+    model.double()
+    for text, start in (
+        ("54663 + 132 = 54795\n", 0),
+        ("54663 + 132 = 54795\n", 13),
+        (f"{SEA}😀 今天天气\0 \u2581<bob> {SEA}", 5),
+        ("", 0),
+    ):
+        packed, naive, decoded = (
+            package.score(model, tokenizer, text, how, supervise_from=start)  # type: ignore[arg-type]
+            for how in ("packed", "naive", "decode")
+        )
+        assert packed.dtype == np.float64
+        blocks = tokenizer.split(text[start:])
+        assert packed.shape == (sum(len(tokenizer.write_units(b)) + 1 for b in blocks) + 1,)
+        assert np.isfinite(packed).all()
+        assert np.abs(packed - naive).max() < 1e-9
+        assert np.abs(packed - decoded).max() < 1e-9
+
+
+# ----------------------------------------------------------------------------------------- help, bench
+
+
+@pytest.mark.parametrize("command", ["train", "infer", "evaluate", "evaluate addition", "evaluate bits-per-byte"])
+def test_help_is_quick_and_imports_no_torch(command: str, tmp_path: Path) -> None:
+    module, *subcommand = command.split()
+    done = run([sys.executable, "-X", "importtime", "-m", f"tidal.{module}", *subcommand, "--help"], tmp_path)
+    assert done.code == 0
+    assert done.cpu_seconds < 2  # about 0.2; of this process alone, however busy the machine is
+    assert f"python -m tidal.{module}" in done.out
+    imported = re.findall(r"\|\s*([\w.]+)$", done.err, re.MULTILINE)
+    assert "tidal.cli" in imported
+    assert not {"torch", "sentencepiece", "matplotlib"} & {name.split(".")[0] for name in imported}
+    assert not tree(tmp_path)
+
+
+def test_the_packing_benchmark_ends_in_json(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "benchmarks.packing", "--tokens", "64", "--repeats", "1"], ROOT)
+    assert done.code == 0, done.err
+    values = json.loads(done.lines[-1])
+    assert (values["benchmark"], values["tokens"]) == ("packing", 64)
+    assert values["ratio"] > 2  # far more, but machines are shared
+    assert values["max_difference"] < 1e-9
+    assert values["units"] > 100
