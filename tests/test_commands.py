@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_a_second_run_on_a_terminal(
     assert second[weights] != first[weights]
     monkeypatch.chdir(tmp_path)
     assert checkpoint.resolve(None).parts[:2] == ("runs", "addition-2")
+
+
+def test_training_needs_no_flags_and_can_be_interrupted(tmp_path: Path) -> None:
+    with Terminal([sys.executable, "-m", "tidal.train"], tmp_path) as terminal:
+        terminal.read_until("| 0/")
+        terminal.process.send_signal(signal.SIGINT)
+        code, shown = terminal.end()
+    assert code == 130
+    assert shown.rstrip().endswith("tidal.train: interrupted")
+    assert "Traceback" not in shown
 
 
 # ------------------------------------------------------------------------------------------ inference

@@ -44,18 +44,18 @@ def test_a_config_survives_json(shape: str) -> None:
 def test_unknown_and_missing_keys_are_refused() -> None:
     values = config_of(tokenizers()["english"], Shape()).to_dict()
     for key in values:
-        with pytest.raises(ValueError, match=f"lacks the keys .*'{key}'"):
+        with pytest.raises(ValueError, match=rf"lacks the keys .*'{key}'"):
             TidalConfig.from_dict({k: v for k, v in values.items() if k != key})
     for key in values["shape"]:
         less = {k: v for k, v in values["shape"].items() if k != key}
-        with pytest.raises(ValueError, match=f"Shape lacks the keys .*'{key}'"):
+        with pytest.raises(ValueError, match=rf"Shape lacks the keys .*'{key}'"):
             TidalConfig.from_dict({**values, "shape": less})
-    with pytest.raises(ValueError, match="TidalConfig has unknown keys .*'rope'"):
+    with pytest.raises(ValueError, match=r"TidalConfig has unknown keys .*'rope'"):
         TidalConfig.from_dict({**values, "rope": 1})
-    with pytest.raises(ValueError, match="Shape has unknown keys .*'rope'"):
+    with pytest.raises(ValueError, match=r"Shape has unknown keys .*'rope'"):
         TidalConfig.from_dict({**values, "shape": {**values["shape"], "rope": 1}})
     for broken in (None, 3, [1]):
-        with pytest.raises(ValueError, match="Shape is .*; it must be an object"):
+        with pytest.raises(ValueError, match=r"Shape is .*; it must be an object"):
             TidalConfig.from_dict({**values, "shape": broken})
 
 

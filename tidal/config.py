@@ -43,7 +43,7 @@ class Shape:
         for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 1),
                             ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1), ("suffix_rows", 0),
                             ("place_jitter", 0), ("step_stride", 0)):  # fmt: skip
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
@@ -71,8 +71,15 @@ class TidalConfig:
 
     @property
     def n_places(self) -> int:
-        """Rows of the place table: every step of the longest block (its `<eob>` too), moved by the jitter."""
+        """Places there are: every step of the longest block (its `<eob>` too), moved by the jitter."""
         return self.max_block_units + 1 + self.shape.place_jitter
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise ValueError unless this is the fingerprint of the model's own tokenizer (law 7)."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the model was trained with tokenizer {self.fingerprint[:16]}…, this one is {fingerprint[:16]}…"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""

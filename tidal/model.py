@@ -38,6 +38,17 @@ class View:
     extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)
     plan: TilePlan | None = None
 
+def sinusoids(n: int, d: int) -> Tensor:
+    """Fixed encodings [n, d] of places, after Vaswani et al. 2017, with wavelengths from 2.5 to 200 places.
+
+    Fixed, because a learnt table drifts: pairs of places that never meet in training (all numbers being short)
+    come to look alike, and longer numbers fail (docs/design.md). Rows have twice the norm of an embedding.
+    """
+    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2)
+    angles = torch.arange(n)[:, None] * turns
+    return (math.sqrt(8 / d) * torch.cat([angles.sin(), angles.cos()], 1))[:, :d]
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
 
@@ -104,6 +115,8 @@ class TidalTransformer(nn.Module):
     """Reader and writer. `forward` is the packed pass; `read` and `write` are its two halves, for the decoder."""
 
     head_mask: Tensor
+    place_table: Tensor
+    """[n_places, D], one for reader and writer: digits line up by content alone"""
 
     def __init__(self, config: TidalConfig) -> None:
         super().__init__()
@@ -111,7 +124,7 @@ class TidalTransformer(nn.Module):
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
-        self.place_embedding = nn.Embedding(config.n_places, d)  # one table: digits line up by content alone
+        self.register_buffer("place_table", sinusoids(config.n_places, d), persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)
@@ -157,7 +170,7 @@ class TidalTransformer(nn.Module):
 
     def read(self, ids: Tensor, places: Tensor, views: list[View]) -> Tensor:
         """Read tokens: ids and places int64 [B, I], one view a reader layer; returns states [B, I, D]."""
-        x_bid = self.token_embedding(ids) + self.place_embedding(places)
+        x_bid = self.token_embedding(ids) + self.place_table[places]
         for layer, view in zip(self.reader, views, strict=True):
             x_bid = layer(x_bid, view)
         states: Tensor = self.reader_norm(x_bid)
@@ -169,7 +182,7 @@ class TidalTransformer(nn.Module):
 
         Returns states [B, S, D] for `head`.
         """
-        x_bsd = self.unit_embedding(ids) + self.place_embedding(places) + self.context(context_bsd)
+        x_bsd = self.unit_embedding(ids) + self.place_table[places] + self.context(context_bsd)
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
             x_bsd = x_bsd + self.suffix_embedding(rows).sum(-2)

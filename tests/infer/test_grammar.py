@@ -143,8 +143,8 @@ def test_one_character_is_possible_exactly_if_utf8_has_it(name: str) -> None:
     for code in rng.integers(0xD800, 0xE000, 40):  # surrogates are no characters
         units = [2 + byte for byte in reversed(chr(code).encode(errors="surrogatepass"))]
         assert not all(grammar.allowed(units[:t])[unit] for t, unit in enumerate(units))
-    for bad in (b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80",
-                b"\xff", b"\xfe", b"\x80", b"\xed\xa0\x80"):  # fmt: skip
+    for bad in (b"\xc0\x80", b"\xc1\xbf", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80",
+                b"\xf5\x80\x80\x80", b"\xff", b"\xfe", b"\x80", b"\xed\xa0\x80"):  # fmt: skip
         units = [2 + byte for byte in reversed(bad)]
         ways = [grammar.allowed(units[:t])[unit] for t, unit in enumerate(units)]
         assert not all(ways) or not grammar.allowed(units)[tokenizer.eob_id], bad

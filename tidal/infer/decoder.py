@@ -46,6 +46,7 @@ class Decoder:
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, capacity: int = 256) -> None:
+        model.config.check_tokenizer(tokenizer.fingerprint)
         self.model, self.tokenizer = model, tokenizer
         self.device = model.unit_embedding.weight.device
         self.builders = [DocumentBuilder(tokenizer, step_stride=model.config.shape.step_stride) for _ in range(n_rows)]
@@ -130,6 +131,8 @@ class Decoder:
         expected = (len(rows), self.model.config.n_head)
         if logits.shape != expected:
             raise RuntimeError(f"the logits of a step are {tuple(logits.shape)}, not [rows, n_head] = {expected}")
+        if logits.isnan().any():
+            raise RuntimeError("the logits of a step are NaN: the weights are damaged")
         return logits
 
     def _rows(self, rows: Sequence[int]) -> Tensor | slice:

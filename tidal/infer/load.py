@@ -35,13 +35,9 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
     try:
         config = TidalConfig.from_dict(values)
         tokenizer = MixedTokenizer.load(folder / "tokenizer")
+        config.check_tokenizer(tokenizer.fingerprint)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error
-    if tokenizer.fingerprint != config.fingerprint:
-        raise UserError(
-            f"{folder} was trained with tokenizer {config.fingerprint[:16]}…, but holds {tokenizer.fingerprint[:16]}…; "
-            "restore the checkpoint's own tokenizer folder"
-        )
     for name in ("vocab_size", "n_writable", "n_head", "max_block_units"):
         here, there = getattr(config, name), getattr(tokenizer, name)
         if here != there:

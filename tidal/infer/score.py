@@ -31,6 +31,7 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
         raise ValueError(f"how is {how!r}; choose packed, naive or decode")
     if not 0 <= supervise_from <= len(text):
         raise ValueError(f"supervise_from is {supervise_from}; the text has {len(text)} characters")
+    model.config.check_tokenizer(tokenizer.fingerprint)
     was_training = model.training
     model.eval()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)

@@ -18,6 +18,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "clip", "aux_weight", "step_stride"), (0, 1e6)),
     **dict.fromkeys(("decay_fraction", "cut_probability"), (0, 1)),
     "beta2": (0, 0.999999), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
+    "vocab_size": (288, math.inf),
 }  # fmt: skip
 """Least and most of the numbers; shapes are checked where they are made."""
 
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> None:
 
 def _recipe(argv: list[str]) -> str:
     """The recipe asked for; its preset gives the other flags their defaults."""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
         name, _, joined = flag.partition("=")
         if name == "--recipe" and (joined or value) in PRESETS:
             return joined or value

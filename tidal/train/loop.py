@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO

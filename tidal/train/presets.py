@@ -10,12 +10,12 @@ GREEDY = frozenset({"addition"})
 PRESETS: dict[str, Train] = {
     "addition": Train(
         recipe="addition",
-        max_steps=1500,
+        max_steps=1600,
         rows=64,
-        validate_every=250,
-        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=2, writer_layers=2, reader_ff=192, writer_ff=192,
+        validate_every=200,
+        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=1, writer_layers=2, reader_ff=192, writer_ff=192,
                     suffix_rows=0, place_jitter=20),
-        optim=Optim(lr=3e-3, table_lr_scale=1.0, weight_decay=0.01, aux_weight=0.0),
+        optim=Optim(lr=3e-3, table_lr_scale=4.0, weight_decay=0.3, decay_fraction=0.4, aux_weight=0.0),
     ),
     "text": Train(recipe="text", max_steps=1000, rows=8, validate_every=200),
 }  # fmt: skip

@@ -1,0 +1,436 @@
+"""The law checks must catch each of these bugs, planted one at a time; without a bug they all pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.infer.test_grammar import check_admits, check_never_unwritable, check_walks
+from tests.strategies import tiny, tiny_copy, tokenizers
+from tests.test_laws import (
+    check_decoded,
+    check_decoded_side_by_side,
+    check_engine_writes,
+    check_future,
+    check_generation,
+    check_mates,
+    check_packed_is_naive,
+    check_rest_of_block,
+    check_row_is_documents,
+    document_of,
+    table_for,
+)
+from tests.test_streams import check_tabled, check_targets_are_text, check_twin
+from tidal import streams
+from tidal.blocks import BlockTable, Passage, passage, suffix_hashes
+from tidal.infer import decoder as decoding
+from tidal.infer import engine, score
+from tidal.infer.grammar import Grammar
+from tidal.model import TidalTransformer
+from tidal.streams import Batch, DocumentBuilder, ReaderToken, WriterStep
+from tidal.tokenizer import Block, MixedTokenizer
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+# ------------------------------------------------------------------------------------------------ checks
+
+PROMPT, TEXT = "the light and", " the dogs with 12 + 7 = é👍\n"
+
+
+def rows(table: BlockTable, offset: int = 0) -> list[list[Passage]]:
+    return [[passage(table, PROMPT, TEXT, place_offset=offset), passage(table, "", "the fox", place_offset=offset)],
+            [passage(table, "god", " said", ends=False, place_offset=offset)]]  # fmt: skip
+
+
+def on_streams(check: Callable[..., None], *extra: float) -> Callable[[], None]:
+    def run() -> None:
+        table = BlockTable(tokenizers()["english"])
+        check(rows(table, 3), table, *extra)
+
+    return run
+
+
+def on_models(check: Callable[..., object], *what: Any, shapes: Sequence[str] = ("memory", "memory deep"),
+              **how: Any) -> Callable[[], None]:  # fmt: skip
+    def run() -> None:
+        for shape in shapes:
+            check(*tiny("english", shape), *what, **how)
+
+    return run
+
+
+def on_rows(check: Callable[..., None]) -> Callable[[], None]:
+    def run() -> None:
+        model, tokenizer = tiny("english", "memory")
+        table = table_for(model, tokenizer)
+        check(model, table, rows(table))
+
+    return run
+
+
+def on_documents(model: TidalTransformer, tokenizer: MixedTokenizer) -> None:
+    texts = [(PROMPT, TEXT), ("", "the fox"), ("god", " said")]
+    check_decoded_side_by_side(model, tokenizer, [document_of(tokenizer, *text) for text in texts], capacity=2)
+
+
+def walks() -> None:
+    for seed in range(40):
+        for name in ("english", "bytes"):
+            check_walks(tokenizers()[name], seed, byte_bias=9.0 * (seed % 2))
+            check_walks(tokenizers()[name], seed, byte_bias=20.0, end_bias=-20.0)
+            check_walks(tokenizers()[name], seed, favourite=tokenizers()[name].eob_id)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "twin": on_streams(check_twin, 0.375),
+    "tabled": on_streams(check_tabled, 0.375),
+    "targets": on_streams(check_targets_are_text),
+    "future": on_models(check_future, PROMPT, TEXT, " fox"),
+    "rest of block": on_models(check_rest_of_block, PROMPT, " l", "midn", "ight"),
+    "mates": on_rows(check_mates),
+    "naive": on_models(check_packed_is_naive, PROMPT, TEXT),
+    "row": on_rows(check_row_is_documents),
+    "decoded": on_models(check_decoded, PROMPT, TEXT),
+    "side by side": on_models(on_documents),
+    "engine": on_models(check_engine_writes, [(PROMPT, TEXT), ("", "the fox"), ("god", " said")]),
+    "generation": on_models(check_generation, [PROMPT, "", "the"], 30, shapes=("none", "memory"), temperature=2.0),
+    "walks": walks,
+    "admits": lambda: check_admits(tokenizers()["bytes"], PROMPT + TEXT),
+    "unwritable": lambda: check_never_unwritable(*tiny_copy("english", "memory")),
+}
+CAUGHT = (AssertionError, ValueError, RuntimeError, IndexError)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_without_a_bug_the_check_passes(check: str) -> None:
+    CHECKS[check]()
+
+
+# -------------------------------------------------------------------------------------- how to plant bugs
+
+
+def in_packing(change: Callable[[Batch], dict[str, Tensor]]) -> Plant:
+    """Training is fed other streams than decoding."""
+    pack = streams.pack
+
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+        batch = pack(rows, table, step_stride=step_stride)
+        return dataclasses.replace(batch, **change(batch))
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(streams, "pack", bugged)
+        patch.setattr(score, "pack", bugged)
+
+    return plant
+
+
+def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[str, Any]] | None = None,
+            read: Callable[[int, ReaderToken], dict[str, Any]] | None = None) -> type[DocumentBuilder]:  # fmt: skip
+    class Bugged(DocumentBuilder):
+        def step(self, written: Sequence[int]) -> WriterStep:
+            right = super().step(written)
+            return dataclasses.replace(right, **(step(self, written, right) if step else {}))
+
+        def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
+            first, right = self.n_read, super().read(tokens, places)
+            return [dataclasses.replace(t, **(read(first + i, t) if read else {})) for i, t in enumerate(right)]
+
+    return Bugged
+
+
+def in_decoding(*args: Any, **kwargs: Any) -> Plant:
+    """The decoder is fed other streams than training."""
+    bugged = builder(*args, **kwargs)
+    return lambda patch: patch.setattr(decoding, "DocumentBuilder", bugged)
+
+
+def in_builder(*args: Any, **kwargs: Any) -> Plant:
+    """The definition itself is wrong."""
+    bugged = builder(*args, **kwargs)
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(streams, "DocumentBuilder", bugged)
+        patch.setattr(decoding, "DocumentBuilder", bugged)
+
+    return plant
+
+
+def both(*plants: Plant) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        for one in plants:
+            one(patch)
+
+    return plant
+
+
+def replacing(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Plant:
+    """The method `name` of a class, or name of a module, becomes `wrap(what it was)`."""
+    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+# ---------------------------------------------------------------------------------- tokenizer and streams
+
+
+def with_block(change: Callable[[Block], dict[str, Any]]) -> Plant:
+    def wrap(encode_block: Callable[..., Block]) -> Callable[..., Block]:
+        def bugged(self: MixedTokenizer, text: str) -> Block:
+            right = encode_block(self, text)
+            return dataclasses.replace(right, **change(right))
+
+        return bugged
+
+    return replacing(MixedTokenizer, "encode_block", wrap)
+
+
+turned_round_twice = with_block(lambda block: {"units": block.units[::-1]})
+written_forwards_in_decoding = replacing(MixedTokenizer, "write_units", lambda right: (
+    lambda self, text: right(self, text)[::-1]))  # fmt: skip
+not_turned_round_when_read_back = replacing(MixedTokenizer, "unreverse", lambda right: (
+    lambda self, units: right(self, units[::-1])))  # fmt: skip
+place_from_the_wrong_end = with_block(lambda block: {"places": block.places[::-1]})
+
+
+def read_back_in_characters(retokenize: Callable[..., Block]) -> Callable[..., Block]:
+    def bugged(self: MixedTokenizer, units: Sequence[int]) -> Block:
+        right = retokenize(self, units)
+        return dataclasses.replace(right, tokens=right.units, places=tuple(range(len(right.units)))[::-1])
+
+    return bugged
+
+
+def moved_from_second_block(position: Any) -> Any:
+    return position + (position > 1.0)
+
+
+def position_off_by_one(batch: Batch) -> dict[str, Tensor]:
+    return {"reader_positions": moved_from_second_block(batch.reader_positions),
+            "writer_positions": batch.writer_positions}  # fmt: skip
+
+
+def place_without_offset(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
+    return {"place": len(written)}
+
+
+def sees_own_reader_tokens(batch: Batch) -> dict[str, Tensor]:
+    last = torch.tensor([0, batch.reader_ids.shape[1]], dtype=torch.int32)
+    ends = (batch.sees_reader + torch.tensor([0, 1], dtype=torch.int32)).minimum(last)
+    return {"sees_reader": torch.where(batch.targets[..., None] >= 0, ends, batch.sees_reader)}
+
+
+def context_after_own_token(batch: Batch) -> dict[str, Tensor]:
+    return {"context": (batch.context + 1).clamp(max=batch.reader_ids.shape[1] - 1)}
+
+
+def sees_previous_block(batch: Batch) -> dict[str, Tensor]:
+    return {"sees_writer": (batch.sees_writer - torch.tensor([1, 0], dtype=torch.int32)).clamp(min=0)}
+
+
+def sees_step_ahead(batch: Batch) -> dict[str, Tensor]:
+    last = batch.targets.shape[1]
+    return {"sees_writer": (batch.sees_writer + torch.tensor([0, 1], dtype=torch.int32)).clamp(max=last)}
+
+
+def reader_sees_next_token(batch: Batch) -> dict[str, Tensor]:
+    last = batch.reader_ids.shape[1]
+    return {"reader_sees": (batch.reader_sees + torch.tensor([0, 1], dtype=torch.int32)).clamp(max=last)}
+
+
+def position_from_padded_length(batch: Batch) -> dict[str, Tensor]:
+    return {"writer_positions": torch.full_like(batch.writer_positions, float(batch.reader_ids.shape[1]))}
+
+
+def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
+    from_zero = torch.tensor([0, 1], dtype=torch.int32)
+    return {"reader_sees": batch.reader_sees * from_zero, "sees_reader": batch.sees_reader * from_zero}
+
+
+def targets_shifted(batch: Batch) -> dict[str, Tensor]:
+    return {"targets": torch.where(batch.targets >= 0, batch.targets.roll(-1, 1).clamp(min=0), -1)}
+
+
+def next_tokens_shifted(batch: Batch) -> dict[str, Tensor]:
+    return {"next_tokens": batch.next_tokens.roll(1, 1)}
+
+
+def suffixes_forwards(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
+    return {"suffixes": suffix_hashes(list(written)[::-1], self.tokenizer.digit_units.tolist())}
+
+
+eob_dropped = replacing(BlockTable, "n_targets", lambda right: lambda self, index: right(self, index) - (index > 1))
+
+# ------------------------------------------------------------------------------------- model and decoder
+
+
+def slot_off_by_one(put: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, at, *rest: put(self, (at[0], (at[1] - 1).clamp(min=0)), *rest)
+
+
+def context_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
+        self.context = self.context.roll(1, 0)
+        logits = step(self, *args)
+        self.context = self.context.roll(-1, 0)
+        return logits
+
+    return bugged
+
+
+def positions_lost(reserve: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: decoding.Decoder, n_tokens: int) -> None:
+        grows = n_tokens > self.capacity
+        reserve(self, n_tokens)
+        if grows:
+            self.positions = torch.zeros_like(self.positions)
+
+    return bugged
+
+
+def prompt_read_as_one_block(read: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: decoding.Decoder, rows: Sequence[int], blocks: Sequence[Sequence[Block]]) -> None:
+        joined = ["".join(block.text for block in mine) for mine in blocks]
+        tokens = [[t for block in mine for t in block.tokens] for mine in blocks]
+        whole = [
+            dataclasses.replace(self.tokenizer.encode_block(text), tokens=tuple(ids), places=(0,) * len(ids))
+            if len(mine) > 1 else mine[0]
+            for text, ids, mine in zip(joined, tokens, blocks, strict=True)
+        ]  # fmt: skip
+        read(self, rows, [[block] for block in whole])
+
+    return bugged
+
+
+def not_masked(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, states: states @ self.unit_embedding.weight.T
+
+
+# --------------------------------------------------------------------------------- grammar and sampling
+
+
+def eob_first(allowed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bugged(self: Grammar, written: Sequence[int]) -> Tensor:
+        mask = allowed(self, written).clone()
+        if not written:
+            mask[self.tokenizer.eob_id] = True
+        return mask
+
+    return bugged
+
+
+def eos_anywhere(allowed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bugged(self: Grammar, written: Sequence[int]) -> Tensor:
+        mask = allowed(self, written).clone()
+        mask[self.tokenizer.eos_id] = True
+        return mask
+
+    return bugged
+
+
+def no_cap(allowed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, written: allowed(self, written[-2:])
+
+
+def room_ignored(can_complete: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda self, tail, room: can_complete(self, tail, 3)
+
+
+def spells_the_alphabet_in_bytes(finishes: Callable[..., bool]) -> Callable[..., bool]:
+    def bugged(self: Grammar, spelling: bytes) -> bool:
+        return finishes(self, spelling) or spelling in self._alphabet
+
+    return bugged
+
+
+def no_long_characters(finishes: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda self, spelling: len(spelling) < 4 and finishes(self, spelling)
+
+
+def grammar_ignored(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    return lambda logits, allowed, *rest: choose(logits, torch.ones_like(allowed), *rest)
+
+
+def logits_tempered_in_place(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    return lambda logits, *rest: choose(logits.mul_(0.5), *rest)
+
+
+def one_generator_for_all(patch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    random = types.SimpleNamespace(default_rng=lambda seed: generator, Generator=np.random.Generator)
+    patch.setattr(engine, "np", types.SimpleNamespace(random=random))
+
+
+# -------------------------------------------------------------------------------------------- the table
+
+BUGS: dict[str, tuple[Plant, str]] = {  # bug: how to plant it, the checks that must notice
+    "block turned round twice": (turned_round_twice, "tabled, targets"),
+    "block written forwards in decoding only": (written_forwards_in_decoding, "decoded, side by side"),
+    "block not turned round when read back": (not_turned_round_when_read_back, "targets, engine"),
+    "block read back in characters": (replacing(MixedTokenizer, "retokenize", read_back_in_characters), "engine"),
+    "prompt read as one block": (replacing(decoding.Decoder, "read", prompt_read_as_one_block), "engine"),
+    "positions off by one from the second block on": (in_packing(position_off_by_one), "twin, tabled, naive, decoded"),
+    "positions off by one, in both": (
+        both(in_packing(position_off_by_one),
+             in_builder(read=lambda i, t: {"position": moved_from_second_block(t.position)})),
+        "tabled, naive"),
+    "place from the wrong end": (place_from_the_wrong_end, "tabled"),
+    "place offset forgotten by the writer": (in_builder(place_without_offset), "twin, tabled"),
+    "writer sees its block's first reader token": (
+        in_packing(sees_own_reader_tokens), "twin, tabled, naive, decoded, future"),
+    "context is the state after its block's first token": (
+        in_packing(context_after_own_token), "twin, tabled, naive, decoded"),
+    "own-block range leaks into the previous block": (in_packing(sees_previous_block), "twin, tabled, naive, decoded"),
+    "writer sees one step ahead": (in_packing(sees_step_ahead), "twin, tabled, naive, decoded, rest of block"),
+    "reader sees one token into the next block": (
+        in_packing(reader_sees_next_token), "twin, tabled, naive, decoded, future"),
+    "distance from the padded length": (
+        in_packing(position_from_padded_length), "twin, tabled, future, mates, naive, row, decoded"),
+    "document start ignored": (in_packing(document_start_ignored), "twin, tabled, mates, row"),
+    "targets shifted": (in_packing(targets_shifted), "twin, tabled, targets, naive, decoded"),
+    "next tokens shifted": (in_packing(next_tokens_shifted), "twin, tabled"),
+    "<eob> dropped": (eob_dropped, "twin, tabled, targets, naive, decoded"),
+    "suffixes from the wrong side in decoding only": (
+        in_decoding(suffixes_forwards), "decoded, side by side, engine"),
+    "stale block slots visible": (
+        in_decoding(lambda self, written, s: {"sees_writer": (s.sees_writer[0], min(s.sees_writer[1] + 1, 9))}),
+        "decoded, side by side, engine"),
+    "reader causal inside blocks in decoding only": (
+        in_decoding(read=lambda i, t: {"sees": (t.sees[0], i + 1)}), "decoded, side by side, engine"),
+    "place counted from one in decoding only": (
+        in_decoding(lambda self, written, s: {"place": s.place + 1}), "decoded, engine, generation"),
+    "cache slot off by one": (
+        replacing(decoding.KeyValueCache, "put", slot_off_by_one), "decoded, side by side, engine"),
+    "context of another row": (
+        replacing(decoding.Decoder, "step", context_of_another_row), "side by side, engine, generation"),
+    "positions lost when the cache grows": (replacing(decoding.Decoder, "_reserve", positions_lost), "side by side"),
+    "padded columns are 0, not -inf": (replacing(TidalTransformer, "head", not_masked), "naive, unwritable"),
+    "grammar: <eob> first": (replacing(Grammar, "allowed", eob_first), "walks"),
+    "grammar: <eos> anywhere": (replacing(Grammar, "allowed", eos_anywhere), "walks"),
+    "grammar: no cap": (replacing(Grammar, "allowed", no_cap), "walks"),
+    "grammar: room for the bytes of a character ignored": (replacing(Grammar, "_can_complete", room_ignored), "walks"),
+    "grammar: alphabet spelled in bytes": (replacing(Grammar, "_finishes", spells_the_alphabet_in_bytes), "walks"),
+    "grammar: no characters of four bytes": (replacing(Grammar, "_finishes", no_long_characters), "admits"),
+    "grammar ignored": (replacing(engine, "choose", grammar_ignored), "generation"),
+    "log-probability of tempered logits": (replacing(engine, "choose", logits_tempered_in_place), "generation"),
+    "one generator for all rows": (one_generator_for_all, "generation"),
+}  # fmt: skip
+
+
+def notices(check: str) -> bool:
+    try:
+        CHECKS[check]()
+    except CAUGHT:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, checks = BUGS[bug]
+    plant(monkeypatch)
+    assert [check for check in checks.split(", ") if not notices(check)] == [], "these did not notice"

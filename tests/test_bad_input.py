@@ -1,0 +1,319 @@
+"""Bad input: exit code 2, one clear line on standard error, nothing on standard output, nothing written."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import SMALL, Ran, run, tree
+
+from tidal import checkpoint, cli
+from tidal.tokenizer import MixedTokenizer
+
+Edit = Callable[[Path], object]
+STEP = "runs/addition/checkpoints/step-000001"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    train = importlib.import_module("tidal.train.__main__").run
+    train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder but for some files, most of them bad."""
+    for name, data in {
+        "good.txt": b"All of this is text.\n" * 40,
+        "empty.txt": b"",
+        "blank.txt": b" \n\t\r\n",
+        "binary.dat": bytes(range(256)),
+        "latin.txt": "Größe".encode("latin-1"),
+        "utf16.txt": "text".encode("utf-16"),
+        "cut.txt.gz": gzip.compress(b"text" * 100)[:-9],
+        "plain.gz": b"this was never packed",
+        "broken.jsonl": b'{"text": "fine"}\n{"text": \n',
+        "keys.jsonl": b'{"content": "x"}\n',
+        "surrogate.jsonl": b'{"text": "a\\ud800"}\n',
+        "unanswered.jsonl": b'{"prompt": "1 + 1 =", "completion": ""}\n',
+        "one.txt": b"a",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a command as `python -m tidal.MODULE` does, without the wait for a process and torch."""
+
+    def run_here(module: str, *arguments: str) -> Ran:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(importlib.import_module(f"tidal.{module}.__main__").run, f"tidal.{module}", arguments)
+        assert isinstance(stop.value.code, int)
+        return Ran(stop.value.code, *capfd.readouterr(), cpu_seconds=0.0)
+
+    return run_here
+
+
+def assert_refused(done: Ran, module: str, message: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert done.err.endswith("\n")
+    (line,) = done.err.splitlines()
+    prefix = f"tidal.{module}: error: "
+    assert line.startswith(prefix)
+    assert re.search(message, line.removeprefix(prefix)), line
+
+
+TEXT = "train --recipe text"
+BITS = "evaluate bits-per-byte"
+CASES = {
+    # data that is no data
+    f"{TEXT} --data missing.txt": r"no such file or folder: 'missing.txt'",
+    f"{TEXT} --data folder": "no text in 'folder'",
+    f"{TEXT} --data *.nothing": r"no file matches '\*.nothing'",
+    f"{TEXT} --data empty.txt": "no text in 'empty.txt'",
+    f"{TEXT} --data blank.txt": "no text in 'blank.txt'",
+    f"{TEXT} --data good.txt empty.txt": "no text in 'empty.txt'",
+    f"{TEXT} --data binary.dat": "binary.dat is not text: NUL at byte 0",
+    f"{TEXT} --data latin.txt": r"latin.txt is not text: invalid UTF-8 \(0xf6\) at byte 2",
+    f"{TEXT} --data utf16.txt": "utf16.txt is not text: .*UTF-16: convert it",
+    f"{TEXT} --data cut.txt.gz": "cut.txt.gz is not intact gzip",
+    f"{TEXT} --data plain.gz": "plain.gz is not intact gzip",
+    f"{TEXT} --data broken.jsonl": "broken.jsonl:2 is not JSON",
+    f"{TEXT} --data keys.jsonl": r"keys.jsonl:1 has the wrong keys \('content'\)",
+    f"{TEXT} --data surrogate.jsonl": r"surrogate.jsonl:1: 'text' has a lone surrogate \(\\ud800\) at character 1",
+    f"{TEXT} --data one.txt": "too little data",
+    f"{TEXT} --data good.txt --tokenizer folder": "cannot read folder/tokenizer.json",
+    TEXT: "--recipe text needs --data",
+    "train --recipe addition --data good.txt": "--data goes with --recipe text",
+    "train --data good.txt --recipe addition": "--data goes with --recipe text",
+    f"{BITS} --data missing.txt": "no such file or folder: 'missing.txt'",
+    f"{BITS} --data empty.txt": "no text in 'empty.txt'",
+    f"{BITS} --data binary.dat": "binary.dat is not text",
+    BITS: "no data: .*--data",
+    # prompts that are none
+    "infer --prompt-file missing.txt": "cannot read prompts from 'missing.txt': No such file",
+    "infer --prompt-file folder": "cannot read prompts from 'folder': Is a directory",
+    "infer --prompt-file empty.txt": "no prompts in empty.txt",
+    "infer --prompt-file latin.txt": "latin.txt is not UTF-8 text: byte 2 is 0xf6",
+    "infer --prompt a --prompt-file good.txt": "both --prompt and --prompt-file",
+    "infer --prompt a\udcff": r"--prompt 'a\\udcff': lone surrogate U\+DCFF at offset 1",
+    # flags
+    "train --max-step 5": "unknown flag '--max-step'; did you mean '--max-steps'",
+    f"{TEXT} --dta good.txt": "unknown flag '--dta'; did you mean '--data'",
+    "infer --promt a": "unknown flag '--promt'; did you mean '--prompt'",
+    "evaluate addition --cuont 5": "unknown flag '--cuont'; did you mean '--count'",
+    "evaluate additon": "unknown evaluation 'additon'; choose addition or bits-per-byte",
+    "evaluate": "nothing to evaluate; choose addition or bits-per-byte",
+    "train --recipe adition": "--recipe must be one of 'addition', 'text', not 'adition'",
+    "train 500": "unexpected argument '500'",
+    # places
+    "train --out good.txt/run": "cannot write the run folder good.txt/run: Not a directory; .*--out",
+    "train --out good.txt": "cannot write the run folder good.txt: File exists",
+    "infer --prompt a": "no runs found under runs/; train one with: python -m tidal.train",
+    "evaluate addition": "no runs found under runs/",
+    f"{BITS} --data good.txt": "no runs found under runs/",
+    "infer --prompt a --checkpoint nowhere": "nowhere does not exist",
+    "infer --prompt a --checkpoint folder": "folder is not a run or checkpoint folder",
+    "infer --prompt a --checkpoint good.txt": "good.txt is not a run or checkpoint folder",
+    "evaluate addition --checkpoint folder": "folder is not a run or checkpoint folder",
+    "train --device abacus": "device 'abacus' cannot be used",
+    "train --device cuda:99": "device 'cuda:99' cannot be used",
+    "infer --prompt a --device abacus": "device 'abacus' cannot be used",
+    # numbers
+    **{
+        f"train --{flag} {value}": f"^(--{flag} (is|needs)|model: {flag.replace('-', '_')} is) "
+        for flag, values in {
+            "max-steps": "0 -3 1.5 many", "rows": "0", "validate-every": "0", "keep": "0", "threads": "-1",
+            "seed": "-1", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan", "beta2": "1",
+            "weight-decay": "-1", "decay-fraction": "2", "accumulate": "0", "aux-weight": "nan",
+            "warmup-steps": "-1", "digits": "0 200",
+            "max-block-units": "3", "step-stride": "nan -1", "d-model": "0", "n-heads": "0", "reader-layers": "0",
+            "place-jitter": "-1", "suffix-rows": "-1", "table-lr-scale": "nan",
+        }.items()
+        for value in values.split()
+    },
+    "train --d-model 64 --n-heads 3": "d_model 64 is not a multiple of n_heads 3",
+    "train --n-heads 4 --n-kv-heads 3": "n_heads 4 is not a multiple of n_kv_heads 3",
+    f"{TEXT} --data good.txt --cut-probability 2": "--cut-probability is 2.0; it must be between 0 and 1",
+    f"{TEXT} --data good.txt --hold-out 1.5": "held out part must lie between 0 and 1, not 1.5",
+    f"{TEXT} --data good.txt --vocab-size 10": "--vocab-size is 10; it must be at least 288",
+    f"{TEXT} --data good.txt --reader-budget 0": "--reader-budget is 0; it must be at least 16",
+    "infer --prompt a --temperature nan": "temperature is nan",
+    "infer --prompt a --temperature -1": "temperature is -1.0",
+    "infer --prompt a --top-p 2": "top_p is 2.0",
+    "infer --prompt a --top-p nan": "top_p is nan",
+    "infer --prompt a --top-k -1": "top_k is -1",
+    "infer --prompt a --num-samples 0": "--num-samples is 0; it must be at least 1",
+    "infer --prompt a --max-new-units 0": "--max-new-units is 0; it must be at least 1",
+    "infer --prompt a --seed -1": "--seed is -1; it must be at least 0",
+    "evaluate addition --count 0": "--digits, --count and --batch-size must be at least 1",
+    "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
+    f"{BITS} --data good.txt --context 3": "--context is 3; it must be at least 16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_bad_input_is_refused_in_one_line(line: str, here: Path, command: Callable[..., Ran]) -> None:
+    before = tree(here)
+    module, *arguments = line.split()
+    assert_refused(command(module, *arguments), module, CASES[line])
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{TEXT} --data binary.dat",
+        "train --rows 0",
+        "train --out good.txt/run",
+        "infer --prompt a --checkpoint folder",
+        "evaluate addition --cuont 5",
+    ],
+)
+def test_so_it_is_in_a_real_process(line: str, here: Path) -> None:
+    before = tree(here)
+    module, *arguments = line.split()
+    done = run([sys.executable, "-m", f"tidal.{module}", *arguments], here)
+    assert_refused(done, module, CASES[line])
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        ((b"--prompt", b"1 + 1 =", b"a\xff"), "", r"--prompt 'a\\udcff': lone surrogate U\+DCFF at offset 1"),
+        ((), "", "no prompts in standard input"),
+    ],
+    ids=["bytes", "nothing"],
+)
+def test_prompts_of_a_real_process(arguments: tuple[bytes, ...], stdin: str, message: str, here: Path) -> None:
+    before = tree(here)
+    done = run([sys.executable, "-m", "tidal.infer", *arguments], here, stdin, {"PYTHONUTF8": "1"})
+    assert_refused(done, "infer", message)
+    assert tree(here) == before
+
+
+# ---------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip(name: str, where: int = -1) -> Edit:
+    def edit(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[where] ^= 1
+        (folder / name).write_bytes(data)
+
+    return edit
+
+
+def replaced(name: str, old: str, new: str) -> Edit:
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+def other_tokenizer(folder: Path) -> None:
+    MixedTokenizer.train(["another text altogether, with other words"], max_block_units=128).save(folder / "tokenizer")
+
+
+def other_block_cap(folder: Path) -> None:
+    """The same pieces, but cut otherwise: nothing but the fingerprint can tell."""
+    tokenizer = MixedTokenizer.load(folder / "tokenizer")
+    MixedTokenizer((folder / "tokenizer/tokenizer.model").read_bytes(), tokenizer.max_block_units - 1).save(
+        folder / "tokenizer"
+    )
+
+
+def sealed(edit: Edit) -> Edit:
+    """An edit by someone who then writes a manifest that fits."""
+
+    def edit_and_seal(folder: Path) -> None:
+        edit(folder)
+        files = checkpoint._hashes(folder)
+        (folder / checkpoint.MANIFEST).write_text(checkpoint._manifest(1, files), newline="")
+
+    return edit_and_seal
+
+
+DAMAGE: dict[str, tuple[Edit, str]] = {
+    "weights": (flip("model.safetensors"), "is damaged: model.safetensors has SHA-256"),
+    "short weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged: model.safetensors has"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is damaged: model.safetensors is missing"),
+    "config": (replaced("config.json", '"d_model": 16', '"d_model": 32'), "is damaged: config.json has SHA-256"),
+    "manifest": (flip("manifest.json", 20), "is damaged: manifest.json"),
+    "stray file": (lambda f: (f / "notes.txt").write_text("x"), "is damaged: notes.txt is unexpected"),
+    "tokenizer": (other_tokenizer, r"is damaged: tokenizer/tokenizer\.\w+ has SHA-256"),
+    "sealed tokenizer": (sealed(other_tokenizer), r"was trained with tokenizer [0-9a-f]{16}…, but holds [0-9a-f]{16}…"),
+    "sealed block cap": (sealed(other_block_cap), r"was trained with tokenizer [0-9a-f]{16}…, but holds [0-9a-f]{16}…"),
+    "sealed half of a tokenizer": (
+        sealed(replaced("tokenizer/tokenizer.json", '"max_block_units": 128', '"max_block_units": 64')),
+        "cannot be loaded: tokenizer fingerprint differs",
+    ),
+    "sealed config": (
+        sealed(replaced("config.json", '"d_model": 16', '"d_model": 32')),
+        "weights do not fit its config.json: .*size mismatch",
+    ),
+    "sealed unknown key": (
+        sealed(replaced("config.json", '"d_model": 16', '"d_model": 16, "colour": "blue"')),
+        r"cannot be loaded: Shape has unknown keys \['colour'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(kind: str, trained: Path, here: Path, command: Callable[..., Ran]) -> None:
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    edit, message = DAMAGE[kind]
+    edit(here / STEP)
+    before = tree(here)
+    assert_refused(command("infer", "--prompt", "1 + 1 ="), "infer", f"^{STEP}:? .*({message})")
+    assert_refused(command("evaluate", "addition", "--count", "1"), "evaluate", message)
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{BITS} --data unanswered.jsonl", "no text to score"),
+        ("evaluate addition --digits 127", "--digits is 127; this model writes blocks of 128 units"),
+    ],
+)
+def test_what_an_intact_model_cannot_do(
+    line: str, message: str, trained: Path, here: Path, command: Callable[..., Ran]
+) -> None:
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    before = tree(here)
+    module, *arguments = line.split()
+    assert_refused(command(module, *arguments), module, message)
+    assert tree(here) == before
+
+
+def test_a_folder_without_a_complete_checkpoint(here: Path, command: Callable[..., Ran]) -> None:
+    (here / "runs/new/checkpoints/step-000010.tmp").mkdir(parents=True)
+    message = r"runs/new has no complete checkpoint \(yet\)"
+    assert_refused(command("infer", "--prompt", "a", "--checkpoint", "runs/new"), "infer", message)
+    assert_refused(command("infer", "--prompt", "a"), "infer", "no runs found under runs/")
+
+
+def test_a_jsonl_line_of_the_documented_form_is_good(here: Path) -> None:
+    """The control: what is refused above is refused for its own sake."""
+    (here / "fine.jsonl").write_text("".join(json.dumps({"text": f"This is line {i}. "}) + "\n" for i in range(50)))
+    train = importlib.import_module("tidal.train.__main__").run
+    train(["--data", "fine.jsonl", "good.txt", "--max-steps", "1", "--rows", "2", *SMALL])
+    assert checkpoint.resolve(None).name == "step-000001"

@@ -1,0 +1,142 @@
+"""What README.md shows is run, and what it and CONTRIBUTING.md name exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from commands import ROOT, run
+
+from tidal.cli import parse
+from tidal.config import Train
+from tidal.infer.__main__ import Infer
+from tidal.train.__main__ import _recipe
+from tidal.train.presets import PRESETS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"}
+
+ADAPTED = {
+    r"\bFILE\b": "file.txt",
+    r"\bOTHER_FILE\b": "other.txt",
+    r"(python -m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 20 --rows 8",
+}
+"""All that is changed in a command before it is run: names in capitals, and how long it trains."""
+
+CHECKED_ELSEWHERE = {"make demo"}
+"""Commands that are not run here: `make demo` would install; see `test_make_demo_is_the_same_by_hand`."""
+
+
+def fences(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def code_spans(text: str) -> list[str]:
+    """Inline code; a line break inside it is a space."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"(?ms)^```.*?^```$", "", text))]
+
+
+def commands_of(text: str) -> list[str]:
+    """What a reader is told to type: `$ ` lines of console blocks, and inline commands; each once, in order."""
+    shown = [line[2:] for block in fences("console", text) for line in block.splitlines() if line.startswith("$ ")]
+    inline = [span for span in code_spans(text) if re.match(r"python -m tidal\.\w+ ", span)]
+    return list(dict.fromkeys(shown + inline))
+
+
+def test_there_is_something_to_run() -> None:
+    programs = {re.sub(r".*(make|python -m [\w.]+).*", r"\1", command) for command in commands_of(README)}
+    assert {"make", "python -m tidal.train", "python -m tidal.infer", "python -m tidal.evaluate"} <= programs
+    assert fences("python")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with texts, and `python` as the reader has it."""
+    (tmp_path / "file.txt").write_text("Once upon a time there was a sea, and the sea came in and went out.\n" * 150)
+    (tmp_path / "other.txt").write_text("Once upon a time the sea went out, and never came in.\n" * 9)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    return tmp_path
+
+
+def test_every_command_runs(home: Path) -> None:
+    for command in commands_of(README):
+        if command in CHECKED_ELSEWHERE:
+            continue
+        adapted = command
+        for pattern, replacement in ADAPTED.items():
+            adapted = re.sub(pattern, replacement, adapted)
+        done = run(["sh", "-c", f'PATH="$PWD/bin:$PATH"; {adapted}'], home)
+        assert done.code == 0, f"{command}\n{done.err}"
+        assert bool(done.out) == ("tidal.train" not in command or "--help" in command), command
+    for number, block in enumerate(fences("python")):
+        (home / f"block{number}.py").write_text(block, encoding="utf-8")
+        done = run([sys.executable, f"block{number}.py"], home)
+        assert done.code == 0, f"{block}\n{done.err}"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_demo_is_the_same_by_hand() -> None:
+    """The commands of `make demo` are the first two of the README, but for the run's name."""
+    done = run(["make", "-n", "demo"], ROOT)
+    assert done.code == 0, done.err
+    pattern = r"python -m tidal\.(train|infer)\b(.*)"
+    demo = re.findall(pattern, done.out)
+    by_hand = re.findall(pattern, "\n".join(commands_of(README)))[:2]
+    assert [module for module, _ in demo] == [module for module, _ in by_hand] == ["train", "infer"]
+    (train, asked), (its_train, its_asked) = (
+        [shlex.split(flags) for _, flags in commands] for commands in (demo, by_hand)
+    )
+    settings, same = (
+        dataclasses.replace(parse(Train, argv, "tidal.train", default=PRESETS[_recipe(argv)]), out=None)
+        for argv in (train, its_train)
+    )
+    assert settings == same
+    assert settings.recipe == "addition"
+    assert parse(Infer, asked, "tidal.infer") == parse(Infer, its_asked, "tidal.infer")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_paths_exist(name: str) -> None:
+    text = DOCUMENTS[name]
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    paths = [span for span in code_spans(text) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|md|toml|txt|yml)", span)]
+    ours = {path.name for folder in ("tidal", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.*")}
+    assert {path for path in (*links, *paths) if path not in ours and not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_and_extras_exist(name: str) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = [line for block in fences("console", DOCUMENTS[name]) for line in block.splitlines()]
+    made = [re.match(r"(?:\$ )?make ([a-z]+)", code) for code in (*shown, *code_spans(DOCUMENTS[name]))]
+    assert {found[1] for found in made if found} <= set(targets)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for some in re.findall(r"\.\[([\w,]+)\]", DOCUMENTS[name]) for extra in some.split(",")}
+    assert named <= set(extras)
+
+
+@pytest.fixture(scope="module")
+def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Every flag that some command's help names."""
+    modules = ["tidal.train", "tidal.infer", "tidal.evaluate addition", "tidal.evaluate bits-per-byte"]
+    modules += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if path.stem != "__init__"]
+    helps = [run([sys.executable, "-m", *module.split(), "--help"], ROOT) for module in modules]
+    assert all(done.code == 0 for done in helps)
+    return {flag for done in helps for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", done.out)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_flags_exist(name: str, known_flags: set[str]) -> None:
+    """Every flag that is mentioned is in the help of a command; those of other people's programs are not ours."""
+    lines = [re.sub(r"\b(pip3?|pytest|git|ruff|mypy|uv)\b[^`\n]*", "", line) for line in DOCUMENTS[name].splitlines()]
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(lines)))
+    assert mentioned <= known_flags | {"--help"}

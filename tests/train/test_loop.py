@@ -1,0 +1,271 @@
+"""The loop, the optimizer and the learning rate."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tidal import checkpoint
+from tidal.blocks import BlockTable, Passage, passage
+from tidal.cli import UserError
+from tidal.config import Addition, Optim, Shape, Train
+from tidal.model import TidalTransformer
+from tidal.streams import Batch, pack
+from tidal.tokenizer import MixedTokenizer
+from tidal.train import loop
+from tidal.train.loop import Metrics, model_for, train, train_step
+from tidal.train.optim import Optimizer, learning_rate
+from tidal.train.presets import PRESETS
+from tidal.train.recipes.addition import AdditionRecipe
+
+SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
+              suffix_rows=50, place_jitter=3)  # fmt: skip
+SETTINGS = dataclasses.replace(
+    PRESETS["addition"], max_steps=4, rows=4, validate_every=2, device="cpu", model=SHAPE,
+    optim=Optim(lr=1e-2, warmup_steps=2, aux_weight=0.3), addition=Addition(digits=2, max_block_units=16),
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+class Scripted(AdditionRecipe):
+    """Sums, with held-out figures made up beforehand."""
+
+    def __init__(self, settings: Train, qualities: list[float]) -> None:
+        super().__init__(settings)
+        self.qualities: Iterator[float] = iter(qualities)
+
+    def validate(self, model: TidalTransformer) -> dict[str, float]:
+        return {"quality": next(self.qualities), "exact_2": 0.25}
+
+    def sample_prompts(self, step: int) -> list[str]:
+        return ["1 + 2 ="]
+
+
+def trained(out: Path, settings: Train = SETTINGS, qualities: list[float] | None = None) -> Path:
+    out.mkdir()
+    return train(settings, Scripted(settings, qualities or [0.0] * 99), out)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read_checkpoint(folder)[1]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -------------------------------------------------------------------------------------- learning rate
+
+
+def test_learning_rate_at_its_corners() -> None:
+    settings = Optim(lr=2.0, warmup_steps=10, decay_fraction=0.4)
+    rate = [learning_rate(step, 100, settings) for step in range(101)]
+    assert rate[0] == pytest.approx(0.2)  # not zero: the first step learns something
+    assert rate[4] == pytest.approx(1.0)
+    assert rate[8] == pytest.approx(1.8)
+    assert rate[9:61] == [2.0] * 52
+    assert rate[61] < 2.0
+    assert rate[80] == pytest.approx(1.0)
+    assert rate[99] == pytest.approx(2.0 / 40)  # the last step, still above zero
+    assert rate[100] == 0.0
+    assert all(abs(a - b) <= 0.2 + 1e-12 for a, b in itertools.pairwise(rate))
+    assert [learning_rate(step, 100, settings) for step in reversed(range(101))] == rate[::-1]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 1000])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("max_steps", [1, 2, 50])
+def test_learning_rate_lies_between_zero_and_its_highest(warmup: int, decay: float, max_steps: int) -> None:
+    settings = Optim(lr=0.5, warmup_steps=warmup, decay_fraction=decay)
+    rates = [learning_rate(step, max_steps, settings) for step in range(max_steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    if warmup <= 1 and decay == 0:
+        assert rates == [0.5] * max_steps
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def test_the_seed_decides_every_bit(tmp_path: Path) -> None:
+    folders = [trained(tmp_path / name) for name in "ab"]
+    one, other = (checkpoint.resolve(folder, "latest") for folder in folders)
+    assert same(weights_of(one), weights_of(other))
+    assert same(checkpoint.read_optimizer(one) or {}, checkpoint.read_optimizer(other) or {})
+    samples = [[json.loads(line) for line in (f / "samples.jsonl").read_text().splitlines()] for f in folders]
+    assert [{**s, "seconds": 0} for s in samples[0]] == [{**s, "seconds": 0} for s in samples[1]]
+    different = trained(tmp_path / "c", dataclasses.replace(SETTINGS, seed=1))
+    mine, theirs = weights_of(one), weights_of(checkpoint.resolve(different, "latest"))
+    assert not any(torch.equal(mine[name], theirs[name]) for name in mine if mine[name].ndim > 1)
+
+
+def test_validation_and_samples_leave_no_trace_in_training(tmp_path: Path) -> None:
+    often, seldom = (trained(tmp_path / str(n), dataclasses.replace(SETTINGS, validate_every=n)) for n in (1, 4))
+    assert same(weights_of(checkpoint.resolve(often, "latest")), weights_of(checkpoint.resolve(seldom, "latest")))
+
+
+def test_training_learns() -> None:
+    recipe = AdditionRecipe(SETTINGS)
+    model = model_for(SETTINGS, recipe.tokenizer)
+    optimizer = Optimizer(model, SETTINGS.optim)
+    losses = [train_step(model, optimizer, recipe, step, 1e-2, SETTINGS, CPU)["loss"] for step in range(40)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("qualities", "best"),
+    [([0.1, 0.9, 0.3, 0.2], 2), ([0.9, 0.1, 0.3, 0.2], 1), ([-9.0, -8.0, -7.0, -6.0], 4), ([0.0, 0.5, 0.5, 0.1], 3),
+     ([0.2, math.nan, 0.1, math.nan], 1)],
+)  # fmt: skip
+def test_best_is_the_checkpoint_of_the_highest_quality(qualities: list[float], best: int, tmp_path: Path) -> None:
+    out = trained(tmp_path / "run", dataclasses.replace(SETTINGS, validate_every=1, keep=1), qualities)
+    assert (out / "latest").read_text() == "step-000004\n"
+    assert (out / "best").read_text() == f"step-00000{best}\n"
+    assert [folder.name for folder in checkpoint.checkpoints(out)] == sorted({f"step-00000{best}", "step-000004"})
+    assert checkpoint.resolve(out).name == f"step-00000{best}"
+
+
+def test_the_time_limit_ends_training_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # every look at the clock takes one: the loop's start, then once a step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    settings = dataclasses.replace(SETTINGS, max_steps=1000, validate_every=400, max_seconds=5.0)
+    out = trained(tmp_path / "run", settings)
+    assert (out / "latest").read_text() == (out / "best").read_text() == "step-000005\n"
+    with open(out / "metrics.csv", newline="") as file:
+        assert [(row["step"], row["seconds"]) for row in csv.DictReader(file)] == [("5", "5")]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
+    recipe = AdditionRecipe(SETTINGS)
+    model = model_for(SETTINGS, recipe.tokenizer)
+    optimizer = Optimizer(model, SETTINGS.optim)
+    train_step(model, optimizer, recipe, 0, 1e-2, SETTINGS, CPU)
+    with torch.no_grad():
+        model.reader[0].mlp.up.weight[0, 0] = math.inf  # type: ignore[index, union-attr]
+    weights, moments = copy.deepcopy(model.state_dict()), {k: v.clone() for k, v in optimizer.state().items()}
+    with pytest.raises(UserError, match="step 7: loss nan"):
+        train_step(model, optimizer, recipe, 7, 1e-2, SETTINGS, CPU)
+    assert same(model.state_dict(), weights)
+    assert same(optimizer.state(), moments)
+
+
+# --------------------------------------------------------------------------------------- accumulation
+
+
+class Fixed:
+    """The same batches again and again; the optimizer's update is left out, so that gradients can be read."""
+
+    def __init__(self, tokenizer: MixedTokenizer, batches: list[list[list[Passage]]], table: BlockTable) -> None:
+        self.tokenizer, self.batches, self.table = tokenizer, batches, table
+
+    def batch(self, step: int) -> Batch:
+        return pack(self.batches[step], self.table)
+
+
+def gradients(batches: list[list[str]], accumulate: int) -> list[torch.Tensor]:
+    """Gradients of one step over `accumulate` batches of one text a row, without clipping, in float64."""
+    optim = dataclasses.replace(SETTINGS.optim, accumulate=accumulate, clip=1e9)
+    settings = dataclasses.replace(SETTINGS, optim=optim)
+    tokenizer = AdditionRecipe(SETTINGS).tokenizer
+    table = BlockTable(tokenizer)
+    model = model_for(settings, tokenizer).double()
+    recipe = Fixed(tokenizer, [[[passage(table, "", text)] for text in texts] for texts in batches], table)
+    still = SimpleNamespace(zero_grad=model.zero_grad, step=lambda rate: None)
+    train_step(model, still, recipe, 0, 0.0, settings, CPU)  # type: ignore[arg-type]
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+def test_accumulation_is_one_large_batch_where_units_are_as_many() -> None:
+    texts = ["12 + 34 = 46\n", "55 + 11 = 66\n", "99 + 17 = 16\n", "40 + 58 = 98\n"]
+    together = gradients([texts], 1)
+    assert difference(gradients([texts[:2], texts[2:]], 2), together) < 1e-12
+    assert difference(gradients([[text] for text in texts], 4), together) < 1e-12
+    assert difference(gradients([texts[:2]], 1), together) > 1e-3
+
+
+def test_accumulated_batches_weigh_the_same_however_many_units_they_have() -> None:
+    short, long = ["1 + 1 = 2\n"], ["12345 + 11111 = 23456\n", "5 + 6 = 11\n"]
+    mean = [(a + b) / 2 for a, b in zip(gradients([short], 1), gradients([long], 1), strict=True)]
+    assert difference(gradients([short, long], 2), mean) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------ optimizer
+
+
+def test_optimizer_state_continues_bit_for_bit(tmp_path: Path) -> None:
+    """Through a checkpoint on disk, into a fresh model and optimizer."""
+    recipe = AdditionRecipe(SETTINGS)
+    model = model_for(SETTINGS, recipe.tokenizer)
+    optimizer = Optimizer(model, SETTINGS.optim)
+    for step in range(3):
+        train_step(model, optimizer, recipe, step, 1e-2, SETTINGS, CPU)
+    name = loop.save(tmp_path, 3, model, optimizer, SETTINGS, recipe.tokenizer)
+    folder = tmp_path / "checkpoints" / name
+
+    resumed = model_for(dataclasses.replace(SETTINGS, seed=5), recipe.tokenizer)
+    resumed.load_state_dict(weights_of(folder))
+    moments = checkpoint.read_optimizer(folder)
+    assert moments is not None
+    assert len(moments) >= 3 * len(model.tables()) + 1
+    fresh = Optimizer(resumed, SETTINGS.optim)
+    fresh.load_state(moments)
+    forgetful = copy.deepcopy(resumed)
+    without = Optimizer(forgetful, SETTINGS.optim)
+    for step in range(3, 6):
+        for a_model, an_optimizer in ((model, optimizer), (resumed, fresh), (forgetful, without)):
+            train_step(a_model, an_optimizer, recipe, step, 1e-2, SETTINGS, CPU)
+    assert same(resumed.state_dict(), model.state_dict())
+    assert same(fresh.state(), optimizer.state())
+    assert not same(forgetful.state_dict(), model.state_dict())  # the state matters
+
+
+def test_every_parameter_is_learnt_in_its_group() -> None:
+    model = model_for(SETTINGS, AdditionRecipe(SETTINGS).tokenizer)
+    optimizer = Optimizer(model, dataclasses.replace(SETTINGS.optim, table_lr_scale=10.0, weight_decay=0.5))
+    groups = [group for part in optimizer.parts for group in part.param_groups]
+    learnt = [p for group in groups for p in group["params"]]
+    assert len(learnt) == len({id(p) for p in learnt}) == len(list(model.parameters()))
+    tables = {id(p) for p in model.tables()}
+    for group in groups:
+        for p in group["params"]:
+            assert group["scale"] == (10.0 if id(p) in tables else 1.0)
+            assert group["weight_decay"] == (0.5 if p.ndim == 2 and id(p) not in tables else 0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.25)
+    assert sorted({group["lr"] for group in groups}) == [0.25, 2.5]
+
+
+# -------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_written_anew_when_columns_appear(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    with open(path, "w", newline="") as file:
+        metrics = Metrics(file)
+        metrics.add(step=10, seconds=1.0, lr=0.5, loss=2.123456789, bits_per_byte=1.0, grad_norm=0.1)
+        metrics.add(step=20, seconds=2.0, lr=0.5, loss=1.5, bits_per_byte=1.0, grad_norm=0.1, quality=0.5)
+        metrics.add(step=30, seconds=3.0, lr=0.5, loss=1.25, bits_per_byte=1.0, grad_norm=0.1)
+        lines = path.read_text().splitlines()  # on disk at once, not only when the run ends
+        metrics.add(step=40, seconds=4.0, lr=0.5, loss=1.0, bits_per_byte=1.0, grad_norm=0.1, other=-1.0, quality=1.0)
+    assert lines[0] == "step,seconds,lr,loss,bits_per_byte,grad_norm,quality"
+    assert len(lines) == 4
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["10", "20", "30", "40"]
+    assert [row["loss"] for row in rows] == ["2.12346", "1.5", "1.25", "1"]
+    assert [row["quality"] for row in rows] == ["", "0.5", "", "1"]
+    assert [row["other"] for row in rows] == ["", "", "", "-1"]

@@ -1,0 +1,283 @@
+"""What the recipes feed and hold out; a batch is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tidal.blocks import EOS_BLOCK, BlockTable, Passage
+from tidal.cli import UserError
+from tidal.config import Addition, Shape, Text, Train
+from tidal.streams import Batch
+from tidal.tokenizer import MixedTokenizer
+from tidal.train.documents import hold_out, read_documents
+from tidal.train.loop import Recipe
+from tidal.train.presets import PRESETS
+from tidal.train.recipes import addition
+from tidal.train.recipes.addition import AdditionRecipe, exact_match, random_operand, random_sums
+from tidal.train.recipes.text import TextRecipe
+
+SHAPE = Shape(d_model=8, n_heads=2, n_kv_heads=1, suffix_rows=50, place_jitter=4)
+SUMS = dataclasses.replace(PRESETS["addition"], rows=16, model=SHAPE, addition=Addition(digits=3, max_block_units=32))
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Batch)]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def read_text(batch: Batch, row: int, tokenizer: MixedTokenizer) -> list[str]:
+    """The documents that a row reads."""
+    ids = batch.reader_ids[row][batch.reader_sees[row, :, 1] > 0].tolist()  # padding sees nothing
+    starts = [*(n for n, i in enumerate(ids) if i == tokenizer.bos_id), len(ids)]
+    return [tokenizer.decode(ids[start + 1 : end]) for start, end in itertools.pairwise(starts)]
+
+
+def written_blocks(batch: Batch, row: int, tokenizer: MixedTokenizer) -> list[str]:
+    """The blocks that a row is asked to write, turned round; "<eos>" where a document ends."""
+    blocks: list[str] = []
+    units: list[int] = []
+    for unit in batch.targets[row].tolist():
+        if unit == tokenizer.eos_id:
+            blocks.append("<eos>")
+        elif unit == tokenizer.eob_id:
+            blocks.append(tokenizer.unreverse(units))
+            units = []
+        elif unit >= 0:
+            units.append(unit)
+    assert not units
+    return blocks
+
+
+# ------------------------------------------------------------------------------------------- addition
+
+
+def test_sums_are_right_and_only_answers_are_learnt() -> None:
+    recipe = AdditionRecipe(SUMS)
+    lengths: Counter[tuple[int, int]] = Counter()
+    for step in range(40):
+        batch = recipe.batch(step)
+        for row in range(SUMS.rows):
+            (text,) = read_text(batch, row, recipe.tokenizer)
+            found = re.fullmatch(r"(\d+) \+ (\d+) = (\d+)\n", text)
+            assert found
+            a, b, c = found.groups()
+            assert int(a) + int(b) == int(c)
+            assert f"{int(a)}{int(b)}{int(c)}" == a + b + c  # no leading zeros
+            assert written_blocks(batch, row, recipe.tokenizer) == [f" {c}", "\n", "<eos>"]
+            lengths[len(a), len(b)] += 1
+    assert set(lengths) == {(n, m) for n in (1, 2, 3) for m in (1, 2, 3)}
+    assert min(lengths.values()) > 40  # 71 each are expected
+    assert batch.n_bytes == sum(len("".join(written_blocks(batch, r, recipe.tokenizer)[:2])) for r in range(SUMS.rows))
+
+
+def test_places_are_jittered_by_document() -> None:
+    recipe = AdditionRecipe(SUMS)
+    offsets: Counter[int] = Counter()
+    for step in range(20):
+        batch = recipe.batch(step)
+        for row in range(SUMS.rows):
+            first = int(batch.writer_places[row, 0])
+            assert int(batch.reader_places[row, 0]) == first
+            offsets[first] += 1
+    assert set(offsets) == set(range(SHAPE.place_jitter + 1))
+    assert min(offsets.values()) > 32  # 64 each are expected
+
+
+def test_held_out_sums() -> None:
+    recipe = AdditionRecipe(SUMS)
+    assert list(recipe.held_out) == [3, 4, 5]
+    for digits, sums in recipe.held_out.items():
+        assert len(sums) == 100
+        assert {len(str(number)) for pair in sums for number in pair} == {digits}
+    prompts = [recipe.sample_prompts(step) for step in (0, 1, 0)]
+    assert prompts[0] == prompts[2] != prompts[1]
+    assert prompts[1] == ["{} + {} =".format(*sums[1]) for sums in recipe.held_out.values()]
+    again, other = AdditionRecipe(SUMS), AdditionRecipe(dataclasses.replace(SUMS, seed=1))
+    assert again.held_out == recipe.held_out != other.held_out
+    assert other.tokenizer.fingerprint == recipe.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("digits", [1, 2, 9, 30])
+def test_random_operands_have_the_digits_asked_for(digits: int) -> None:
+    rng = np.random.default_rng(0)
+    numbers = [random_operand(rng, digits) for _ in range(200)]
+    assert {len(str(number)) for number in numbers} == {digits}
+    assert {number % 10 for number in numbers} == set(range(10))
+    assert len(random_sums(rng, digits, 7)) == 7
+
+
+def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [(" 3\n", "eos"), (" 3\n", "length"), (" 3", "eos"), ("3\n", "eos"), (" 30\n", "eos"), ("", "eos")]
+
+    def generate(_model: object, _tokenizer: object, prompts: list[str], **_: object) -> list[Any]:
+        return [SimpleNamespace(prompt=p, completion=c, stop_reason=s)
+                for p, (c, s) in zip(prompts, answers, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(addition, "generate", generate)
+    share, wrong = exact_match(None, None, [(1, 2)] * 6)  # type: ignore[arg-type]
+    assert share == pytest.approx(1 / 6)
+    assert wrong == [("1 + 2 =", completion) for completion, _ in answers[1:]]
+
+
+# ----------------------------------------------------------------------------------------------- text
+
+WORDS = ("tide", "sea", "comes", "goes", "out", "in", "day", "night", "moon", "the", "don't", "12", "345", "今天", "😀")
+
+
+def some_text(seed: int, n_words: int = 120) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), n_words)) + ".\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty documents, the last of which is far over the budget."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(some_text(i, 900 if i == 19 else 20 + 7 * i), encoding="utf-8")
+    return folder
+
+
+def text_settings(folder: Path, seed: int = 0, **text: Any) -> Train:
+    given = {"vocab_size": 320, "reader_budget": 100, "hold_out": 0.2, "cut_probability": 0.3, **text}
+    return dataclasses.replace(PRESETS["text"], seed=seed, rows=5, model=SHAPE, text=Text(data=(str(folder),), **given))
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> TextRecipe:
+    return TextRecipe(text_settings(folder))
+
+
+def joined(p: Passage, table: BlockTable) -> str:
+    return "".join(table.texts[i] for i in p.blocks)
+
+
+def test_every_document_is_learnt_or_held_out_once_and_whole(recipe: TextRecipe, folder: Path) -> None:
+    documents, held_out = hold_out(read_documents([str(folder)]), 0.2, 0)
+    assert 1 <= len(held_out) < 10
+    for rows, wanted in ((recipe.rows, documents), (recipe.held_out, held_out)):
+        found, text = [], ""
+        for p in (p for row in rows for p in row):
+            text += joined(p, recipe.table)
+            assert p.supervise_from == 1
+            if p.blocks[-1] == EOS_BLOCK:
+                found.append(text)
+                text = ""
+        assert text == ""
+        assert sorted(found) == sorted(d.completion for d in wanted)
+
+
+def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:
+    n = len(recipe.rows)
+    assert n > 5
+    first, second = ([recipe._row(i) for i in range(e * n, (e + 1) * n)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
+
+
+def test_batches_hold_the_rows_with_some_blocks_cut(recipe: TextRecipe) -> None:
+    """Boundary dropout changes the blocks, never the text; about as often as asked; and not when validating."""
+    cut = whole = 0
+    for step in range(8):
+        batch = recipe.batch(step)
+        for i in range(5):
+            row = recipe.rows[recipe._row(5 * step + i)]
+            texts = [joined(p, recipe.table) for p in row]
+            assert read_text(batch, i, recipe.tokenizer) == texts
+            blocks = written_blocks(batch, i, recipe.tokenizer)
+            assert "".join(blocks) == "".join(
+                joined(p, recipe.table) + "<eos>" * int(p.blocks[-1] == EOS_BLOCK) for p in row
+            )
+            long_enough = [t for p in row for j in p.blocks if len(t := recipe.table.texts[j]) > 1]
+            cut += len(blocks) - sum(len(p.blocks) - 1 for p in row)
+            whole += len(long_enough)
+    assert 0.25 < cut / whole < 0.35
+    for row in recipe.held_out:
+        for p in row:
+            text = joined(p, recipe.table)
+            assert "".join(recipe.tokenizer.split(text)) == text
+
+
+def test_without_boundary_dropout_blocks_are_those_of_the_tokenizer(folder: Path) -> None:
+    plain = TextRecipe(text_settings(folder, cut_probability=0.0, reader_budget=5000))
+    blocks = [b for b in written_blocks(plain.batch(0), 0, plain.tokenizer) if b != "<eos>"]
+    texts = read_text(plain.batch(0), 0, plain.tokenizer)
+    assert blocks == [b for text in texts for b in plain.tokenizer.split(text)]
+
+
+def test_rows_keep_to_the_budget(recipe: TextRecipe) -> None:
+    for row in (*recipe.rows, *recipe.held_out):
+        assert sum(int(recipe.table.n_tokens(p.blocks).sum()) for p in row) <= 100
+
+
+def test_prompts_are_read_and_only_completions_learnt(tmp_path: Path) -> None:
+    lines = [f'{{"prompt": "{i} sea", "completion": " goes {i}\\n"}}\n' for i in range(50)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    pairs = TextRecipe(text_settings(tmp_path / "pairs.jsonl"))
+    batch = pairs.batch(0)
+    for row in range(5):
+        texts = read_text(batch, row, pairs.tokenizer)
+        assert all(re.fullmatch(r"(\d+) sea goes \1\n", text) for text in texts)
+        learnt = "".join(written_blocks(batch, row, pairs.tokenizer))
+        assert learnt == "".join(text.partition("sea")[2] + "<eos>" for text in texts)
+
+
+def test_sample_prompts_come_from_held_out_text(recipe: TextRecipe, folder: Path) -> None:
+    _, held_out = hold_out(read_documents([str(folder)]), 0.2, 0)
+    for step in range(5):
+        for prompt in recipe.sample_prompts(step):
+            assert prompt
+            assert any(prompt in d.completion for d in held_out)
+    assert recipe.sample_prompts(3) == recipe.sample_prompts(3)
+
+
+def test_a_given_tokenizer_is_used(recipe: TextRecipe, folder: Path, tmp_path: Path) -> None:
+    other = MixedTokenizer.train(["other words altogether"], 300)
+    other.save(tmp_path)
+    assert TextRecipe(text_settings(folder, tokenizer=str(tmp_path))).tokenizer.fingerprint == other.fingerprint
+    assert recipe.tokenizer.fingerprint != other.fingerprint
+    with pytest.raises(UserError, match=r"cannot read .*tokenizer\.json"):
+        TextRecipe(text_settings(folder, tokenizer=str(folder)))
+    with pytest.raises(UserError, match="needs --data"):
+        TextRecipe(dataclasses.replace(text_settings(folder), text=Text()))
+
+
+# --------------------------------------------------------------------------------------------- purity
+
+
+@pytest.mark.parametrize("name", ["addition", "text"])
+def test_a_batch_is_a_pure_function_of_seed_and_step(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was asked for before, in another instance, and where the table of blocks is emptied in between."""
+
+    def make(seed: int = 0) -> Recipe:
+        kinds: dict[str, Callable[[], Recipe]] = {
+            "addition": lambda: AdditionRecipe(dataclasses.replace(SUMS, seed=seed)),
+            "text": lambda: TextRecipe(text_settings(folder, seed)),
+        }
+        return kinds[name]()
+
+    one, two = make(), make()
+    steps = [0, 1, 2, 3, 7, 40]
+    wanted = {step: one.batch(step) for step in steps}
+    for step in reversed(steps):
+        assert equal(two.batch(step), wanted[step])
+    monkeypatch.setattr(addition, "MAX_TABLE", 3)
+    for step in steps:
+        torch.manual_seed(step)
+        np.random.seed(step)
+        assert equal(one.batch(step), wanted[step])
+    assert not any(equal(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
+    assert not equal(make(seed=1).batch(0), wanted[0])
