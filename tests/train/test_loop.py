@@ -103,6 +103,10 @@ def test_the_seed_decides_every_bit(tmp_path: Path) -> None:
     assert same(checkpoint.read_optimizer(one) or {}, checkpoint.read_optimizer(other) or {})
     samples = [[json.loads(line) for line in (f / "samples.jsonl").read_text().splitlines()] for f in folders]
     assert [{**s, "seconds": 0} for s in samples[0]] == [{**s, "seconds": 0} for s in samples[1]]
+    tokenizer = AdditionRecipe(SETTINGS).tokenizer
+    at_first = [model_for(dataclasses.replace(SETTINGS, seed=n), tokenizer).token_embedding.weight for n in (0, 0, 1)]
+    assert torch.equal(at_first[0], at_first[1])
+    assert not torch.equal(at_first[0], at_first[2])
     different = trained(tmp_path / "c", dataclasses.replace(SETTINGS, seed=1))
     mine, theirs = weights_of(one), weights_of(checkpoint.resolve(different, "latest"))
     assert not any(torch.equal(mine[name], theirs[name]) for name in mine if mine[name].ndim > 1)

@@ -75,11 +75,12 @@ def addition(settings: Sums) -> None:
         raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     import numpy as np
 
-    from tidal.device import pick_device
+    from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
     from tidal.train.recipes.addition import exact_match, random_sums
 
     model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
     if settings.digits + 2 > tokenizer.max_block_units:
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {tokenizer.max_block_units} units")
     began = time.perf_counter()
@@ -96,13 +97,14 @@ def bits_per_byte(settings: Bits) -> None:
     if settings.context < 16:
         raise UserError(f"--context is {settings.context}; it must be at least 16")
     from tidal.blocks import BlockTable, passage, windows
-    from tidal.device import pick_device
+    from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
     from tidal.infer.score import bits_per_byte as measure
     from tidal.train.documents import read_documents
 
     documents = list(read_documents(settings.data))
     model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
     began = time.perf_counter()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     whole = (passage(table, d.prompt, d.completion) for d in documents)

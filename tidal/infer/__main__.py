@@ -55,7 +55,7 @@ def run(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     from tidal import checkpoint  # torch comes with these
-    from tidal.device import pick_device
+    from tidal.device import pick_device, set_threads
     from tidal.infer.load import load_with_trainer
     from tidal.infer.sampling import Sampling
     from tidal.train.presets import GREEDY
@@ -67,6 +67,7 @@ def run(argv: list[str]) -> None:
     device = pick_device(settings.device)
     folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
     model, tokenizer, trainer = load_with_trainer(folder, device=device)
+    set_threads(model.config.shape.d_model)
     note(f"using {folder}")
     greedy = trainer.get("settings", {}).get("recipe") in GREEDY
     temperature = settings.temperature if settings.temperature is not None else 0.0 if greedy else 0.8

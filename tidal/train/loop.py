@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -16,7 +15,7 @@ import torch
 from tidal import checkpoint
 from tidal.cli import UserError, note, progress
 from tidal.config import TidalConfig, Train
-from tidal.device import pick_device
+from tidal.device import pick_device, set_threads
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
@@ -25,8 +24,6 @@ from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import GREEDY
 
 LOG_EVERY = 10
-WIDE = 128
-"""Models of at least this width are faster on several CPU threads than on one."""
 
 
 class Recipe(Protocol):
@@ -66,8 +63,7 @@ def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
 
 def train(settings: Train, recipe: Recipe, out: Path) -> Path:
     """Train from scratch into the run folder `out`; returns it. Raises UserError on a loss that is not finite."""
-    if settings.threads or settings.model.d_model < WIDE:
-        torch.set_num_threads(settings.threads or 1)
+    set_threads(settings.model.d_model, settings.threads)
     device = pick_device(settings.device)
     model = model_for(settings, recipe.tokenizer).to(device)
     optimizer = Optimizer(model, settings.optim)

@@ -46,7 +46,7 @@ def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, sums: Sequen
     answers = generate(model, tokenizer, prompts, max_new_units=2 * longest + 8, batch_size=batch_size)
     wrong = [(c.prompt, c.completion) for c, (a, b) in zip(answers, sums, strict=True)
              if c.completion != answer_of(a, b) or c.stop_reason != "eos"]  # fmt: skip
-    return 1 - len(wrong) / len(sums), wrong
+    return (len(sums) - len(wrong)) / len(sums), wrong
 
 
 class AdditionRecipe:
