@@ -90,8 +90,10 @@ def test_metrics_are_sensible(home: Path) -> None:
     assert seconds[0] > 0
     losses = [float(row["loss"]) for row in rows]
     assert 10 > losses[0] > losses[-1] > 0.1
+    optim = Optim(**json.loads((home / "runs/addition/config.json").read_text())["optim"])
+    assert (optim.lr, optim.warmup_steps) == (1e-2, 5)
     for row in rows:
-        rate = learning_rate(int(row["step"]) - 1, 30, Optim(lr=1e-2, warmup_steps=5))
+        rate = learning_rate(int(row["step"]) - 1, 30, optim)
         assert float(row["lr"]) == pytest.approx(rate, rel=1e-4)
         assert 0.1 < float(row["bits_per_byte"]) < 30
         assert 0 < float(row["grad_norm"]) < 1000
@@ -239,7 +241,9 @@ def figures(plain: list[str]) -> dict[str, float]:
 
 def test_evaluate_addition(home: Path) -> None:
     flags = ("addition", "--digits", "2", "--count", "20", "--batch-size", "7")
-    (line,) = tidal("evaluate", *flags, "--json", cwd=home).lines
+    done = tidal("evaluate", *flags, "--json", cwd=home)
+    (line,) = done.lines
+    assert done.err.startswith("using runs/addition/checkpoints/step-0000")
     values = json.loads(line)
     assert list(values) == ["digits", "count", "seed", "exact_match", "seconds"]
     assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)

@@ -107,7 +107,7 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
         tokens += [(token, place, j) for token, place in zip(block.tokens, block.places, strict=True)]
     ids, places, block_of = torch.tensor(tokens).unbind(1)
     index = torch.arange(len(tokens))
-    x = model.token_embedding.weight[ids] + model.place_embedding.weight[places]
+    x = model.token_embedding.weight[ids] + model.place_table[places]
     sees = block_of[None, :] <= block_of[:, None]
     for layer in model.reader:
         x = dense_layer(layer, x, none, sees, (index[:, None] - index[None, :]).abs().double())
@@ -116,7 +116,7 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
     targets = [*tokenizer.encode_block(text).units[::-1], tokenizer.eob_id] if text else [tokenizer.eos_id]
     steps = torch.arange(len(targets))
     x = model.unit_embedding.weight[torch.tensor([tokenizer.bob_id, *targets[:-1]])]
-    x = x + model.place_embedding.weight[steps] + states[-1] @ model.context.weight.T
+    x = x + model.place_table[steps] + states[-1] @ model.context.weight.T
     if shape.suffix_rows:
         for t in range(len(targets)):
             hashes = suffix_hashes(targets[:t], tokenizer.digit_units.tolist())

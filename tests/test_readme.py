@@ -25,7 +25,7 @@ DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("
 ADAPTED = {
     r"\bFILE\b": "file.txt",
     r"\bOTHER_FILE\b": "other.txt",
-    r"(python -m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 20 --rows 8",
+    r"(python -m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 10 --rows 4",
 }
 """All that is changed in a command before it is run: names in capitals, and how long it trains."""
 

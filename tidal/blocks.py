@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +15,7 @@ from tidal.tokenizer import MixedTokenizer
 Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
 _SEEDS = [0xCBF29CE484222325 + order for order in SUFFIX_ORDERS]
-_PRIME, _64_BITS = 0x100000001B3, 0xFFFFFFFFFFFFFFFF
+_FACTOR, _64_BITS, _32_BITS = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
 NOTHING = -1  # a target, hash or next token that is not there
 
@@ -22,21 +23,22 @@ NOTHING = -1  # a target, hash or next token that is not there
 def suffix_hashes_along(written: Sequence[int], digits: Sequence[bool]) -> list[tuple[int, int, int]]:
     """Name the suffixes that the steps of a block stand on: for every t, hashes of the first t units written.
 
-    `written` are units, last character first; `digits[unit]` says which are digits. Each entry has a 63-bit hash
+    `written` are units, last character first; `digits[unit]` says which are digits. Each entry has a 32-bit hash
     for each of SUFFIX_ORDERS; a suffix that is shorter than its order, or that holds a digit (numbers are not
-    spelt by rote), is NOTHING. FNV-1a, mixed at the end so that the low bits depend on all units.
+    spelt by rote), is NOTHING. Multiplicative hashing (Knuth, TAOCP 6.4): the upper half of 64 bits is kept.
     """
     steps = [(NOTHING, NOTHING, NOTHING)]
-    whole = _SEEDS[0]
-    plain = 0  # how many units since the last digit
+    whole, plain, before, last = _SEEDS[0], 0, 0, 0  # plain: how many units since the last digit
     for t, unit in enumerate(written, start=1):
         plain = 0 if digits[unit] else plain + 1
-        whole = (whole ^ (unit + 1)) * _PRIME & _64_BITS
-        steps.append((
-            _mixed(whole) if plain == t else NOTHING,
-            _ngram(_SEEDS[1], written[t - 2 : t]) if plain >= 2 else NOTHING,
-            _ngram(_SEEDS[2], written[t - 3 : t]) if plain >= 3 else NOTHING,
-        ))  # fmt: skip
+        whole = (whole ^ unit + 1) * _FACTOR & _64_BITS
+        two = three = NOTHING
+        if plain >= 2:
+            two = (_ngram(_SEEDS[1], last) ^ unit + 1) * _FACTOR >> 32 & _32_BITS
+        if plain >= 3:
+            three = (_ngram(_ngram(_SEEDS[2], before), last) ^ unit + 1) * _FACTOR >> 32 & _32_BITS
+        steps.append((whole >> 32 if plain == t else NOTHING, two, three))
+        before, last = last, unit
     return steps
 
 
@@ -45,15 +47,9 @@ def suffix_hashes(written: Sequence[int], digits: Sequence[bool]) -> tuple[int, 
     return suffix_hashes_along(written, digits)[-1]
 
 
-def _ngram(code: int, units: Sequence[int]) -> int:
-    for unit in units:
-        code = (code ^ (unit + 1)) * _PRIME & _64_BITS
-    return _mixed(code)
-
-
-def _mixed(code: int) -> int:
-    code = (code ^ code >> 32) * 0xD6E8FEB86659FD93 & _64_BITS
-    return (code ^ code >> 32) & 0x7FFFFFFFFFFFFFFF
+@functools.lru_cache(maxsize=1 << 16)
+def _ngram(code: int, unit: int) -> int:
+    return (code ^ unit + 1) * _FACTOR & _64_BITS
 
 
 class Growing:

@@ -95,9 +95,12 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
         UserError: the checkpoint is damaged.
     """
     verify(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return config, load_file(folder / "model.safetensors"), trainer
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        return config, load_file(folder / "model.safetensors"), trainer
+    except (OSError, ValueError, SafetensorError) as error:  # whole, by its manifest, but not what it should be
+        raise UserError(f"{folder} cannot be read: {error}; use another checkpoint, or train again") from error
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor] | None:
@@ -227,6 +230,16 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
         f"{path} is not a run or checkpoint folder (no {MANIFEST} or checkpoints/ in it); "
         "give a run folder such as runs/NAME, or one of its checkpoints"
     )
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError where a folder cannot be made or written; nothing is created."""
+    at = out.absolute()
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        why = "is not a folder" if not at.is_dir() else "may not be written to"
+        raise UserError(f"cannot write the run folder {out}: {at} {why}; choose another one with --out")
 
 
 def prepare_run_dir(out: Path) -> Path:

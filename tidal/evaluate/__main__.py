@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tidal.cli import UserError, main, note, parse
@@ -75,17 +76,20 @@ def addition(settings: Sums) -> None:
         raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     import numpy as np
 
+    from tidal import checkpoint
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
     from tidal.train.recipes.addition import exact_match, random_sums
 
-    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
+    model, tokenizer = load(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
     if settings.digits + 2 > tokenizer.max_block_units:
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {tokenizer.max_block_units} units")
     began = time.perf_counter()
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
     share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
+    note(f"using {folder}")
     for prompt, answer in wrong[:5]:
         note(f"wrong: {prompt!r} → {answer!r}")
     _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share,
@@ -96,6 +100,7 @@ def bits_per_byte(settings: Bits) -> None:
     """Bits per byte of documents, in windows that overlap by half."""
     if settings.context < 16:
         raise UserError(f"--context is {settings.context}; it must be at least 16")
+    from tidal import checkpoint
     from tidal.blocks import BlockTable, passage, windows
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
@@ -103,7 +108,8 @@ def bits_per_byte(settings: Bits) -> None:
     from tidal.train.documents import read_documents
 
     documents = list(read_documents(settings.data))
-    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
+    model, tokenizer = load(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
     began = time.perf_counter()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
@@ -112,6 +118,7 @@ def bits_per_byte(settings: Bits) -> None:
     bits, n_units, n_bytes = measure(model, rows, table)
     if not n_bytes:
         raise UserError("no text to score: every completion is empty; check --data")
+    note(f"using {folder}")
     _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
              "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
 

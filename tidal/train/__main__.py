@@ -33,8 +33,10 @@ def run(argv: list[str]) -> None:
     from tidal.train.plot import draw
 
     pick_device(settings.device)  # what can fail fails before there is a run folder
+    wanted = Path(settings.out or f"runs/{settings.recipe}")
+    checkpoint.check_writable(wanted)
     recipe = make_recipe(settings)
-    out = checkpoint.prepare_run_dir(Path(settings.out or f"runs/{settings.recipe}"))
+    out = checkpoint.prepare_run_dir(wanted)
     train(settings, recipe, out)
     draw(out)
     example = '--prompt "54663 + 132 ="' if settings.recipe == "addition" else '--prompt "…"'

@@ -118,7 +118,7 @@ def train_step(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, st
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip).item()
     if not (math.isfinite(nats) and math.isfinite(norm)):
         raise UserError(f"step {step}: loss {nats / n_units} and gradient norm {norm}; weights were left as they were, "
-                        "the last checkpoint is good; try a smaller --lr")  # fmt: skip
+                        "and so were the checkpoints; try a smaller --lr")  # fmt: skip
     optimizer.step(rate)
     return {"loss": nats / n_units, "bits_per_byte": nats / math.log(2) / max(1, n_bytes), "grad_norm": norm}
 

@@ -80,7 +80,9 @@ class TextRecipe:
         return {"quality": -bits, "held_out_bits_per_byte": bits}
 
     def sample_prompts(self, step: int) -> list[str]:
-        """Beginnings of two held-out windows."""
+        """Of two held-out windows the prompts, or where there are none the beginnings."""
         rng = np.random.default_rng([self.settings.seed, 4, step])
         rows = [self.held_out[i] for i in rng.integers(0, len(self.held_out), 2)]
-        return ["".join(self.table.texts[i] for i in row[0].blocks[1 : 1 + PROMPT_BLOCKS]) for row in rows]
+        passages = [row[0] for row in rows]
+        ends = [p.supervise_from if p.supervise_from > 1 else 1 + PROMPT_BLOCKS for p in passages]
+        return ["".join(self.table.texts[i] for i in p.blocks[1:end]) for p, end in zip(passages, ends, strict=True)]
