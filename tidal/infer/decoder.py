@@ -1,8 +1,9 @@
-"""The cached step-by-step decoder: the streams of `DocumentBuilder`, fed to the model one element at a time."""
+"""The cached step-by-step decoder: what `DocumentBuilder` builds, fed to the model one element at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from tidal.model import KeysValues, TidalTransformer, View
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
 
+PADDING = ReaderToken(0, 0.0, 0, (0, 0))
+
 
 class KeyValueCache:
-    """Keys and values [B, H, slots, D] of one layer; `put` stores new ones and gives back all up to `used`."""
+    """Keys and values of one layer: `data` [2, B, H, slots, D]."""
 
     def __init__(self, model: TidalTransformer, n_rows: int, n_slots: int) -> None:
         shape, weight = model.config.shape, model.unit_embedding.weight
@@ -25,9 +28,9 @@ class KeyValueCache:
         for side, new in zip(self.data, (k, v), strict=True):
             side[at[0], :, at[1]] = new.transpose(1, 2)[valid]
 
-    def get(self, rows: Tensor | slice, start: int, end: int) -> KeysValues:
-        """Keys and values of these rows and slots."""
-        k, v = self.data[:, rows, :, start:end]
+    def get(self, rows: Tensor | slice, end: int) -> KeysValues:
+        """Keys and values [r, H, end, D] of these rows; no copy where the rows are a slice."""
+        k, v = self.data[:, rows, :, :end]
         return k, v
 
     def grow(self, n_slots: int) -> None:
@@ -40,16 +43,22 @@ class KeyValueCache:
 class Decoder:
     """Documents being written side by side, each with its builder and its part of the caches.
 
-    A row reads finished blocks with `read` and is asked for the next unit with `step`. The cache of the first
-    writer layer holds the block being written in its first slots and the memory behind them, so that both are
-    one stretch of keys and the memory is never copied.
+    A row reads finished blocks with `read` and is asked for the next unit with `step`; `open` starts a new document
+    in it, `select` keeps, drops, reorders and copies rows. The cache of the first writer layer holds the block being
+    written in its first slots and the memory behind them, so that both are one stretch of keys and the memory is
+    never copied:
+
+        slot   0 … max_block_units │ n_block …
+               own block           │ keys and values of the reader's states
+
+    To be used without gradients.
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, capacity: int = 256) -> None:
         model.config.check_tokenizer(tokenizer.fingerprint)
         self.model, self.tokenizer = model, tokenizer
-        self.device = model.unit_embedding.weight.device
-        self.builders = [DocumentBuilder(tokenizer, step_stride=model.config.shape.step_stride) for _ in range(n_rows)]
+        weight = model.unit_embedding.weight
+        self.device = weight.device
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = capacity
         self.reader_caches = [KeyValueCache(model, n_rows, capacity) for _ in model.reader]
@@ -58,89 +67,117 @@ class Decoder:
             for i in range(len(model.writer))
         ]
         self.positions = torch.zeros(n_rows, self.n_block + capacity, device=self.device)
-        self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device,
-                                   dtype=model.unit_embedding.weight.dtype)  # fmt: skip
-        self._append(range(n_rows), [builder.opening for builder in self.builders])
+        self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=weight.dtype)
+        self.builders: list[DocumentBuilder] = [self._new_builder() for _ in range(n_rows)]
+        self._unread = set(range(n_rows))  # rows whose <bos> the model has not seen yet
+
+    def open(self, rows: Iterable[int]) -> None:
+        """Start new documents in these rows; what they held is forgotten."""
+        for row in rows:
+            self.builders[row] = self._new_builder()
+            self._unread.add(row)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order; a row named twice is copied."""
+        if list(rows) == list(range(len(self.builders))):
+            return
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        for cache in (*self.reader_caches, *self.writer_caches):
+            cache.data = cache.data.index_select(1, index)
+        self.positions, self.context = self.positions[index], self.context[index]
+        self._unread = {new for new, old in enumerate(rows) if old in self._unread}
+        self.builders = [copy.copy(self.builders[row]) for row in rows]
 
     def read(self, rows: Sequence[int], blocks: Sequence[Sequence[Block]]) -> None:
-        """Append finished blocks, at least one, to each of these rows, in one reader pass."""
-        self._append(rows, [[token for block in mine for token in self.builders[row].read(block.tokens, block.places)]
-                            for row, mine in zip(rows, blocks, strict=True)])  # fmt: skip
+        """Append finished blocks to each of these rows, in one reader pass."""
+        news = []
+        for row, mine in zip(rows, blocks, strict=True):
+            builder = self.builders[row]
+            opening = builder.opening if row in self._unread else []
+            news.append([*opening, *(token for block in mine for token in builder.read(block.tokens, block.places))])
+        self._unread.difference_update(rows)
+        if any(news):
+            self._append(rows, news)
 
     def _append(self, rows: Sequence[int], news: list[list[ReaderToken]]) -> None:
         width, end = max(map(len, news)), max(self.builders[r].n_read for r in rows)
         self._reserve(end)
-        valid = torch.tensor([[i < len(n) for i in range(width)] for n in news], device=self.device)
-        first = [self.builders[r].n_read - len(n) for r, n in zip(rows, news, strict=True)]
-        padding = ReaderToken(0, 0.0, 0, (0, 0))
-        news = [n + [padding] * (width - len(n)) for n in news]
+        lengths = torch.tensor([len(new) for new in news], device=self.device)
+        steps = torch.arange(width, device=self.device)
+        valid = steps < lengths[:, None]
         row = torch.tensor(rows, device=self.device)
-        slots = torch.tensor(first, device=self.device)[:, None] + torch.arange(width, device=self.device)
-        at = row[:, None].expand(-1, width)[valid], slots[valid]
-        q_position = self._tensor([[t.position for t in n] for n in news])
+        first = torch.tensor([self.builders[r].n_read for r in rows], device=self.device) - lengths
+        at = row[:, None].expand(-1, width)[valid], (first[:, None] + steps)[valid]
+        padded = [new + [PADDING] * (width - len(new)) for new in news]
+        data = torch.tensor([[(t.id, t.place, *t.sees, 0, 0) for t in new] for new in padded], device=self.device)
+        q_position = torch.tensor([[t.position for t in new] for new in padded], device=self.device)
         self.positions[at[0], self.n_block + at[1]] = q_position[valid]
-        ranges = torch.tensor([[(t.sees, (0, 0)) for t in n] for n in news], dtype=torch.int32, device=self.device)
+        ranges = data[..., 2:].to(torch.int32).view(*valid.shape, 2, 2)
         here = self._rows(rows)
+        k_position = self.positions[here, self.n_block : self.n_block + end]
 
         def view(cache: KeyValueCache) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
                 cache.put(at, valid, k, v)
-                return cache.get(here, 0, end)
+                return cache.get(here, end)
 
-            return View(ranges, q_position, self.positions[here, self.n_block : self.n_block + end], extend)
+            return View(ranges, q_position, k_position, extend)
 
-        ids = torch.tensor([[t.id for t in n] for n in news], device=self.device)
-        places = torch.tensor([[t.place for t in n] for n in news], device=self.device)
-        states = self.model.read(ids, places, [view(c) for c in self.reader_caches])
-        self.context[row] = states[torch.arange(len(rows), device=self.device), valid.sum(1) - 1]
+        states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
+        grown = lengths > 0
+        self.context[row[grown]] = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
         if self.model.has_memory:
             self.writer_caches[0].put((at[0], self.n_block + at[1]), valid, *self.model.memory(states))
 
     def step(self, rows: Sequence[int], written: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block."""
+        if unread := sorted(self._unread.intersection(rows)):
+            self.read(unread, [[]] * len(unread))
         steps = [self.builders[r].step(w) for r, w in zip(rows, written, strict=True)]
-        row, here = torch.tensor(rows, device=self.device), self._rows(rows)
-        slot = torch.tensor([len(w) for w in written], device=self.device)
-        valid = torch.ones(len(rows), 1, dtype=torch.bool, device=self.device)
-        q_position = self._tensor([[s.position] for s in steps])
-        self.positions[row, slot] = q_position[:, 0]
-        end = self.n_block + max(s.sees_reader[1] for s in steps)
-        n = self.n_block
-        with_memory = [[((s.sees_reader[0] + n, s.sees_reader[1] + n), s.sees_writer)] for s in steps]
-        own = [[(s.sees_writer, (0, 0))] for s in steps]
+        n, here = self.n_block, self._rows(rows)
+        memory_end = n + max(s.sees_reader[1] for s in steps)
+        data = torch.tensor(
+            [[(r, len(w), s.id, s.place, *s.suffixes,
+               s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
+             for r, w, s in zip(rows, written, steps, strict=True)], device=self.device,
+        )  # fmt: skip
+        at = data[:, 0, 0], data[:, 0, 1]
+        ranges = data[..., 7:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
+        q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
+        self.positions[at] = q_position[:, 0]
+        everyone = torch.ones_like(q_position, dtype=torch.bool)
 
-        def view(i: int, cache: KeyValueCache) -> View:
-            memory = self.model.has_memory and i == 0
-            k_end = end if memory else n
+        def view(cache: KeyValueCache, memory: bool) -> View:
+            end = memory_end if memory else n
 
             def extend(k: Tensor, v: Tensor) -> KeysValues:
-                cache.put((row, slot), valid, k, v)
-                return cache.get(here, 0, k_end)
+                cache.put(at, everyone, k, v)
+                return cache.get(here, end)
 
-            ranges = torch.tensor(with_memory if memory else own, dtype=torch.int32, device=self.device)
-            return View(ranges, q_position, self.positions[here, :k_end], extend)
+            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend)
 
-        states = self.model.write(
-            torch.tensor([[s.id] for s in steps], device=self.device),
-            torch.tensor([[s.place] for s in steps], device=self.device),
-            torch.tensor([[s.suffixes] for s in steps], device=self.device),
-            self.context[row][:, None],
-            [view(i, c) for i, c in enumerate(self.writer_caches)],
-        )
-        logits = self.model.head(states[:, 0])
-        expected = (len(rows), self.model.config.n_head)
+        views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
+        context = self.context[here][:, None]
+        states = self.model.write(data[..., 2], data[..., 3], data[..., 4:7], context, views)
+        return self._checked(self.model.head(states[:, 0]), len(rows))
+
+    def _checked(self, logits: Tensor, n_rows: int) -> Tensor:
+        expected = (n_rows, self.model.config.n_head)
         if logits.shape != expected:
-            raise RuntimeError(f"the logits of a step are {tuple(logits.shape)}, not [rows, n_head] = {expected}")
+            raise RuntimeError(
+                f"{type(self.model).__name__}: the logits of a decoding step are {tuple(logits.shape)}, "
+                f"not [rows, n_head] = {expected}"
+            )
         if logits.isnan().any():
             raise RuntimeError("the logits of a step are NaN: the weights are damaged")
         return logits
 
+    def _new_builder(self) -> DocumentBuilder:
+        return DocumentBuilder(self.tokenizer, step_stride=self.model.config.shape.step_stride)
+
     def _rows(self, rows: Sequence[int]) -> Tensor | slice:
         """All rows as a slice, which copies nothing; some of them as indices."""
         return slice(None) if list(rows) == list(range(len(self.builders))) else torch.tensor(rows, device=self.device)
-
-    def _tensor(self, values: list[list[float]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:
