@@ -21,7 +21,7 @@ from tidal import checkpoint
 from tidal.config import Optim
 from tidal.train.optim import learning_rate
 
-KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "seconds"]
+KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "degenerate", "seconds"]
 SEA = "the sea comes in and the sea goes out and so it goes on day by day "
 TRAIN = ("--max-steps", "30", "--validate-every", "15", "--rows", "8", "--lr", "1e-2", "--warmup-steps", "5", *SMALL)
 

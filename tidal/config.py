@@ -53,6 +53,11 @@ class Shape:
             raise ValueError(f"writer_attention is {self.writer_attention!r}; choose memory, block or none")
 
 
+LAYOUT = 1
+"""Raise it whenever the builder or the model feeds other ids, positions, places, hashes or encodings for the same
+text: old weights would load, and write garbage."""
+
+
 @dataclass(frozen=True)
 class TidalConfig:
     """All that is needed to build a `TidalTransformer`: a shape, and the tokenizer's side of it."""
@@ -68,6 +73,15 @@ class TidalConfig:
     fingerprint: str
     """Of the tokenizer this model belongs to."""
     shape: Shape = field(default_factory=Shape)
+    layout: int = LAYOUT
+    """Of the streams that the weights were trained on."""
+
+    def __post_init__(self) -> None:
+        if self.layout != LAYOUT:
+            raise ValueError(
+                f"the model was trained on streams of layout {self.layout}, this version of Tidal builds layout "
+                f"{LAYOUT}; use the version that trained it, or train again"
+            )
 
     @property
     def n_places(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +37,34 @@ class Infer:
     """Sample among the k likeliest units; 0: all."""
     top_p: float = 1.0
     """Sample among the likeliest units that together reach this probability."""
+    min_p: float = 0.0
+    """Sample among the units at least this many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the odds of spelling a block of the completion once more; 1: none."""
     seed: int = 0
     """Of the samples."""
     max_new_units: int = 256
     """Stop after this many written units (characters and block ends)."""
+    max_new_blocks: int = 0
+    """Stop after this many blocks; 0: no limit."""
+    stop: tuple[str, ...] = ()
+    """End the completion before any of these strings."""
     num_samples: int = 1
     """Completions of each prompt."""
+    num_beams: int = 0
+    """Beam search with so many beams instead of sampling; 0: none."""
+    length_penalty: float = 1.0
+    """Beams are compared by their log-probability over their units to this power."""
+    batch_size: int = 64
+    """Prompts continued side by side."""
     json: bool = False
     """Print one JSON object a line."""
+    log_probs: bool = False
+    """With --json: the log-probability of every unit, too."""
+    stream: bool = False
+    """Print blocks as they are finished (on a terminal, one prompt is always shown so); --json: an object each."""
+    trace: str | None = None
+    """Write a page (FILE.html), or print to the terminal (-), how the first prompt is continued step by step."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
@@ -50,18 +72,21 @@ class Infer:
 def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
-    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0)):
+    for name, least in (("num_samples", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
         if (value := getattr(settings, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device, set_threads
+    from tidal.infer.engine import Limits
     from tidal.infer.load import load_with_trainer
     from tidal.infer.sampling import Sampling
     from tidal.train.presets import GREEDY
 
-    try:
-        Sampling(settings.temperature or 0.0, settings.top_k, settings.top_p)
+    try:  # before the model is loaded
+        Sampling(settings.temperature or 0.0, settings.top_k, settings.top_p, settings.min_p,
+                 settings.repetition_penalty)  # fmt: skip
+        Limits(settings.max_new_units, settings.max_new_blocks, settings.stop)
     except ValueError as error:
         raise UserError(str(error)) from error
     device = pick_device(settings.device)
@@ -71,8 +96,9 @@ def run(argv: list[str]) -> None:
     note(f"using {folder}")
     greedy = trainer.get("settings", {}).get("recipe") in GREEDY
     temperature = settings.temperature if settings.temperature is not None else 0.0 if greedy else 0.8
+    settings = dataclasses.replace(settings, temperature=temperature)
     if prompts is not None:
-        _answer(model, tokenizer, prompts, settings, temperature)
+        _answer(model, tokenizer, prompts, settings)
         return
     note("type a prompt; Ctrl-D ends")
     while True:
@@ -86,7 +112,7 @@ def run(argv: list[str]) -> None:
             note(f"not UTF-8 text: {error}")
             continue
         try:
-            _answer(model, tokenizer, [prompt], settings, temperature)
+            _answer(model, tokenizer, [prompt], settings)
         except UserError as error:  # one bad prompt does not end the conversation
             note(str(error))
 
@@ -125,27 +151,46 @@ def _prompts(settings: Infer) -> list[str] | None:
     return lines
 
 
-def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer,
-            temperature: float) -> None:  # fmt: skip
-    from tidal.infer.engine import generate
+def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
+    """Continue the prompts and print what comes, in their order."""
+    from tidal.infer.engine import stream
 
+    began = time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(settings.num_samples)]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
+             "stop", "batch_size")  # fmt: skip
+    by_block = settings.stream or (sys.stdout.isatty() and not settings.json)
+    live = by_block and not settings.json and not settings.stop and len(asked) == 1
+    if live:
+        print(asked[0], end="", flush=True)
+    done: dict[int, Completion] = {}
+    n_printed = n_units = 0
     try:
-        completions = generate(
-            model, tokenizer, asked, temperature=temperature, top_k=settings.top_k, top_p=settings.top_p,
-            seed=settings.seed, max_new_units=settings.max_new_units,
-        )  # fmt: skip
+        for i, event in stream(model, tokenizer, asked, **{name: getattr(settings, name) for name in names}):
+            if isinstance(event, str):
+                if live:
+                    print(event, end="", flush=True)
+                elif by_block and settings.json:
+                    print(json.dumps({"index": i, "block": event}, ensure_ascii=False), flush=True)
+                continue
+            done[i], n_units = event, n_units + event.units
+            while n_printed in done:
+                _print(done.pop(n_printed), settings, live)
+                n_printed += 1
     except ValueError as error:
         raise UserError(str(error)) from error
-    for completion in completions:
-        _print(completion, settings.json)
+    if by_block:
+        seconds = time.perf_counter() - began
+        note(f"{n_units} units in {seconds:.2f} s, {n_units / seconds:.0f} units/s")
 
 
-def _print(completion: Completion, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(completion.to_dict(), ensure_ascii=False), flush=True)
+def _print(completion: Completion, settings: Infer, shown: bool) -> None:
+    """A whole completion; where its text is `shown` already, only the end of its line."""
+    if settings.json:
+        print(json.dumps(completion.to_dict(settings.log_probs), ensure_ascii=False), flush=True)
     else:
-        print(completion.text, end="" if completion.text.endswith("\n") else "\n", flush=True)
+        text = completion.text
+        print("" if shown else text, end="" if text.endswith("\n") else "\n", flush=True)
 
 
 if __name__ == "__main__":

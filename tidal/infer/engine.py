@@ -1,9 +1,17 @@
-"""Generation: every active row writes one unit per step; finished blocks are turned round and read back in."""
+"""Generation: every active row writes one unit per step; finished blocks are turned round and read back in.
+
+    waiting prompts → │ row │ row │ row │ … → completions
+                        │ step: one unit for every row
+                        │ rows that wrote <eob>: block turned round, re-tokenized, read in one batched pass
+                        │ rows that ended leave, waiting prompts take their places
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,9 +21,12 @@ import torch
 
 from tidal.infer.decoder import Decoder
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import Sampling, choose
+from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.model import TidalTransformer
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import Block, MixedTokenizer
+
+StopReason = Literal["eos", "length", "block_limit", "stop_string"]
+REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
 
 
 @dataclass(frozen=True)
@@ -28,96 +39,212 @@ class Completion:
     """`prompt + completion`"""
     blocks: list[str]
     """The completion, block by block; `"".join(blocks) == completion`."""
-    stop_reason: Literal["eos", "length"]
-    """The model ended the document, or `max_new_units` was reached (a block begun by then is dropped)."""
+    stop_reason: StopReason
+    """The model ended the document; `max_new_units` was reached (a block begun by then is dropped); `max_new_blocks`
+    were written; or a stop string was (the completion ends before it)."""
     log_prob: float
     """Log-probability (nats) under the model, before any sampling setting, of all finished blocks and `<eos>`."""
+    log_probs: list[float]
+    """The same unit by unit, in the order of writing."""
     units: int
     """Units written, `<eob>` and `<eos>` included; those of a dropped block are not counted."""
+    degenerate: Literal["empty", "repeats"] | None
+    """Nothing but white space was written, or one block over and over."""
     seconds: float
-    """Wall-clock time of the batch this row was part of."""
+    """Wall-clock time from joining the batch to leaving it."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return dataclasses.asdict(self)
+    def to_dict(self, log_probs: bool = False) -> dict[str, Any]:
+        """As JSON-ready values; the long list of `log_probs` only where asked for."""
+        values = dataclasses.asdict(self)
+        if not log_probs:
+            del values["log_probs"]
+        return values
 
 
 @dataclass
 class _Row:
+    index: int
     prompt: str
+    blocks_to_read: list[Block]
     generator: np.random.Generator
+    start: float = field(default_factory=time.perf_counter)
     written: list[int] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     n_kept: int = 0
-    stop_reason: Literal["eos", "length"] | None = None
+    stop_reason: StopReason | None = None
+    repetition: Repetition = field(default_factory=Repetition)
+
+    def completion(self) -> Completion:
+        """What this row has come to."""
+        assert self.stop_reason is not None
+        completion = "".join(self.blocks)
+        repeats = len(self.blocks) >= REPEATS and len(set(self.blocks)) == 1
+        kept = self.log_probs[: self.n_kept]
+        return Completion(
+            self.prompt, completion, self.prompt + completion, self.blocks, self.stop_reason, math.fsum(kept), kept,
+            self.n_kept, "repeats" if repeats else None if completion.strip() else "empty",
+            time.perf_counter() - self.start,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a completion ends, besides `<eos>`. Raises ValueError on limits below one and on an empty stop string."""
+
+    max_new_units: int = 256
+    max_new_blocks: int = 0
+    """0: no limit"""
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_units < 1:
+            raise ValueError(f"max_new_units is {self.max_new_units}; it must be at least 1")
+        if self.max_new_blocks < 0:
+            raise ValueError(f"max_new_blocks is {self.max_new_blocks}; it must be 0 (no limit) or more")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty; it would stop everything")
+
+
+def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
+             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+             seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
+             stop: Sequence[str] = (), batch_size: int = 64) -> list[Completion]:  # fmt: skip
+    """Continue every prompt; up to `batch_size` of them side by side, in the order of the prompts.
+
+    Greedy at temperature 0. Prompt number i samples from a generator seeded with (seed, i), or with its own seed
+    where `seed` is a sequence, so its text is the same alone and in any batch. Raises ValueError on a lone surrogate
+    in a prompt or on settings that make no sense.
+    """
+    events = stream(
+        model, tokenizer, prompts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, max_new_units=max_new_units, max_new_blocks=max_new_blocks,
+        stop=stop, batch_size=batch_size,
+    )  # fmt: skip
+    done = {index: event for index, event in events if isinstance(event, Completion)}
+    return [done[i] for i in range(len(prompts))]
+
+
+def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
+           top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+           seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
+           stop: Sequence[str] = (), batch_size: int = 64) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
+    """Like `generate`, but yields (prompt number, block) as blocks are finished, and (prompt number, Completion).
+
+    Blocks of a stop string come out before it is complete; the Completion has the text without it.
+    """
+    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    limits = Limits(max_new_units, max_new_blocks, (stop,) if isinstance(stop, str) else tuple(stop))
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")
+    splits = [tokenizer.split(prompt) for prompt in prompts]  # refuses lone surrogates before anything is written
+    requests = zip(prompts, splits, seeds, strict=True)
+    return _run(model, tokenizer, deque(enumerate(requests)), how, limits, batch_size)
 
 
 @torch.inference_mode()
-def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
-             top_k: int = 0, top_p: float = 1.0, seed: int = 0, max_new_units: int = 256,
-             batch_size: int = 64) -> list[Completion]:  # fmt: skip
-    """Continue every prompt; up to `batch_size` of them side by side.
-
-    Greedy at temperature 0. Prompt number i samples from a generator seeded with (seed, i), so its text is the
-    same in any batch. Raises ValueError on a lone surrogate in a prompt or on settings that make no sense.
-    """
-    how = Sampling(temperature, top_k, top_p, seed)
-    if max_new_units < 1:
-        raise ValueError(f"max_new_units is {max_new_units}; it must be at least 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    splits = [tokenizer.split(prompt) for prompt in prompts]
+def _run(model: TidalTransformer, tokenizer: MixedTokenizer, waiting: deque[Any], how: Sampling, limits: Limits,
+         batch_size: int) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
     was_training = model.training
     model.eval()
-    done: list[Completion] = []
-    for first in range(0, len(prompts), batch_size):
-        some = slice(first, first + batch_size)
-        rows = [_Row(p, np.random.default_rng([seed, first + i])) for i, p in enumerate(prompts[some])]
-        done += _generate(model, tokenizer, rows, splits[some], how, max_new_units)
-    model.train(was_training)
-    return done
+    grammar = Grammar(tokenizer)
+    rows: list[_Row | None] = [None] * min(batch_size, len(waiting))
+    decoder = Decoder(model, tokenizer, len(rows))
+    try:
+        while True:
+            joined = _join(rows, waiting, tokenizer)
+            decoder.open(joined)
+            active = [i for i, row in enumerate(rows) if row is not None]
+            if not active:
+                return
+            if not waiting and 2 * len(active) <= len(rows):  # the others have left for good
+                decoder.select(active)
+                rows = [rows[i] for i in active]
+                joined = [active.index(i) for i in joined]
+                active = list(range(len(rows)))
+            now = [row for row in rows if row is not None]
+            _read(decoder, {i: row.blocks_to_read for i, row in zip(active, now, strict=True) if row.blocks_to_read})
+            logits = decoder.step(active, [row.written for row in now])
+            allowed = torch.stack([grammar.allowed(row.written) for row in now]).to(logits.device)
+            repeated = [r.repetition.units(r.written) for r in now] if how.repetition_penalty > 1 else ()
+            units = choose(logits, allowed, how, [row.generator for row in now], repeated)
+            log_probs = logits.log_softmax(-1)[torch.arange(len(now)), units].tolist()
+            for i, row, unit, log_prob in zip(active, now, units, log_probs, strict=True):
+                if block := _take(row, unit, log_prob, tokenizer, limits):
+                    yield row.index, block
+                if row.stop_reason:
+                    yield row.index, row.completion()
+                    rows[i] = None
+    finally:
+        model.train(was_training)
 
 
-def _generate(model: TidalTransformer, tokenizer: MixedTokenizer, rows: list[_Row], splits: list[list[str]],
-              how: Sampling, max_new_units: int) -> Iterator[Completion]:  # fmt: skip
-    start = time.perf_counter()
-    decoder, grammar = Decoder(model, tokenizer, len(rows)), Grammar(tokenizer)
-    blocks = [[tokenizer.encode_block(text) for text in split] for split in splits]
-    if prompted := [i for i, mine in enumerate(blocks) if mine]:
-        decoder.read(prompted, [blocks[i] for i in prompted])
-    while active := [i for i, row in enumerate(rows) if row.stop_reason is None]:
-        logits = decoder.step(active, [rows[i].written for i in active])
-        allowed = torch.stack([grammar.allowed(rows[i].written) for i in active]).to(logits.device)
-        units = choose(logits, allowed, how, [rows[i].generator for i in active])
-        log_probs = logits.log_softmax(-1)[torch.arange(len(active)), units].tolist()
-        finished = [i for i, unit, log_prob in zip(active, units, log_probs, strict=True)
-                    if _take(rows[i], unit, log_prob, tokenizer, max_new_units)]  # fmt: skip
-        if finished:
-            turned = [tokenizer.retokenize(rows[i].written) for i in finished]
-            for i, block in zip(finished, turned, strict=True):
-                rows[i].blocks.append(block.text)
-                rows[i].written = []
-            # a row that has stopped with its block is not written to again, but reading it keeps the code simple
-            decoder.read(finished, [[block] for block in turned])
-    seconds = time.perf_counter() - start
-    for row in rows:
-        completion = "".join(row.blocks)
-        assert row.stop_reason is not None
-        yield Completion(row.prompt, completion, row.prompt + completion, row.blocks, row.stop_reason,
-                         float(sum(row.log_probs[: row.n_kept])), row.n_kept, seconds)  # fmt: skip
+def _join(rows: list[_Row | None], waiting: deque[Any], tokenizer: MixedTokenizer) -> list[int]:
+    """Let waiting prompts take the free rows; which ones."""
+    joined = []
+    for i, row in enumerate(rows):
+        if row is None and waiting:
+            index, (prompt, split, seed) = waiting.popleft()
+            blocks = [tokenizer.encode_block(text) for text in split]
+            rows[i] = _Row(index, prompt, blocks, np.random.default_rng(seed))
+            joined.append(i)
+    return joined
 
 
-def _take(row: _Row, unit: int, log_prob: float, tokenizer: MixedTokenizer, max_new_units: int) -> bool:
-    """Let a row write a unit; true where that finishes a block."""
+def _read(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
+    """Read what rows have to read, in as few passes as keep the padding below the half."""
+    lengths = {row: sum(len(block.tokens) for block in mine) for row, mine in blocks.items()}
+    group: list[int] = []
+    for row in sorted(lengths, key=lengths.__getitem__):
+        if group and lengths[row] > 2 * lengths[group[0]] + 8:
+            decoder.read(group, [blocks[r] for r in group])
+            group = []
+        group.append(row)
+    if group:
+        decoder.read(group, [blocks[r] for r in group])
+    for mine in blocks.values():
+        mine.clear()
+
+
+def _take(row: _Row, unit: int, log_prob: float, tokenizer: MixedTokenizer, limits: Limits) -> str | None:
+    """Let a row write a unit; the block that this finishes, if any."""
     row.log_probs.append(log_prob)
-    ends_block = unit == tokenizer.eob_id
-    if ends_block or unit == tokenizer.eos_id:
+    block = None
+    if unit == tokenizer.eob_id:
+        turned = tokenizer.retokenize(row.written)
+        row.repetition.add(row.written)
+        row.blocks_to_read.append(turned)
+        row.blocks.append(block := turned.text)
+        row.written = []
         row.n_kept = len(row.log_probs)
+        _stop_at_string(row, limits.stop)
+    elif unit == tokenizer.eos_id:
+        row.stop_reason, row.n_kept = "eos", len(row.log_probs)
     else:
         row.written.append(unit)
-    if unit == tokenizer.eos_id:
-        row.stop_reason = "eos"
-    elif len(row.log_probs) >= max_new_units:
-        row.stop_reason = "length"
-    return ends_block
+    if not row.stop_reason:
+        if limits.max_new_blocks and len(row.blocks) >= limits.max_new_blocks:
+            row.stop_reason = "block_limit"
+        elif len(row.log_probs) >= limits.max_new_units:
+            row.stop_reason = "length"
+    return block
+
+
+def _stop_at_string(row: _Row, stop: tuple[str, ...]) -> None:
+    """Cut the blocks before the first stop string that the latest block has completed."""
+    if not stop:
+        return
+    text = "".join(row.blocks)
+    latest = len(text) - len(row.blocks[-1])
+    found = [at for s in stop if (at := text.find(s, max(0, latest - len(s) + 1))) >= 0]
+    if found:
+        row.stop_reason = "stop_string"
+        end, kept = min(found), []
+        for block in row.blocks:
+            if end > 0:
+                kept.append(block[:end])
+            end -= len(block)
+        row.blocks = kept

@@ -1,0 +1,218 @@
+"""The engine: rows that join and leave, limits, stop strings, streaming, and output that cannot be garbage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.strategies import tiny, tiny_copy
+from tests.tokenizer.strategies import HOSTILE
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import Completion, generate, stream
+from tidal.infer.sampling import Repetition, Sampling, choose
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
+
+PROMPTS = ["the cat", "", "a", "1 + 1 =", "the the the the the the the the dog", " ", "sat", "中文", "x" * 40, "\n\n"]
+
+
+def same(one: Completion, other: Completion, tolerance: float) -> None:
+    assert (one.completion, one.blocks, one.stop_reason, one.units) == (
+        other.completion, other.blocks, other.stop_reason, other.units)  # fmt: skip
+    assert np.abs(np.array(one.log_probs) - np.array(other.log_probs)).max(initial=0) <= tolerance
+
+
+def check_batch(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], tolerance: float,
+                batch_sizes: Sequence[int] = (1, 3, 64), **how: Any) -> None:  # fmt: skip
+    """Alone, a few at a time with rows joining and leaving, all at once, in any order: the same."""
+    seeds = list(range(100, 100 + len(prompts)))
+    alone = [generate(model, tokenizer, [p], seed=[s], **how)[0] for p, s in zip(prompts, seeds, strict=True)]
+    for batch_size in batch_sizes:
+        order = np.random.default_rng(batch_size).permutation(len(prompts)).tolist()
+        done = generate(model, tokenizer, [prompts[i] for i in order], seed=[seeds[i] for i in order],
+                        batch_size=batch_size, **how)  # fmt: skip
+        for i, completion in zip(order, done, strict=True):
+            assert completion.prompt == prompts[i]
+            same(completion, alone[i], tolerance)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_sixty_four_prompts_as_one_at_a_time(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
+    model, tokenizer = tiny("english", "memory", dtype)
+    rng = np.random.default_rng(0)
+    prompts = [PROMPTS[i % len(PROMPTS)] * int(rng.integers(1, 4)) for i in range(64)]
+    check_batch(model, tokenizer, prompts, tolerance, temperature=temperature, max_new_units=25)
+
+
+PlantedBug = Callable[[pytest.MonkeyPatch], None]
+
+
+def no_select(patch: pytest.MonkeyPatch) -> None:
+    """Rows leave, their caches stay."""
+    def select(self: Decoder, rows: Sequence[int]) -> None:
+        self.builders = [self.builders[row] for row in rows]
+
+    patch.setattr(Decoder, "select", select)
+
+
+def context_not_selected(patch: pytest.MonkeyPatch) -> None:
+    """The last states of other rows."""
+    original = Decoder.select
+
+    def select(self: Decoder, rows: Sequence[int]) -> None:
+        context = self.context
+        original(self, rows)
+        self.context = context[: len(rows)]
+
+    patch.setattr(Decoder, "select", select)
+
+
+def not_reopened(patch: pytest.MonkeyPatch) -> None:
+    """A joining prompt goes on behind the text of the row that left."""
+    patch.setattr(Decoder, "open", lambda self, rows: None)
+
+
+def bos_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A joining prompt is read without its `<bos>`."""
+    def open_(self: Decoder, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.builders[row] = self._new_builder()
+
+    patch.setattr(Decoder, "open", open_)
+
+
+@pytest.mark.parametrize("bug", [no_select, context_not_selected, not_reopened, bos_forgotten])
+def test_planted_bugs_are_caught(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny("english", "memory")
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_batch(model, tokenizer, ["the cat", "", "a dog sat", ""] * 4, 1e-9, [3, 16], temperature=1.0)
+
+
+def test_streaming_yields_the_blocks() -> None:
+    model, tokenizer = tiny("english", "memory")
+    blocks: dict[int, list[str]] = {i: [] for i in range(len(PROMPTS))}
+    ended: dict[int, Completion] = {}
+    for i, event in stream(model, tokenizer, PROMPTS, temperature=1.0, max_new_units=30, batch_size=3):
+        assert i not in ended, "nothing after the end"
+        if isinstance(event, str):
+            blocks[i].append(event)
+        else:
+            ended[i] = event
+    assert [ended[i].blocks for i in blocks] == list(blocks.values())
+    for i, completion in enumerate(generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_units=30)):
+        same(ended[i], completion, 1e-9)
+
+
+def test_limits() -> None:
+    model, tokenizer = tiny("english", "memory")
+    for completion in generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_blocks=2, max_new_units=500):
+        assert completion.stop_reason in ("eos", "block_limit")
+        assert len(completion.blocks) <= 2
+        assert (completion.stop_reason == "block_limit") == (len(completion.blocks) == 2)
+    for completion in generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_units=9):
+        assert completion.units <= 9
+        assert completion.units == len(completion.log_probs)
+        assert completion.log_prob == math.fsum(completion.log_probs)
+
+
+def test_stop_strings_end_the_text_before_them() -> None:
+    model, tokenizer = tiny("english", "memory")
+    n_stopped = 0
+    for seed in range(20):
+        how: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_new_units": 60}
+        free = generate(model, tokenizer, ["the cat"], **how)[0]
+        if len(free.completion) < 6:
+            continue
+        stop = free.completion[3:6]  # often across blocks
+        stopped = generate(model, tokenizer, ["the cat"], stop=[stop, "never written"], **how)[0]
+        assert stopped.completion == free.completion[: free.completion.index(stop)]
+        assert stopped.stop_reason == "stop_string"
+        assert "".join(stopped.blocks) == stopped.completion
+        assert all(stopped.blocks)
+        n_stopped += 1
+    assert n_stopped >= 5
+
+
+def test_degenerate_output_is_named() -> None:
+    model, tokenizer = tiny_copy("english", "memory")
+    with torch.no_grad():
+        model.unit_embedding.weight.zero_()  # all units alike: the first allowed one, <eos>, ends it
+    assert generate(model, tokenizer, ["a"])[0].degenerate == "empty"
+    a, tokens = tokenizer.write_units("a")[0], {"repeats": 0, "fine": 0}
+    with torch.no_grad():
+        model.writer_norm.weight.zero_()
+        model.head_mask[:] = -math.inf
+        model.head_mask[[a, tokenizer.eob_id]] = torch.tensor([0.0, 1.0], dtype=model.head_mask.dtype)
+    for limit in (3, 4, 9):
+        completion = generate(model, tokenizer, [""], max_new_blocks=limit)[0]
+        assert completion.completion == "a" * limit
+        tokens["repeats" if completion.degenerate == "repeats" else "fine"] += 1
+    assert tokens == {"repeats": 2, "fine": 1}
+
+
+def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
+    seen = Repetition()
+    seen.add([5, 6, 7])
+    assert seen.units([]) == set()
+    assert seen.units([5]) == {6}
+    assert seen.units([5, 6]) == {7}
+    assert seen.units([6]) == set()
+    logits, allowed = torch.tensor([[0.0, 1.0, 0.9]]), torch.ones(1, 3, dtype=torch.bool)
+    penalized = Sampling(repetition_penalty=1.2)
+    assert choose(logits, allowed, penalized, [], [{1}]) == [2]
+    assert choose(logits, allowed, penalized, [], [set()]) == [1]
+    model, tokenizer = tiny_copy("english", "memory")
+    with torch.no_grad():  # a model that only ever writes "ba"
+        model.writer_norm.weight.zero_()
+        model.head_mask[:] = -50.0
+        a, b = tokenizer.write_units("ba")
+        model.head_mask[[a, b, tokenizer.eob_id]] = torch.tensor([0.0, -0.1, -0.2], dtype=model.head_mask.dtype)
+    free = generate(model, tokenizer, [""], max_new_blocks=6, max_new_units=999)[0]
+    other = generate(model, tokenizer, [""], max_new_blocks=6, max_new_units=999, repetition_penalty=3.0)[0]
+    assert len(set(free.blocks)) == 1
+    assert len(set(other.blocks)) > 1
+
+
+def test_min_p() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(400, -1)
+    generators = [np.random.default_rng(i) for i in range(400)]
+    drawn = choose(logits, torch.ones(400, 4, dtype=torch.bool), Sampling(1.0, min_p=0.25), generators)
+    counts = np.bincount(drawn, minlength=4) / 400
+    assert counts[3] == 0
+    assert np.abs(counts[:3] - np.array([0.5, 0.3, 0.15]) / 0.95).max() < 0.08
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"min_p": math.nan}, "min_p is nan"), ({"min_p": 1.5}, "min_p is 1.5"),
+    ({"repetition_penalty": 0.5}, "repetition_penalty is 0.5"), ({"repetition_penalty": math.inf}, "penalty is inf"),
+    ({"max_new_blocks": -1}, "max_new_blocks is -1"), ({"stop": ["a", ""]}, "a stop string is empty"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"seed": [1, 2]}, "there are 2 seeds for 1 prompts"),
+])  # fmt: skip
+def test_refused(how: dict[str, Any], message: str) -> None:
+    model, tokenizer = tiny("english", "memory")
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokenizer, ["a"], **how)
+
+
+@pytest.mark.parametrize("name", ["english", "chinese", "digits"])
+def test_output_cannot_be_garbage(name: str) -> None:
+    """Random weights, hostile prompts, hot samples: valid text, known ids, no empty block. (All 10,000 by hand.)"""
+    model, tokenizer = tiny(name, "memory", torch.float32)
+    prompts = [p for p in HOSTILE for _ in range(2)]
+    for temperature in (1.0, 10.0, 100.0):
+        for c in generate(model, tokenizer, prompts, temperature=temperature, max_new_units=40, seed=7):
+            c.completion.encode()  # no lone surrogates
+            assert all(c.blocks)
+            assert c.text == c.prompt + "".join(c.blocks)
+            for block in c.blocks:
+                units = tokenizer.write_units(block)
+                assert len(units) <= tokenizer.max_block_units
+                assert max(units) < tokenizer.n_writable
+            assert all(math.isfinite(x) for x in c.log_probs)
