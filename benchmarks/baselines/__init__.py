@@ -1,0 +1,1 @@
+"""Models that Tidal is measured against."""

@@ -1,0 +1,374 @@
+"""A plain causal transformer over bytes or over tokens, made of Tidal's own layers and attention.
+
+    coder = ByteCoder()                         or TokenCoder(tokenizer)
+    model = CausalTransformer(CausalConfig.of(coder, d_model=256, layers=10))
+    losses = model(pack([[Document(coder.encode("prompt"), coder.encode("completion"))]], coder))
+    generate(model, [coder.encode("prompt")], max_new=64)
+
+Shape suffixes as in tidal/model.py: b rows, l positions, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tidal.config import Shape, TidalConfig
+from tidal.infer.sampling import Sampling, choose
+from tidal.kernels import TilePlan
+from tidal.kernels.cpu import DENSE_LIMIT
+from tidal.model import KeysValues, Layer, View
+from tidal.tokenizer import MixedTokenizer
+
+NOTHING = -1  # the target of a position that is not learnt
+PREFILL_TOKENS = 1 << 16  # read at once, to bound the memory it takes
+
+
+# --------------------------------------------------------------------------------------------- text ⇄ ids
+
+
+class Coder(Protocol):
+    """Text ⇄ ids."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    never: tuple[int, ...]
+    """Ids that are never written."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `<bos>` and `<eos>`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The inverse of `encode`; what is no UTF-8 becomes U+FFFD."""
+
+
+class ByteCoder:
+    """UTF-8 bytes, `<bos>` and `<eos>`."""
+
+    vocab_size, bos_id, eos_id, never = 258, 256, 257, (256,)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class TokenCoder:
+    """The tokens Tidal's reader reads."""
+
+    def __init__(self, tokenizer: MixedTokenizer) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
+        self.never = (tokenizer.eob_id, tokenizer.bob_id, tokenizer.bos_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.tokenizer.id_bytes[i] for i in ids).decode(errors="replace")
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True)
+class Document:
+    """Ids of a prompt, which is not learnt, and of what follows."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    ends: bool = True
+    """Whether `<eos>` comes after it."""
+
+
+@dataclass(frozen=True)
+class CausalBatch:
+    """Rows of documents one after the other, padded with positions that see nothing."""
+
+    ids: Tensor
+    """int64 [B, L]: of every document <bos>, prompt, completion"""
+    positions: Tensor
+    """float32 [B, L], counted in the document"""
+    sees: Tensor
+    """int32 [B, L, 2, 2], ranges from the document's start up to the position itself"""
+    targets: Tensor
+    """int64 [B, L], -1 where nothing is learnt"""
+
+    def to(self, device: torch.device | str) -> CausalBatch:
+        """The batch on another device."""
+        return CausalBatch(*(x.to(device) for x in (self.ids, self.positions, self.sees, self.targets)))
+
+
+def pack(rows: Sequence[Sequence[Document]], coder: Coder) -> CausalBatch:
+    """Lay documents out in rows."""
+    width = max(sum(1 + len(d.prompt) + len(d.completion) for d in row) for row in rows)
+    ids, targets = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), NOTHING, np.int64)
+    positions, sees = np.zeros((len(rows), width), np.float32), np.zeros((len(rows), width, 2, 2), np.int32)
+    for row, documents in enumerate(rows):
+        start = 0
+        for d in documents:
+            end = start + 1 + len(d.prompt) + len(d.completion)
+            ids[row, start:end] = [coder.bos_id, *d.prompt, *d.completion]
+            last = [coder.eos_id if d.ends else NOTHING]
+            targets[row, start:end] = [NOTHING] * len(d.prompt) + list(d.completion) + last
+            positions[row, start:end] = np.arange(end - start)
+            sees[row, start:end, 0, 0], sees[row, start:end, 0, 1] = start, np.arange(start, end) + 1
+            start = end
+    return CausalBatch(*(torch.from_numpy(x) for x in (ids, positions, sees, targets)))
+
+
+# -------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    """The shape of a baseline."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    never: tuple[int, ...]
+    d_model: int = 128
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    layers: int = 4
+    d_ff: int = 384
+    qk_norm: bool = True
+
+    @classmethod
+    def of(cls, coder: Coder, **shape: Any) -> CausalConfig:
+        """For the ids of `coder`."""
+        return cls(coder.vocab_size, coder.bos_id, coder.eos_id, tuple(coder.never), **shape)
+
+    def with_parameters(self, total: int) -> CausalConfig:
+        """With the feed-forward width, a multiple of 8, that brings the parameters nearest to `total`."""
+        with torch.device("meta"):
+            without = CausalTransformer(replace(self, d_ff=0)).n_parameters()["total"]
+        return replace(self, d_ff=max(8, 8 * round((total - without) / (8 * 3 * self.d_model * self.layers))))
+
+
+class CausalTransformer(nn.Module):
+    """`forward` is the packed pass; `run` is what it shares with the decoder."""
+
+    head_mask: Tensor
+
+    def __init__(self, config: CausalConfig) -> None:
+        super().__init__()
+        self.config, d = config, config.d_model
+        shape = Shape(d_model=d, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, qk_norm=config.qk_norm)
+        as_tidal = TidalConfig(config.vocab_size, config.vocab_size, config.vocab_size, 1, "", shape)  # for the shape
+        self.embedding = nn.Embedding(config.vocab_size, d)  # also the head
+        self.layers = nn.ModuleList(Layer(as_tidal, config.d_ff) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        mask = torch.zeros(config.vocab_size)
+        mask[list(config.never)] = -math.inf
+        self.register_buffer("head_mask", mask, persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Initialise the weights as Tidal does."""
+        d = self.config.d_model
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith((".out", ".down"))
+                scale = 0.6 / (math.sqrt(2 * len(self.layers)) if residual else 1.0)
+                nn.init.normal_(module.weight, std=d**-0.5 * scale)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=d**-0.5)
+
+    def run(self, ids: Tensor, views: Sequence[View]) -> Tensor:
+        """States [B, L, D] of ids [B, L]; one view a layer."""
+        x_bld = self.embedding(ids)
+        for layer, view in zip(self.layers, views, strict=True):
+            x_bld = layer(x_bld, view)
+        states: Tensor = self.norm(x_bld)
+        return states
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits [..., V]; ids that are never written are -inf."""
+        return F.linear(states, self.embedding.weight) + self.head_mask
+
+    def supervised(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and targets [n] of all that is learnt, row by row."""
+        plan = TilePlan.build(batch.sees, batch.ids.shape[1])
+        view = View(batch.sees, batch.positions, batch.positions, plan=plan)
+        learnt = batch.targets != NOTHING
+        return self.head(self.run(batch.ids, [view] * len(self.layers))[learnt]), batch.targets[learnt]
+
+    def forward(self, batch: CausalBatch) -> tuple[Tensor, int]:
+        """Sum of the losses in nats, and of how many targets."""
+        logits_nv, targets = self.supervised(batch)
+        return F.cross_entropy(logits_nv, targets, reduction="sum"), len(targets)
+
+    def log_probs(self, batch: CausalBatch) -> Tensor:
+        """Log-probability of every target [n], row by row."""
+        logits_nv, targets = self.supervised(batch)
+        return logits_nv.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+    def tables(self) -> list[Tensor]:
+        """The parameters that learn faster and without weight decay, as in Tidal."""
+        return [self.embedding.weight]
+
+    def n_parameters(self) -> dict[str, int]:
+        """Counts of parameters: `tables` and `total`."""
+        return {"tables": self.embedding.weight.numel(), "total": sum(p.numel() for p in self.parameters())}
+
+    def cache_bytes(self, n: int) -> int:
+        """Bytes of cached keys and values for a context of `n` ids, in the dtype of the weights."""
+        config = self.config
+        width = 2 * config.n_kv_heads * (config.d_model // config.n_heads)
+        return n * config.layers * width * self.embedding.weight.element_size()
+
+
+# ----------------------------------------------------------------------------------------------- decoding
+
+
+class CachedDecoder:
+    """Rows of different lengths decoded side by side. To be used without gradients.
+
+    Slot i of a row holds its id number i, <bos> included. What lies behind a row's end is never seen and is
+    overwritten before it could be, so that padding needs no mask.
+    """
+
+    def __init__(self, model: CausalTransformer, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        config, weight = model.config, model.embedding.weight
+        self.model, self.device = model, weight.device
+        self.lengths = [1 + len(p) for p in prompts]
+        size = (config.layers, 2, len(prompts), config.n_kv_heads, max(capacity, *self.lengths, 1),
+                config.d_model // config.n_heads)  # fmt: skip
+        self.data = torch.zeros(size, dtype=weight.dtype, device=self.device)
+        self.places = torch.arange(size[4], dtype=torch.float32, device=self.device)
+        self.logits = self._prefill(prompts)
+        """[rows, V] for the id that follows each prompt"""
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        width, n = max(self.lengths), len(prompts)
+        ids = torch.zeros(n, width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : 1 + len(prompt)] = torch.tensor([self.model.config.bos_id, *prompt])
+        ids = ids.to(self.device)
+        ends = torch.arange(1, width + 1, dtype=torch.int32, device=self.device)
+        at_once, last = max(1, PREFILL_TOKENS // width), []
+        for first in range(0, n, at_once):
+            rows = slice(first, min(n, first + at_once))
+            some = rows.stop - first
+            sees = torch.zeros(some, width, 2, 2, dtype=torch.int32, device=self.device)
+            sees[:, :, 0, 1] = ends
+            position = self.places[:width].expand(some, -1)
+            plan = TilePlan.build(sees, width)
+
+            def view(cache: Tensor, rows: slice = rows, sees: Tensor = sees, position: Tensor = position,
+                     plan: TilePlan = plan) -> View:  # fmt: skip
+                def extend(k: Tensor, v: Tensor) -> KeysValues:
+                    cache[0, rows, :, :width], cache[1, rows, :, :width] = k, v
+                    return k, v
+
+                return View(sees, position, position, extend, plan)
+
+            states = self.model.run(ids[rows], [view(cache) for cache in self.data])
+            ends_here = torch.tensor(self.lengths[rows], device=self.device) - 1
+            last.append(states[torch.arange(some, device=self.device), ends_here])
+        return self.model.head(torch.cat(last))
+
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Append an id to every row; logits [rows, V] for what follows."""
+        n, low, end = len(ids), min(self.lengths), max(self.lengths) + 1
+        if end > self.data.shape[4]:
+            self._grow(2 * end)
+        sees = torch.tensor([[[[0, length + 1], [0, 0]]] for length in self.lengths], dtype=torch.int32,
+                            device=self.device)  # fmt: skip
+        k_position = self.places[:end].expand(n, -1)
+        if low == end - 1:  # all rows are of one length
+            rows: Any = slice(None)
+            slots: Any = low
+            q_position = self.places[low : low + 1].expand(n, 1)
+        else:
+            rows = torch.arange(n, device=self.device)
+            slots = torch.tensor(self.lengths, device=self.device)
+            q_position = self.places[slots][:, None]
+        plan = (
+            TilePlan.build(sees, end) if end > DENSE_LIMIT or self.device.type != "cpu"
+            else TilePlan(sees[0, :0, 0], 1, (n, 1, end))  # one dense tile: only what layers share is kept in it
+        )  # fmt: skip
+
+        def view(cache: Tensor) -> View:
+            def extend(k: Tensor, v: Tensor) -> KeysValues:
+                cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
+                return cache[0, :, :, :end], cache[1, :, :, :end]
+
+            return View(sees, q_position, k_position, extend, plan)
+
+        x = torch.tensor(ids, device=self.device)[:, None]
+        logits = self.model.head(self.model.run(x, [view(cache) for cache in self.data])[:, 0])
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+        self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def _grow(self, capacity: int) -> None:
+        size = list(self.data.shape)
+        size[4] = capacity - size[4]
+        self.data = torch.cat([self.data, self.data.new_zeros(size)], 4)
+        self.places = torch.arange(capacity, dtype=torch.float32, device=self.device)
+
+
+@dataclass
+class Written:
+    """What was written after one prompt, `<eos>` included, with its log-probabilities."""
+
+    ids: list[int]
+    log_probs: list[float]
+
+
+@torch.inference_mode()
+def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_new: int = 256,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[Any] = 0,
+             batch_size: int = 64) -> list[Written]:  # fmt: skip
+    """Continue every prompt (ids without `<bos>`) until `<eos>` or `max_new` ids; greedy at temperature 0.
+
+    Prompt number i samples from a generator seeded with (seed, i), or with its own seed where `seed` is a sequence,
+    as in `tidal.generate`.
+    """
+    was_training = model.training
+    model.eval()
+    how = Sampling(temperature, top_k, top_p)
+    seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else seed
+    done = [Written([], []) for _ in prompts]
+    for first in range(0, len(prompts), batch_size):
+        last = min(first + batch_size, len(prompts))
+        rows = list(range(first, last))
+        generators = {i: np.random.default_rng(seeds[i]) for i in rows}
+        longest = max(len(prompts[i]) for i in rows)
+        decoder = CachedDecoder(model, [prompts[i] for i in rows], 1 + longest + min(max_new, 1024))
+        logits, active = decoder.logits, set(rows)
+        allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
+        while True:
+            ids = choose(logits, allowed[: len(rows)], how, [generators[i] for i in rows])
+            log_probs = logits.log_softmax(-1)[torch.arange(len(rows)), ids].tolist()
+            for i, unit, log_prob in zip(rows, ids, log_probs, strict=True):
+                if i in active:
+                    done[i].ids.append(unit)
+                    done[i].log_probs.append(log_prob)
+                    if unit == model.config.eos_id or len(done[i].ids) >= max_new:
+                        active.remove(i)
+            if not active:
+                break
+            if 2 * len(active) <= len(rows):
+                kept = [at for at, i in enumerate(rows) if i in active]
+                decoder.select(kept)
+                rows, ids = [rows[at] for at in kept], [ids[at] for at in kept]
+            logits = decoder.step(ids)
+    model.train(was_training)
+    return done

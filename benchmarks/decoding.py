@@ -1,0 +1,329 @@
+"""Tidal's decoder against a byte and a token transformer: characters per second, layer passes, cache bytes.
+
+    python -m benchmarks.decoding [--batch 1 8 64] [--context 256 1024 4096] [--d-model 256] [--layers 10]
+
+Same machine, same run, same number of parameters, the same layers (benchmarks/baselines/causal.py), random weights,
+alternating. Weights at random would write gibberish, whose blocks are unlike words, so every model is led along the
+same real text: the very code that generates runs, up to and including the choice of the next unit, and the true unit
+is put in the place of the chosen one. The clock runs from the first choice to the last. Refuses to time anything
+unless the log-probabilities on the way equal those of a full forward pass.
+
+English prose: the docstrings of Python's standard library; the tokenizer learns from another part of them than is
+timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import causal
+from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
+from tidal.blocks import BlockTable, passage
+from tidal.config import Shape, TidalConfig
+from tidal.infer import engine
+from tidal.infer.sampling import Sampling, choose
+from tidal.model import Layer, TidalTransformer
+from tidal.streams import pack
+from tidal.tokenizer import MixedTokenizer
+
+CHECKED_ROWS = 4  # rows compared with a full forward pass before anything is timed
+TOLERANCE = 1e-4
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows side by side")
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="characters of the prompts")
+    parser.add_argument("--d-model", type=int, default=256, help="width of all models (default: 256)")
+    parser.add_argument("--layers", type=int, default=10, help="of all; two of Tidal's are writers (default: 10)")
+    parser.add_argument("--suffix-rows", type=int, default=Shape().suffix_rows, help="of Tidal's table of suffixes")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="largest vocabulary (default: 4096)")
+    parser.add_argument("--new-chars", type=int, default=128, help="characters written a row (default: 128)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats, fewer when slow (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument("--text", type=Path, help="English text to use in place of the docstrings")
+    parser.add_argument("--same-width", action="store_true",
+                        help="same feed-forward width for all, so that the baselines have fewer parameters")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="batch 1 and 8, context 256, 2 repeats")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.batch, args.context, args.repeats = [1, 8], [256], 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    text = args.text.read_text() if args.text else english()
+    half = len(text) // 2
+    tokenizer = MixedTokenizer.train([text[:half]], args.vocab_size)
+    runners = build(args, tokenizer)
+    print("  ".join(f"{r.name}: {r.parameters:,} parameters" for r in runners))
+    results = []
+    for context in args.context:
+        for batch in args.batch:
+            texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
+            results.append(measure(runners, texts, args.repeats) | {"batch": batch, "context": context})
+            print_result(results[-1], header=len(results) == 1)
+    line = {
+        "benchmark": "decoding", "results": results, "d_model": args.d_model, "layers": args.layers,
+        "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
+        "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+        "processor": processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(line, indent=1) + "\n")
+    print(json.dumps(line))
+
+
+# ----------------------------------------------------------------------------------------------------- text
+
+
+def english() -> str:
+    """Paragraphs of prose among the docstrings of the standard library."""
+    root, paragraphs = Path(sysconfig.get_path("stdlib")), []
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(root).parts):
+            paragraphs += list(_prose(path))
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def _prose(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                lines = paragraph.splitlines()
+                if len(paragraph) >= 200 and not any(line.startswith(("  ", ">>>", "-", "*", "|")) for line in lines):
+                    yield " ".join(lines)
+
+
+def cut(text: str, tokenizer: MixedTokenizer, n: int, context: int, new: int) -> list[tuple[str, str]]:
+    """So many pairs of a prompt and its continuation, of about these lengths; all ends lie between blocks."""
+    blocks = tokenizer.split(text)
+    starts = np.cumsum([0, *map(len, blocks)])
+    last = int(np.searchsorted(starts, starts[-1] - context - new - 64))
+    if last < 1:
+        raise SystemExit(f"the text has {starts[-1]} characters, too few for a context of {context}")
+    pairs = []
+    for first in np.linspace(0, last - 1, n).astype(int).tolist():
+        ends = np.searchsorted(starts, starts[first] + np.array([context, context + new])).tolist()
+        pairs.append(("".join(blocks[first : ends[0]]), "".join(blocks[ends[0] : ends[1]])))
+    return pairs
+
+
+# -------------------------------------------------------------------------------------------------- models
+
+
+@dataclass
+class Runner:
+    """One model with all that differs between them."""
+
+    name: str
+    model: nn.Module
+    d_ff: int
+    module: Any
+    """whose `choose` is called at every step"""
+    encode: Callable[[str], list[int]]
+    """Text → what is written, step by step, `<eos>` at the end."""
+    generate: Callable[[Sequence[str], int, list[Any]], list[list[float]]]
+    """Prompts, the largest number of steps, generators → log-probabilities of the steps."""
+    full: Callable[[str, str], Tensor]
+    """The same log-probabilities from one full forward pass."""
+    cache_bytes: Callable[[str], int]
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
+    """Tidal, and the baselines with the feed-forward width that gives them as many parameters."""
+    d, heads = args.d_model, max(4, args.d_model // 64)
+    shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
+                  reader_ff=3 * d, writer_ff=3 * d, suffix_rows=args.suffix_rows)  # fmt: skip
+    config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
+                         tokenizer.fingerprint, shape)  # fmt: skip
+    tidal = TidalTransformer(config).eval()
+    nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
+    total = tidal.n_parameters()["total"]
+    runners = [Runner(
+        "tidal", tidal, 3 * d, engine, lambda text: tidal_units(tokenizer, text),
+        lambda prompts, steps, seeds: [c.log_probs for c in engine.generate(
+            tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts))],
+        lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),
+        lambda text: tidal.cache_bytes(1 + len(tokenizer.encode(text))),
+    )]  # fmt: skip
+    coders: dict[str, Coder] = {"byte": ByteCoder(), "token": TokenCoder(tokenizer)}
+    for name, coder in coders.items():
+        plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
+        runners.append(baseline(name, coder, plain if args.same_width else plain.with_parameters(total)))
+    return runners
+
+
+def baseline(name: str, coder: Coder, config: CausalConfig) -> Runner:
+    """A causal transformer, ready to be timed."""
+    model = CausalTransformer(config).eval()
+    return Runner(
+        name, model, config.d_ff, causal, lambda text: [*coder.encode(text), coder.eos_id],
+        lambda prompts, steps, seeds: [w.log_probs for w in causal.generate(
+            model, [coder.encode(p) for p in prompts], max_new=steps, seed=seeds, batch_size=len(prompts))],
+        lambda prompt, new: model.log_probs(
+            causal.pack([[Document(coder.encode(prompt), coder.encode(new))]], coder)),
+        lambda text: model.cache_bytes(1 + len(coder.encode(text))),
+    )  # fmt: skip
+
+
+def tidal_units(tokenizer: MixedTokenizer, text: str) -> list[int]:
+    """All that Tidal writes for a text."""
+    blocks = tokenizer.split(text)
+    return [u for b in blocks for u in (*tokenizer.write_units(b), tokenizer.eob_id)] + [tokenizer.eos_id]
+
+
+def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, new: str) -> Tensor:
+    """Log-probabilities of a continuation in the packed pass."""
+    table = BlockTable(tokenizer)
+    return model.log_probs(pack([[passage(table, prompt, new)]], table))
+
+
+# --------------------------------------------------------------------------------------------------- timing
+
+
+class Led:
+    """Chooses as `choose` does, then puts the true unit of each row in the place of the chosen one.
+
+    Rows are known by their generators. `start` is the time of the first choice, when the prompts have been read.
+    """
+
+    def __init__(self, generators: list[Any], truth: list[list[int]]) -> None:
+        self.units = {id(g): iter(units) for g, units in zip(generators, truth, strict=True)}
+        self.end = truth[0][-1]
+        self.start = 0.0
+
+    def __call__(self, logits: Tensor, allowed: Tensor, how: Sampling, generators: Sequence[Any],
+                 *rest: Any) -> list[int]:  # fmt: skip
+        choose(logits, allowed, how, generators, *rest)
+        self.start = self.start or time.perf_counter()
+        return [next(self.units[id(g)], self.end) for g in generators]  # a row that has ended goes on with <eos>
+
+
+def lead(runner: Runner, texts: Sequence[tuple[str, str]]) -> tuple[float, list[list[float]]]:
+    """Seconds between the first and the last choice, and the log-probabilities of the true units."""
+    generators = [np.random.default_rng(i) for i in range(len(texts))]
+    truth = [runner.encode(new) for _, new in texts]
+    led = Led(generators, truth)
+    with mock.patch.object(runner.module, "choose", led):
+        log_probs = runner.generate([prompt for prompt, _ in texts], max(map(len, truth)), generators)
+    seconds = time.perf_counter() - led.start
+    if [len(x) for x in log_probs] != [len(x) for x in truth]:
+        raise SystemExit(f"{runner.name} did not write the text it was led along")
+    return seconds, log_probs
+
+
+@torch.inference_mode()
+def check(runner: Runner, texts: Sequence[tuple[str, str]]) -> float:
+    """Largest difference between the decoder's and a full pass's log-probabilities; exits if it is too large."""
+    _, log_probs = lead(runner, texts)
+    full = [runner.full(*pair) for pair in texts]
+    worst = max((torch.tensor(a, dtype=b.dtype) - b).abs().max().item() for a, b in zip(log_probs, full, strict=True))
+    if not worst < TOLERANCE:
+        raise SystemExit(f"{runner.name}: cached and full pass differ by {worst}; not timing a wrong result")
+    return worst
+
+
+def layer_passes(runner: Runner, texts: Sequence[tuple[str, str]]) -> int:
+    """Layers applied while writing, each counted once for every row it is applied to, however many places it has."""
+    count = 0
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal count
+        count += inputs[0].shape[0]
+
+    handles = [m.register_forward_pre_hook(hook) for m in runner.model.modules() if isinstance(m, Layer)]
+    totals = []
+    for some in (texts, [(prompt, "") for prompt, _ in texts]):  # reading the prompt is not counted
+        count = 0
+        lead(runner, some)
+        totals.append(count)
+    for handle in handles:
+        handle.remove()
+    return totals[0] - totals[1]
+
+
+def measure(runners: Sequence[Runner], texts: Sequence[tuple[str, str]], repeats: int) -> dict[str, Any]:
+    """Medians of alternating runs, after a check of each model."""
+    n_chars = sum(len(new) for _, new in texts)
+    seconds: dict[str, list[float]] = {r.name: [] for r in runners}
+    figures: dict[str, dict[str, float]] = {}
+    for r in runners:
+        few = texts[:: -(-len(texts) // CHECKED_ROWS)]
+        figures[r.name] = {
+            "max_difference": check(r, few),
+            "layer_passes_per_char": layer_passes(r, few) / sum(len(new) for _, new in few),
+            "cache_bytes_per_char": sum(r.cache_bytes(p + n) for p, n in few) / sum(len(p + n) for p, n in few),
+        }
+    budget = time.perf_counter() + 240
+    for _ in range(repeats):
+        if all(seconds.values()) and time.perf_counter() > budget:
+            break
+        for r in runners:
+            seconds[r.name].append(lead(r, texts)[0])
+    for r in runners:
+        rate = n_chars / statistics.median(seconds[r.name])
+        figures[r.name] |= {"chars_per_second": rate, "repeats": len(seconds[r.name]),
+                            "spread": max(seconds[r.name]) / min(seconds[r.name])}  # fmt: skip
+    tidal = figures["tidal"]
+    ratios = {
+        f"{what}_against_{name}": figures[name][key] / tidal[key] if key != "chars_per_second"
+        else tidal[key] / figures[name][key]
+        for name in figures if name != "tidal"
+        for what, key in (("speed", "chars_per_second"), ("layer_passes", "layer_passes_per_char"),
+                          ("cache", "cache_bytes_per_char"))
+    }  # fmt: skip
+    rounded = {name: {key: float(f"{value:.5g}") for key, value in f.items()} for name, f in figures.items()}
+    return {"models": rounded, "ratios": {key: round(value, 3) for key, value in ratios.items()}}
+
+
+def print_result(result: dict[str, Any], header: bool) -> None:
+    """One line a model, with what Tidal gains against it."""
+    if header:
+        print(f"{'batch':>5} {'context':>8}  {'model':<6} {'chars/s':>10} {'layers/char':>12} {'cache B/char':>13}"
+              f" {'speed ×':>8} {'layers ×':>9} {'cache ×':>8}")  # fmt: skip
+    for name, f in result["models"].items():
+        ratios = [result["ratios"].get(f"{what}_against_{name}", 1.0) for what in ("speed", "layer_passes", "cache")]
+        print(f"{result['batch']:>5} {result['context']:>8}  {name:<6} {f['chars_per_second']:>10,.0f}"
+              f" {f['layer_passes_per_char']:>12.2f} {f['cache_bytes_per_char']:>13,.0f}"
+              f" {ratios[0]:>8.2f} {ratios[1]:>9.2f} {ratios[2]:>8.2f}", flush=True)  # fmt: skip
+
+
+@functools.cache
+def processor() -> str:
+    """Name of the CPU, as far as it is known."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()
