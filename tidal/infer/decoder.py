@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tidal.kernels import TilePlan
 from tidal.model import KeysValues, TidalTransformer, View
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
@@ -23,10 +24,13 @@ class KeyValueCache:
         size = (2, n_rows, shape.n_kv_heads, n_slots, shape.d_model // shape.n_heads)
         self.data = torch.zeros(size, dtype=weight.dtype, device=weight.device)
 
-    def put(self, at: tuple[Tensor, Tensor], valid: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [r, H, L, D], as far as `valid` [r, L], at row and slot indices [n]."""
+    def put(self, at: tuple[Tensor, Tensor], k: Tensor, v: Tensor, source: tuple[Tensor, Tensor] | None = None) -> None:
+        """Store k, v [r, H, L, D] at row and slot indices [n].
+
+        `source` says which n of their r and L; by default L is one, and every row is stored.
+        """
         for side, new in zip(self.data, (k, v), strict=True):
-            side[at[0], :, at[1]] = new.transpose(1, 2)[valid]
+            side[at[0], :, at[1]] = new[:, :, 0] if source is None else new[source[0], :, source[1]]
 
     def get(self, rows: Tensor | slice, end: int) -> KeysValues:
         """Keys and values [r, H, end, D] of these rows; no copy where the rows are a slice."""
@@ -104,30 +108,32 @@ class Decoder:
         self._reserve(end)
         lengths = torch.tensor([len(new) for new in news], device=self.device)
         steps = torch.arange(width, device=self.device)
-        valid = steps < lengths[:, None]
+        from_row, from_step = (steps < lengths[:, None]).nonzero(as_tuple=True)  # what is not padding
+        source = from_row, from_step
         row = torch.tensor(rows, device=self.device)
         first = torch.tensor([self.builders[r].n_read for r in rows], device=self.device) - lengths
-        at = row[:, None].expand(-1, width)[valid], (first[:, None] + steps)[valid]
+        at = row[source[0]], first[source[0]] + source[1]
         padded = [new + [PADDING] * (width - len(new)) for new in news]
         data = torch.tensor([[(t.id, t.place, *t.sees, 0, 0) for t in new] for new in padded], device=self.device)
         q_position = torch.tensor([[t.position for t in new] for new in padded], device=self.device)
-        self.positions[at[0], self.n_block + at[1]] = q_position[valid]
-        ranges = data[..., 2:].to(torch.int32).view(*valid.shape, 2, 2)
+        self.positions[at[0], self.n_block + at[1]] = q_position[source]
+        ranges = data[..., 2:].to(torch.int32).view(len(rows), width, 2, 2)
         here = self._rows(rows)
         k_position = self.positions[here, self.n_block : self.n_block + end]
+        plan = TilePlan.build(ranges, end)  # remembers distances and mask for all layers
 
         def view(cache: KeyValueCache) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
-                cache.put(at, valid, k, v)
+                cache.put(at, k, v, source)
                 return cache.get(here, end)
 
-            return View(ranges, q_position, k_position, extend)
+            return View(ranges, q_position, k_position, extend, plan)
 
         states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
         grown = lengths > 0
         self.context[row[grown]] = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
         if self.model.has_memory:
-            self.writer_caches[0].put((at[0], self.n_block + at[1]), valid, *self.model.memory(states))
+            self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states), source)
 
     def step(self, rows: Sequence[int], written: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block."""
@@ -145,13 +151,12 @@ class Decoder:
         ranges = data[..., 7:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
         q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
         self.positions[at] = q_position[:, 0]
-        everyone = torch.ones_like(q_position, dtype=torch.bool)
 
         def view(cache: KeyValueCache, memory: bool) -> View:
             end = memory_end if memory else n
 
             def extend(k: Tensor, v: Tensor) -> KeysValues:
-                cache.put(at, everyone, k, v)
+                cache.put(at, k, v)
                 return cache.get(here, end)
 
             return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend)
