@@ -371,3 +371,17 @@ def test_the_packing_benchmark_ends_in_json(tmp_path: Path) -> None:
     assert values["ratio"] > 2  # far more, but machines are shared
     assert values["max_difference"] < 1e-9
     assert values["units"] > 100
+
+
+def test_beams_and_streams(home: Path) -> None:
+    beams = objects(tidal("infer", "--prompt", "1 + 1 =", "--num-beams", "3", "--num-samples", "2", "--max-new-units",
+                          "12", "--json", cwd=home).lines)  # fmt: skip
+    assert [b["prompt"] for b in beams] == ["1 + 1 ="] * 2
+    assert beams[0]["score"] >= beams[1]["score"]  # type: ignore[operator]
+    streamed = objects(tidal("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--log-probs",
+                             "--temperature", "1", "--max-new-blocks", "3", cwd=home).lines)  # fmt: skip
+    whole = [line for line in streamed if "completion" in line]
+    assert len(whole) == 2
+    for i, completion in enumerate(whole):
+        assert [line["block"] for line in streamed if line.get("index") == i] == completion["blocks"]
+        assert len(completion["log_probs"]) == completion["units"]  # type: ignore[arg-type]

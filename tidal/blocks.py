@@ -123,6 +123,14 @@ class BlockTable:
             found = list(map(self.index.get, blocks))
         return np.array(found, np.int32)
 
+    def unfinished(self, written: Sequence[int]) -> int:
+        """Index of a new block of which only these units are written, and which nothing can read yet.
+
+        It may end inside a character, so it has no text; the target of its last step is of no account.
+        """
+        self._append([("", (), (), (*written, self.tokenizer.eob_id), self.tokenizer.bos_id)])
+        return len(self) - 1
+
     def _entry(self, text: str) -> _Entry:
         block = self.tokenizer.encode_block(text)
         return text, block.tokens, block.places, (*block.units[::-1], self.tokenizer.eob_id), block.tokens[0]

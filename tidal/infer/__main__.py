@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tidal.cli import UserError, main, note, parse
 
 if TYPE_CHECKING:
+    from tidal.infer.beam import Hypothesis
     from tidal.infer.engine import Completion
     from tidal.model import TidalTransformer
     from tidal.tokenizer import MixedTokenizer
@@ -155,6 +156,9 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     """Continue the prompts and print what comes, in their order."""
     from tidal.infer.engine import stream
 
+    if settings.num_beams:
+        _search(model, tokenizer, prompts, settings)
+        return
     began = time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(settings.num_samples)]
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
@@ -184,10 +188,26 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
         note(f"{n_units} units in {seconds:.2f} s, {n_units / seconds:.0f} units/s")
 
 
-def _print(completion: Completion, settings: Infer, shown: bool) -> None:
+def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
+    """Beam search: print the best hypotheses of each prompt, as many as samples are asked for."""
+    from tidal.infer.beam import beam_search
+
+    try:
+        found = beam_search(model, tokenizer, prompts, num_beams=settings.num_beams, batch_size=settings.batch_size,
+                            length_penalty=settings.length_penalty, max_new_units=settings.max_new_units)  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for hypothesis in (h for best in found for h in best[: settings.num_samples]):
+        _print(hypothesis, settings, False)
+
+
+def _print(completion: Completion | Hypothesis, settings: Infer, shown: bool) -> None:
     """A whole completion; where its text is `shown` already, only the end of its line."""
     if settings.json:
-        print(json.dumps(completion.to_dict(settings.log_probs), ensure_ascii=False), flush=True)
+        values = completion.to_dict()
+        if not settings.log_probs:
+            values.pop("log_probs", None)  # a long list
+        print(json.dumps(values, ensure_ascii=False), flush=True)
     else:
         text = completion.text
         print("" if shown else text, end="" if text.endswith("\n") else "\n", flush=True)

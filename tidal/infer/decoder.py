@@ -173,8 +173,8 @@ class Decoder:
                 f"{type(self.model).__name__}: the logits of a decoding step are {tuple(logits.shape)}, "
                 f"not [rows, n_head] = {expected}"
             )
-        if logits.isnan().any():
-            raise RuntimeError("the logits of a step are NaN: the weights are damaged")
+        if not (logits < torch.inf).all():  # NaN neither
+            raise RuntimeError("the logits of a step are NaN or infinite: the weights are damaged")
         return logits
 
     def _new_builder(self) -> DocumentBuilder:

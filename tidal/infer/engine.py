@@ -53,12 +53,9 @@ class Completion:
     seconds: float
     """Wall-clock time from joining the batch to leaving it."""
 
-    def to_dict(self, log_probs: bool = False) -> dict[str, Any]:
-        """As JSON-ready values; the long list of `log_probs` only where asked for."""
-        values = dataclasses.asdict(self)
-        if not log_probs:
-            del values["log_probs"]
-        return values
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return dataclasses.asdict(self)
 
 
 @dataclass
@@ -155,23 +152,22 @@ def _run(model: TidalTransformer, tokenizer: MixedTokenizer, waiting: deque[Any]
     decoder = Decoder(model, tokenizer, len(rows))
     try:
         while True:
-            joined = _join(rows, waiting, tokenizer)
-            decoder.open(joined)
+            decoder.open(_join(rows, waiting, tokenizer))
             active = [i for i, row in enumerate(rows) if row is not None]
             if not active:
                 return
             if not waiting and 2 * len(active) <= len(rows):  # the others have left for good
                 decoder.select(active)
                 rows = [rows[i] for i in active]
-                joined = [active.index(i) for i in joined]
                 active = list(range(len(rows)))
             now = [row for row in rows if row is not None]
-            _read(decoder, {i: row.blocks_to_read for i, row in zip(active, now, strict=True) if row.blocks_to_read})
+            to_read = {i: row.blocks_to_read for i, row in zip(active, now, strict=True)}
+            read_grouped(decoder, {i: blocks for i, blocks in to_read.items() if blocks})
             logits = decoder.step(active, [row.written for row in now])
             allowed = torch.stack([grammar.allowed(row.written) for row in now]).to(logits.device)
             repeated = [r.repetition.units(r.written) for r in now] if how.repetition_penalty > 1 else ()
             units = choose(logits, allowed, how, [row.generator for row in now], repeated)
-            log_probs = logits.log_softmax(-1)[torch.arange(len(now)), units].tolist()
+            log_probs = logits.double().log_softmax(-1)[torch.arange(len(now)), units].tolist()
             for i, row, unit, log_prob in zip(active, now, units, log_probs, strict=True):
                 if block := _take(row, unit, log_prob, tokenizer, limits):
                     yield row.index, block
@@ -194,8 +190,8 @@ def _join(rows: list[_Row | None], waiting: deque[Any], tokenizer: MixedTokenize
     return joined
 
 
-def _read(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
-    """Read what rows have to read, in as few passes as keep the padding below the half."""
+def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
+    """Read blocks {row: blocks} in as few passes as keep the padding below the half; the lists are emptied."""
     lengths = {row: sum(len(block.tokens) for block in mine) for row, mine in blocks.items()}
     group: list[int] = []
     for row in sorted(lengths, key=lengths.__getitem__):

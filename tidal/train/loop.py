@@ -162,4 +162,6 @@ def show_samples(out: Path, step: int, model: TidalTransformer, recipe: Recipe, 
     with open(out / "samples.jsonl", "a", encoding="utf-8") as file:
         for c in completions:
             note(f"  {c.prompt!r} → {c.completion!r}")
-            file.write(json.dumps({"step": step, **c.to_dict()}, ensure_ascii=False) + "\n")
+            values = {"step": step, **c.to_dict()}
+            del values["log_probs"]  # a long list
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")

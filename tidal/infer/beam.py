@@ -1,0 +1,241 @@
+"""Beam search over units and across block ends: the likeliest completions instead of the greedy one.
+
+    slots of 2 prompts, 3 beams each: blocks │ being written     one step
+
+    prompt 0   the│ox   the│god   the fox│   (eob was last)      candidates [2, 3 · n_head]: 3 are taken of each prompt,
+    prompt 1   1 +│95   1 +│5     (free, after <eos>)            slots reordered, ended blocks read in one pass
+
+The rules:
+
+- Of all (beam, unit) candidates of a prompt, the `num_beams` likeliest are taken, ties going to the lower slot, then
+  to the lower unit. Those that wrote `<eos>` are finished and set aside, and only `num_beams` better ones can take
+  their place; the others are the beams of the next step. So a single beam is greedy decoding.
+- All that was written is compared by score = log-probability / units ** length_penalty.
+- The search of a prompt ends when no beam is left, or when `num_beams` hypotheses are finished and no beam can pass
+  the worst of them: log-probability only falls and units only grow, to `max_new_units` at most, so, the penalty being
+  0 or more, a beam never comes to more than log-probability / max_new_units ** length_penalty.
+- At `max_new_units` the beams left compete with the finished ones as they stand, and only then lose the block that
+  they had begun. Of those that this makes equal the best one counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal.blocks import BOS_BLOCK, BlockTable, Passage
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import Limits, StopReason, read_grouped
+from tidal.infer.grammar import Grammar
+from tidal.model import TidalTransformer
+from tidal.streams import pack
+from tidal.tokenizer import Block, MixedTokenizer
+
+MAX_PENALTY = 10.0  # far beyond it, powers of units overflow
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One of the completions that were found for a prompt."""
+
+    prompt: str
+    completion: str
+    text: str
+    """`prompt + completion`"""
+    blocks: list[str]
+    """The completion, block by block; `"".join(blocks) == completion`."""
+    stop_reason: StopReason
+    """`eos`, or `length`: `max_new_units` was reached (a block begun by then is dropped)."""
+    log_prob: float
+    """Log-probability (nats) under the model of all finished blocks and `<eos>`."""
+    score: float
+    """What hypotheses are ranked by: `log_prob / units ** length_penalty`, except that the units of a dropped block
+    count in both, lest a beam gain by having its last block dropped."""
+    units: int
+    """Units written, `<eob>` and `<eos>` included; those of a dropped block are not counted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beam:
+    """What one slot has written. Never changed, so that slots can share it."""
+
+    total: float
+    """Log-probability of all units written; -inf: the slot is free, what it has written is another's."""
+    written: tuple[int, ...] = ()  # units of the block being written, last character first
+    blocks: tuple[str, ...] = ()
+    log_prob: float = 0.0  # of the finished blocks
+    units: int = 0  # of the finished blocks
+    ended: Block | None = None  # the block that the latest unit has finished; to be read before the next step
+
+
+@dataclass
+class _Search:
+    """The search of one prompt, which has `num_beams` slots."""
+
+    prompt: str
+    split: list[str]
+    num_beams: int
+    length_penalty: float
+    max_new_units: int
+    beams: list[_Beam] = field(default_factory=list)
+    finished: list[Hypothesis] = field(default_factory=list)
+    n_units: int = 0
+
+    def __post_init__(self) -> None:  # all slots but one are free at first, or the beams would never differ
+        self.beams = [_Beam(0.0), *[_Beam(-math.inf)] * (self.num_beams - 1)]
+
+    def go_on(self, slots: Sequence[int], units: Sequence[int], totals: Sequence[float],
+              tokenizer: MixedTokenizer) -> bool:  # fmt: skip
+        """Write one unit: new slot i goes on from `slots[i]`, with `units[i]`. Whether the search goes on."""
+        self.n_units += 1
+        before, self.beams = self.beams, []
+        for slot, unit, total in zip(slots, units, totals, strict=True):
+            beam = replace(before[slot], total=-math.inf, ended=None)
+            if total > -math.inf and unit == tokenizer.eos_id:
+                self._finish(replace(beam, total=total, log_prob=total, units=self.n_units), "eos")
+            elif total > -math.inf and unit == tokenizer.eob_id:
+                block = tokenizer.retokenize(beam.written)
+                beam = _Beam(total, (), (*beam.blocks, block.text), total, self.n_units, block)
+            elif total > -math.inf:
+                beam = replace(beam, total=total, written=(*beam.written, unit))
+            self.beams.append(beam)
+        if all(total == -math.inf for total in totals):
+            raise RuntimeError("no unit that may follow has a probability above zero: the weights are damaged")
+        live = sorted((b for b in self.beams if b.total > -math.inf), key=lambda b: -b.total)
+        if live and self.n_units == self.max_new_units:
+            for i, beam in enumerate(live):
+                if beam.blocks not in [better.blocks for better in live[:i]]:
+                    self._finish(beam, "length")
+            return False
+        if not live or len(self.finished) < self.num_beams:
+            return bool(live)
+        return live[0].total / math.pow(self.max_new_units, self.length_penalty) > self.finished[-1].score
+
+    def _finish(self, beam: _Beam, stop_reason: StopReason) -> None:
+        """Add a hypothesis and keep the best; of equally good ones those that were finished first."""
+        completion, score = "".join(beam.blocks), beam.total / math.pow(self.n_units, self.length_penalty)
+        self.finished.append(Hypothesis(self.prompt, completion, self.prompt + completion, list(beam.blocks),
+                                        stop_reason, beam.log_prob, score, beam.units))  # fmt: skip
+        self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
+
+
+def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
+                length_penalty: float = 1.0, max_new_units: int = 256, batch_size: int = 16,
+                cached: bool = True) -> list[list[Hypothesis]]:  # fmt: skip
+    """For every prompt the best hypotheses that its search meets, best first: `num_beams`, all different.
+
+    There are fewer only where fewer exist, or where beams at `max_new_units` differ only in the block that is
+    dropped. `batch_size` prompts are searched side by side. `cached=False` computes every step anew, as one training
+    pass over all that was read and written: slow, and the same. Raises ValueError on a lone surrogate in a prompt,
+    on numbers below one, on a length penalty outside 0 … 10 and on a tokenizer that is not the model's.
+    """
+    Limits(max_new_units)
+    for name, value in (("num_beams", num_beams), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= length_penalty <= MAX_PENALTY:
+        raise ValueError(f"length_penalty is {length_penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
+    model.config.check_tokenizer(tokenizer.fingerprint)
+    # a lone surrogate is refused here, before anything is written
+    searches = [_Search(p, tokenizer.split(p), num_beams, length_penalty, max_new_units) for p in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(searches), batch_size):
+            _run(model, tokenizer, searches[first : first + batch_size], cached)
+    finally:
+        model.train(was_training)
+    return [search.finished for search in searches]
+
+
+@torch.inference_mode()
+def _run(model: TidalTransformer, tokenizer: MixedTokenizer, active: list[_Search], cached: bool) -> None:
+    grammar, num_beams = Grammar(tokenizer), active[0].num_beams
+    rows = _Cached(model, tokenizer, active) if cached else _Recomputed(model, tokenizer)
+    while active:
+        beams = [beam for search in active for beam in search.beams]
+        logits = rows.step(active)
+        allowed = torch.stack([grammar.allowed(beam.written) for beam in beams]).to(logits.device)
+        slots, units, totals = _take(logits, allowed, [beam.total for beam in beams], num_beams)
+        going, kept = [], []
+        for i, search in enumerate(active):
+            if search.go_on(slots[i], units[i], totals[i], tokenizer):
+                going.append(search)
+                kept += [num_beams * i + slot for slot in slots[i]]
+        active = going
+        if active:
+            rows.go_on(kept, [beam.ended for search in active for beam in search.beams])
+
+
+def _take(logits: Tensor, allowed: Tensor, totals: Sequence[float],
+          num_beams: int) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:  # fmt: skip
+    """The likeliest candidates of each prompt: slots, units and log-probabilities, each [prompts, num_beams].
+
+    logits [prompts * num_beams, n_head], allowed the same, totals [prompts * num_beams]. The candidates are given in
+    the order of their slots, so that nothing is moved when every beam has one successor.
+    """
+    log_probs = logits.double().log_softmax(-1)
+    if log_probs.isnan().any():
+        raise RuntimeError("the log-probabilities of a step are NaN: the weights are damaged")
+    log_probs = log_probs.masked_fill(~allowed, -math.inf) + log_probs.new_tensor(totals)[:, None]
+    flat, n = log_probs.view(-1, num_beams * logits.shape[1]), logits.shape[1]
+    last = flat.topk(num_beams).values[:, -1:]  # its indices are not used: they leave open who wins a tie
+    above, equal = flat > last, flat == last
+    taken = above | equal & (equal.cumsum(-1) <= num_beams - above.sum(-1, keepdim=True))
+    index = taken.nonzero()[:, 1].view(-1, num_beams)
+    return (index // n).tolist(), (index % n).tolist(), flat.gather(-1, index).tolist()
+
+
+class _Cached:
+    """The slots of all prompts as rows of one decoder."""
+
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, searches: Sequence[_Search]) -> None:
+        self.decoder = Decoder(model, tokenizer, len(searches))
+        blocks = [[tokenizer.encode_block(text) for text in search.split] for search in searches]
+        read_grouped(self.decoder, dict(enumerate(blocks)))
+        self.decoder.select([row for row, search in enumerate(searches) for _ in search.beams])
+
+    def step(self, searches: Sequence[_Search]) -> Tensor:
+        """Logits [rows, n_head] for the next unit of every slot."""
+        written = [beam.written for search in searches for beam in search.beams]
+        return self.decoder.step(range(len(written)), written)
+
+    def go_on(self, rows: Sequence[int], ended: Sequence[Block | None]) -> None:
+        """Keep these rows in this order; then read the blocks that have ended in them."""
+        self.decoder.select(rows)
+        if read := {row: [block] for row, block in enumerate(ended) if block}:
+            self.decoder.read(list(read), list(read.values()))
+
+
+class _Recomputed:
+    """No caches: a training pass over passages whose last block is the one being written."""
+
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def step(self, searches: Sequence[_Search]) -> Tensor:
+        """Logits [rows, n_head] for the next unit of every slot."""
+        shape, rows, last = self.model.config.shape, [], []
+        table = BlockTable(self.tokenizer, suffixes=shape.suffix_rows > 0)
+        for search in searches:
+            for beam in search.beams:
+                before = table.indices([*search.split, *beam.blocks])
+                blocks = np.array([BOS_BLOCK, *before, table.unfinished(beam.written)], np.int32)
+                rows.append([Passage(blocks, len(blocks) - 1)])
+                last.append(len(beam.written))
+        batch = pack(rows, table, step_stride=shape.step_stride).to(self.model.unit_embedding.weight.device)
+        return self.model.head(self.model.states(batch)[1][range(len(rows)), last])
+
+    def go_on(self, rows: Sequence[int], ended: Sequence[Block | None]) -> None:
+        """Nothing is kept between steps."""
