@@ -116,8 +116,8 @@ CASES = {
     f"{TEXT} --dta good.txt": "unknown flag '--dta'; did you mean '--data'",
     "infer --promt a": "unknown flag '--promt'; did you mean '--prompt'",
     "evaluate addition --cuont 5": "unknown flag '--cuont'; did you mean '--count'",
-    "evaluate additon": "unknown evaluation 'additon'; choose addition or bits-per-byte",
-    "evaluate": "nothing to evaluate; choose addition or bits-per-byte",
+    "evaluate additon": "unknown evaluation 'additon'; choose addition, bits-per-byte or boundary",
+    "evaluate": "nothing to evaluate; choose addition, bits-per-byte or boundary",
     "train --recipe adition": "--recipe must be one of 'addition', 'text', not 'adition'",
     "train 500": "unexpected argument '500'",
     # places

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from tests.strategies import passages, rows_of_passages, tokenizer_names, tokeni
 from tests.tokenizer.strategies import hostile_text
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
+from tidal.config import LAYOUT, TidalConfig
+from tidal.model import sinusoids
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 
@@ -268,3 +271,19 @@ def test_the_example_of_the_design() -> None:
     n_before = 1 + 5 + 2 + 4 + 1  # <bos> 5 4 6 6 3 | ␣ + | ␣ 1 3 2 | ' ='
     assert batch.writer_positions[0].tolist() == [n_before] * 7 + [n_before + 6] * 2
 
+
+def test_layout_one_feeds_these_numbers() -> None:
+    """Old weights load only while this holds. When it must change, raise `tidal.config.LAYOUT` and write it anew."""
+    assert LAYOUT == 1
+    digits = [unit == 50 for unit in range(300)]
+    assert [suffix_hashes(written, digits) for written in ([7], [7, 8, 9], [7, 50, 9, 10], [299, 0, 1, 2, 3, 4])] == [
+        (3933692053, -1, -1), (1016355341, 1773408625, 391511235), (-1, 1695961466, -1),
+        (4146945224, 90433017, 2185832833),
+    ]  # fmt: skip
+    expected = [-0.95105666, -0.80836105, 0.81199962, 0.21814327, 0.30901656, -0.588687, 0.58365798, 0.97591674]
+    assert np.abs(sinusoids(200, 8)[7].numpy() - expected).max() < 1e-4
+
+
+def test_another_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="streams of layout 0, this version of Tidal builds layout 1"):
+        TidalConfig(400, 353, 384, 32, "f", layout=0)

@@ -10,12 +10,13 @@ from typing import Any
 
 from tidal.cli import UserError, main, note, parse
 
-USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte} [flags]
+USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary} [flags]
 
   addition        exact match on random sums          --digits N --count M
   bits-per-byte   of documents the model never saw    --data FILE …
+  boundary        what a prompt cut inside a block costs    --data FILE …
 
-Both take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
+All take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,28 @@ class Sums:
     """Of the sums."""
     batch_size: int = 256
     """Sums answered side by side."""
+    checkpoint: str | None = None
+    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Settings of `python -m tidal.evaluate boundary`."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs or .jsonl, also gzipped."""
+    count: int = 200
+    """Pairs of cuts."""
+    context_chars: int = 400
+    """Characters of a prompt."""
+    continuation_chars: int = 80
+    """Characters of the text that follows it."""
+    seed: int = 0
+    """Of the cuts."""
     checkpoint: str | None = None
     """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
     json: bool = False
@@ -57,15 +80,17 @@ class Bits:
 def run(argv: list[str]) -> None:
     """Choose the figure to measure."""
     if not argv:
-        raise UserError("nothing to evaluate; choose addition or bits-per-byte, or see --help")
+        raise UserError("nothing to evaluate; choose addition, bits-per-byte or boundary, or see --help")
     if argv[0] in ("-h", "--help"):
         print(USAGE)
     elif argv[0] == "addition":
         addition(parse(Sums, argv[1:], "tidal.evaluate addition", "Exact match on random sums."))
     elif argv[0] == "bits-per-byte":
         bits_per_byte(parse(Bits, argv[1:], "tidal.evaluate bits-per-byte", "Bits per byte; every unit is charged."))
+    elif argv[0] == "boundary":
+        boundary(parse(Boundary, argv[1:], "tidal.evaluate boundary", "The cost of a prompt that ends inside a block."))
     else:
-        raise UserError(f"unknown evaluation {argv[0]!r}; choose addition or bits-per-byte")
+        raise UserError(f"unknown evaluation {argv[0]!r}; choose addition, bits-per-byte or boundary")
 
 
 def addition(settings: Sums) -> None:
@@ -121,6 +146,24 @@ def bits_per_byte(settings: Bits) -> None:
     note(f"using {folder}")
     _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
              "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+
+
+def boundary(settings: Boundary) -> None:
+    """Mean loss after prompts cut inside a block against prompts cut at a boundary nearby."""
+    from tidal.device import pick_device, set_threads
+    from tidal.evaluate.boundary import boundary_gap
+    from tidal.infer.load import load
+    from tidal.train.documents import read_documents
+
+    texts = [d.prompt + d.completion for d in read_documents(settings.data)]
+    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
+    try:
+        figures = boundary_gap(model, tokenizer, texts, count=settings.count, context_chars=settings.context_chars,
+                               continuation_chars=settings.continuation_chars, seed=settings.seed)  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}; check --data and the other flags") from error
+    _report(figures, settings.json)
 
 
 def _report(figures: dict[str, Any], as_json: bool) -> None:

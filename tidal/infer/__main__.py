@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidal.cli import UserError, main, note, parse
 
@@ -73,7 +73,9 @@ class Infer:
 def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
-    for name, least in (("num_samples", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
+    if settings.trace and settings.num_beams:
+        raise UserError("--trace shows sampling, not beams; leave out one of --trace and --num-beams")
+    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
         if (value := getattr(settings, name)) < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
@@ -159,10 +161,14 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     if settings.num_beams:
         _search(model, tokenizer, prompts, settings)
         return
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
+             "stop")  # fmt: skip
+    how = {name: getattr(settings, name) for name in names}
+    if settings.trace:
+        _trace(model, tokenizer, prompts[0], settings.trace, how)
+        return
     began = time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(settings.num_samples)]
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
-             "stop", "batch_size")  # fmt: skip
     by_block = settings.stream or (sys.stdout.isatty() and not settings.json)
     live = by_block and not settings.json and not settings.stop and len(asked) == 1
     if live:
@@ -170,7 +176,7 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     done: dict[int, Completion] = {}
     n_printed = n_units = 0
     try:
-        for i, event in stream(model, tokenizer, asked, **{name: getattr(settings, name) for name in names}):
+        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, **how):
             if isinstance(event, str):
                 if live:
                     print(event, end="", flush=True)
@@ -186,6 +192,24 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     if by_block:
         seconds = time.perf_counter() - began
         note(f"{n_units} units in {seconds:.2f} s, {n_units / seconds:.0f} units/s")
+
+
+def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, where: str, how: dict[str, Any]) -> None:
+    """Show how the prompt is continued, on a page or as text."""
+    from tidal.infer.trace import render_text, trace
+    from tidal.infer.trace_page import write_html
+
+    try:
+        traced = trace(model, tokenizer, prompt, **how)
+        if where == "-":
+            print(render_text(traced))
+        else:
+            write_html(traced, Path(where))
+            note(f"wrote {where}")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"cannot write {where!r}: {error.strerror}; choose another file with --trace") from error
 
 
 def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:

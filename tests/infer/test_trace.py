@@ -1,0 +1,280 @@
+"""A trace is what `generate` did, and its page shows all of it safely."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import shape_names, short_text, tiny, tiny_copy, tokenizer_names
+from tests.tokenizer.strategies import HOSTILE
+from tidal.blocks import BlockTable, Passage, passage
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import generate
+from tidal.infer.grammar import Grammar
+from tidal.infer.trace import Trace, percent, render_text, trace, unit_name, visible
+from tidal.infer.trace_page import render_html, write_html
+from tidal.streams import pack
+
+PROMPTS = ("", "the light and", "12 + 345 =", " \u2581👩‍👩‍👧\0", "你好")
+HOWS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.3, "seed": 5},
+    "cut": {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "seed": 2},
+    "penalized": {"min_p": 0.02, "repetition_penalty": 1e6},
+    "blocks": {"temperature": 2.0, "max_new_blocks": 2},
+    "stopped": {"temperature": 1.0, "stop": ("e", "5")},
+}
+
+
+# ---------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_trace_is_what_generate_does(prompt: str, how: str) -> None:
+    for model in (tiny("english", "memory"), tiny("bytes", "memory deep")):
+        traced = trace(*model, prompt, max_new_units=24, **HOWS[how])
+        done = generate(*model, [prompt], max_new_units=24, **HOWS[how])[0]
+        assert (traced.completion, traced.stop_reason, traced.units) == (done.completion, done.stop_reason, done.units)
+        assert traced.log_prob == pytest.approx(done.log_prob, abs=1e-9)
+        log_probs = [step.log_prob for block in traced.blocks for step in block.steps]
+        assert log_probs == pytest.approx(done.log_probs, abs=1e-9)
+
+
+@settings(max_examples=8)
+@given(tokenizer_names, shape_names, short_text(), st.integers(0, 99), st.sampled_from((0.0, 1.0, 30.0)))
+def test_log_probs_are_those_of_training(tokenizer: str, shape: str, prompt: str, seed: int, heat: float) -> None:
+    model, its_tokenizer = tiny(tokenizer, shape)
+    traced = trace(model, its_tokenizer, prompt, seed=seed, temperature=heat, max_new_units=25)
+    table = BlockTable(its_tokenizer)
+    before = passage(table, prompt, "", ends=False)
+    after = table.indices([block.text for block in traced.blocks if block.text])
+    end = passage(table, "", "", ends=traced.stop_reason == "eos").blocks[1:]
+    whole = Passage(torch.cat([torch.from_numpy(a) for a in (before.blocks, after, end)]).numpy(), len(before.blocks))
+    if not traced.blocks:
+        return
+    with torch.inference_mode():
+        packed = model.log_probs(pack([[whole]], table, step_stride=model.config.shape.step_stride))
+    mine = [step.log_prob for block in traced.blocks for step in block.steps]
+    assert mine == pytest.approx(packed.tolist(), abs=1e-9)
+
+
+# -------------------------------------------------------------------------------------------- what a step tells
+
+
+@settings(max_examples=8)
+@given(tokenizer_names, shape_names, short_text(), st.integers(0, 4))
+def test_runners_up_are_the_likeliest_others(tokenizer: str, shape: str, prompt: str, n: int) -> None:
+    model, its_tokenizer = tiny(tokenizer, shape)
+    traced = trace(model, its_tokenizer, prompt, temperature=1.5, max_new_units=20, runners_up=n)
+    decoder, grammar = Decoder(model, its_tokenizer, 1), Grammar(its_tokenizer)
+    blocks = [its_tokenizer.encode_block(text) for text in its_tokenizer.split(prompt)]
+    for steps, text in [*((b.steps, b.text) for b in traced.blocks), (traced.dropped, "")]:
+        with torch.inference_mode():
+            decoder.read([0], [blocks])
+        written: list[int] = []
+        for t, step in enumerate(steps):
+            with torch.inference_mode():
+                p = decoder.step([0], [written])[0].double().softmax(-1)
+            allowed = grammar.allowed(written)
+            others = [i for i in range(its_tokenizer.n_writable) if i != step.unit]
+            others.sort(key=lambda i: -p[i].item())
+            assert step.t == step.place == t
+            assert step.fed == unit_name(its_tokenizer, written[-1] if written else its_tokenizer.bob_id)
+            assert step.name == unit_name(its_tokenizer, step.unit)
+            assert step.probability == pytest.approx(p[step.unit].item(), abs=1e-9)
+            assert step.rank == 1 + sum(q > p[step.unit] for q in p)
+            assert [r.name for r in step.runners_up] == [unit_name(its_tokenizer, i) for i in others[:n]]
+            assert [r.allowed for r in step.runners_up] == allowed[others[:n]].tolist()
+            assert [r.probability for r in step.runners_up] == pytest.approx(p[others[:n]].tolist(), abs=1e-9)
+            assert step.forbidden == pytest.approx(p[~allowed].sum().item(), abs=1e-9)
+            assert step.forced == (allowed.sum() == 1)
+            written.append(step.unit)
+        blocks = [its_tokenizer.encode_block(text)] if text else []
+
+
+def test_blocks_are_told_as_they_are_read() -> None:
+    model, tokenizer = tiny("english", "memory")
+    traced = trace(model, tokenizer, "the light", temperature=1.0, max_new_units=60)
+    position = len([token for _, names in traced.prompt_blocks for token in names]) + 1.0
+    for block in traced.blocks:
+        assert {step.position for step in block.steps} == {position}
+        if block.text:
+            read = tokenizer.encode_block(block.text)
+            assert (block.tokens, block.places) == (read.tokens, read.places)
+            assert block.names == tuple(unit_name(tokenizer, token) for token in read.tokens)
+        position += len(block.tokens)
+    assert "".join(text for text, _ in traced.prompt_blocks) == "the light"
+    assert "".join(block.text for block in traced.blocks) == traced.completion
+
+
+def test_a_forced_end_is_told() -> None:
+    model, tokenizer = tiny_copy("bytes", "memory")
+    with torch.no_grad():
+        model.unit_embedding.weight[tokenizer.eob_id] = 0
+    traces = [trace(model, tokenizer, "1", temperature=50.0, seed=seed, max_new_units=30) for seed in range(5)]
+    steps = [s for t in traces for b in t.blocks for s in b.steps if s.t == tokenizer.max_block_units]
+    assert steps
+    for step in steps:
+        assert step.forced
+        assert step.name == "<eob>"
+        assert step.forbidden == pytest.approx(1 - step.probability)
+
+
+@pytest.mark.parametrize(("bad", "named"), [
+    ({"temperature": -1.0}, "temperature"), ({"runners_up": -1}, "runners_up"),
+    ({"max_new_units": 0}, "max_new_units"), ({"prompt": "\ud800"}, "surrog"),
+])  # fmt: skip
+def test_senseless_settings_are_refused(bad: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        trace(*tiny("english", "none"), **{"prompt": "the", **bad})
+
+
+# -------------------------------------------------------------------------------------------------- both forms
+
+
+def sample(prompt: str, **how: Any) -> Trace:
+    return trace(*tiny("english", "memory"), prompt, **{"temperature": 1.0, "max_new_units": 30, **how})
+
+
+class Reader(HTMLParser):
+    """Collects the tags, attributes and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+TAGS = {"html", "head", "meta", "title", "style", "body", "header", "h1", "p", "main", "section", "pre", "span", "b",
+        "i", "dl", "dt", "dd", "ul", "ol", "li", "a", "small", "s", "div", "h2", "details", "summary", "table", "thead",
+        "tbody", "tr", "th", "td"}  # fmt: skip
+ATTRIBUTES = {"lang", "charset", "name", "content", "http-equiv", "aria-label", "aria-labelledby", "dir", "class", "id",
+              "style", "href", "open", "tabindex", "role", "scope"}  # fmt: skip
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(HOSTILE) | short_text(), st.integers(0, 9))
+@example("<script>alert(1)</script>", 0)
+@example("\"'><img src=x onerror=alert(1)> &amp; </pre></style> {css} http://x.y @import url(//x)", 0)
+@example("\u2581 👩‍👩‍👧 \0\x1b[2J\u202e\r\n", 0)
+def test_the_page_is_safe_and_needs_nothing_else(prompt: str, seed: int) -> None:
+    traced = sample(prompt, seed=seed, max_new_units=12)
+    page = render_html(traced)
+    page.encode()
+    read = Reader(page)
+    assert read.tags <= TAGS
+    assert {name for name, _ in read.attributes} <= ATTRIBUTES
+    for name, value in read.attributes:
+        assert value is None or not re.search(r"[<>]|:\s*//|javascript", value)
+        if name == "style":
+            assert re.fullmatch(r"--p:[01]?\.?\d*", value or "")
+        if name == "href":
+            assert re.fullmatch(r"#b\d+", value or "")
+    css = "".join(re.findall(r"<style>(.*?)</style>", page, re.DOTALL))
+    assert not re.search(r"@import|url\(|//", css)
+    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", page)
+    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", render_text(traced))
+    shown = "".join(read.texts)
+    assert all(visible(char) in shown for char in prompt if char != " ")
+
+
+def test_the_page_of_a_harmless_prompt_names_no_address() -> None:
+    page = render_html(sample("the light"))
+    assert not re.search(r"https?:|src=|@import|url\(|<script|<link", page)
+
+
+def test_both_forms_tell_the_same_numbers() -> None:
+    traced = sample("the light and", seed=4, max_new_units=40)
+    text, page = render_text(traced), html.unescape(render_html(traced))
+    for form in (text, page):
+        for block in traced.blocks:
+            assert visible(block.text) in form
+            assert f"{block.log_prob:.6g} nats" in form
+        for step in itertools.chain(traced.dropped, *(block.steps for block in traced.blocks)):
+            assert percent(step.probability) in form
+            assert f"rank {step.rank}" in form
+            for other in step.runners_up:
+                assert other.name in form
+                assert percent(other.probability) in form
+        assert f"{traced.log_prob:.6g} nats" in form
+        assert f"{traced.bits_per_byte:.4g}" in form
+        assert f"{traced.units} in {len(traced.blocks)}" in form
+    rows = [line.split() for line in text.splitlines() if re.match(r"  \d", line)]
+    steps = [*itertools.chain(*(block.steps for block in traced.blocks)), *traced.dropped]
+    assert [(r[0], r[4], r[5]) for r in rows] == [(f"{s.t}", s.name, percent(s.probability)) for s in steps]
+
+
+def test_a_block_cut_short_is_shown_as_dropped() -> None:
+    traced = next(t for n in range(3, 9) if (t := sample("the", max_new_units=n)).dropped)
+    assert traced.stop_reason == "length"
+    assert traced.units + len(traced.dropped) == traced.settings["max_new_units"]
+    for form in (render_text(traced), render_html(traced)):
+        assert "Unfinished block, dropped" in form
+        assert f"and {len(traced.dropped)} dropped" in form
+    ended = next(t for seed in range(99) if (t := sample("the", seed=seed)).stop_reason == "eos")
+    for form in (render_text(ended), render_html(ended)):
+        assert "End of the document" in form
+        assert "Unfinished" not in form
+
+
+def test_nothing_written_is_shown() -> None:
+    model, tokenizer = tiny_copy("english", "none")
+    with torch.no_grad():
+        model.unit_embedding.weight.zero_()  # every unit equally likely: the first that is allowed is <eos>
+    traced = trace(model, tokenizer, "")
+    assert (traced.completion, traced.stop_reason, traced.units) == ("", "eos", 1)
+    assert math.isnan(traced.bits_per_byte)
+    for form in (render_text(traced), render_html(traced)):
+        assert "no text" in form
+        assert "nan" not in form
+
+
+def test_a_long_prompt_is_shown_by_its_end() -> None:
+    traced = trace(*tiny("english", "memory"), "the light and " * 80 + "fox", max_new_units=3)
+    for form in (render_text(traced), render_html(traced)):
+        assert "earlier" in form
+        assert len(form) < 100_000
+
+
+def test_names_and_percentages() -> None:
+    tokenizer = tiny("english", "memory")[1]
+    assert [unit_name(tokenizer, i) for i in (0, 1, 2, 2 + 0x0A, 2 + 0xE2)] == ["<eob>", "<eos>", "0x00", "↵", "0xE2"]
+    assert unit_name(tokenizer, tokenizer.bob_id) == "<bob>"
+    assert unit_name(tokenizer, tokenizer.write_units(" ")[0]) == "␣"
+    names = [unit_name(tokenizer, i) for i in range(tokenizer.n_writable)]
+    assert len(set(names)) == len(names)
+    assert visible("a \n\t\0\u200d\u202e␣▁") == "a␣↵⇥⟨U+0000⟩⟨U+200D⟩⟨U+202E⟩⟨U+2423⟩▁"
+    assert [percent(p) for p in (0.0, 1e-9, 0.5, 0.999949, 0.99999, 1.0)] == [
+        "0%", "<0.01%", "50.00%", "99.99%", ">99.99%", "100%"]  # fmt: skip
+
+
+def test_the_page_is_written_in_one_piece(tmp_path: Path) -> None:
+    traced = sample("the")
+    path = tmp_path / "out.html"
+    path.write_text("old")
+    write_html(traced, path)
+    assert path.read_text(encoding="utf-8") == render_html(traced)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.html"]
+    with pytest.raises(OSError, match="No such file"):
+        write_html(traced, tmp_path / "missing" / "out.html")

@@ -1,0 +1,139 @@
+"""The models Tidal is compared with are right, and so is the comparison."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import decoding
+from benchmarks.baselines.causal import (
+    ByteCoder,
+    CachedDecoder,
+    CausalConfig,
+    CausalTransformer,
+    Coder,
+    Document,
+    TokenCoder,
+    generate,
+    pack,
+)
+from tests.strategies import tokenizers
+
+TEXTS = ["the fox saw the land, 12 + 345 = 357", "", "dogs ☃ with\nthe light", "night"]
+
+
+def coder_of(name: str) -> Coder:
+    return ByteCoder() if name == "bytes" else TokenCoder(tokenizers()["english"])
+
+
+def random_model(coder: Coder, dtype: torch.dtype = torch.float64) -> CausalTransformer:
+    torch.manual_seed(0)
+    config = CausalConfig.of(coder, d_model=16, n_heads=4, n_kv_heads=2, layers=3, d_ff=24)
+    return CausalTransformer(config).to(dtype).eval()
+
+
+@pytest.fixture(params=["bytes", "tokens"])
+def coder(request: pytest.FixtureRequest) -> Coder:
+    return coder_of(request.param)
+
+
+def test_ids_round_trip(coder: Coder) -> None:
+    for text in TEXTS:
+        assert coder.decode(coder.encode(text)) == text
+        assert not {coder.bos_id, coder.eos_id, *coder.never}.intersection(coder.encode(text))
+
+
+@torch.inference_mode()
+def test_loss_by_hand(coder: Coder) -> None:
+    model, ids = random_model(coder), coder.encode("the fox")
+    expected = []
+    for n, target in enumerate([*ids, coder.eos_id]):  # every prefix on its own, the logits of its last position
+        logits = CachedDecoder(model, [ids[:n]], 0).logits
+        expected.append(logits.log_softmax(-1)[0, target])
+    batch = pack([[Document([], ids)]], coder)
+    torch.testing.assert_close(model.log_probs(batch), torch.stack(expected), rtol=0, atol=1e-9)
+    loss, n = model(batch)
+    assert n == len(ids) + 1
+    torch.testing.assert_close(loss, -torch.stack(expected).sum(), rtol=0, atol=1e-9)
+
+
+def test_packed_rows_equal_documents_alone(coder: Coder) -> None:
+    model = random_model(coder)
+    documents = [Document(coder.encode(TEXTS[i - 1]), coder.encode(text), ends=i != 2) for i, text in enumerate(TEXTS)]
+    alone = [model.log_probs(pack([[d]], coder)) for d in documents]
+    assert [len(x) for x in alone] == [len(d.completion) + d.ends for d in documents]
+    packed = model.log_probs(pack([documents[:3], documents[3:]], coder))
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-9)
+
+
+def test_nothing_leaks_from_later_ids(coder: Coder) -> None:
+    model, ids = random_model(coder), coder.encode(TEXTS[0])
+    for changed in range(len(ids)):
+        other = [*ids[:changed], ids[changed] - 1, *ids[changed + 1 :]]
+        one, two = (model.log_probs(pack([[Document([], x)]], coder)) for x in (ids, other))
+        assert torch.equal(one[:changed], two[:changed])
+        assert not torch.equal(one[changed:], two[changed:])
+
+
+def test_one_gradient_reaches_every_parameter(coder: Coder) -> None:
+    model = random_model(coder)
+    model(pack([[Document([], coder.encode(TEXTS[0]))]], coder))[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cached_equals_full_forward_and_batch_equals_alone(coder: Coder, temperature: float) -> None:
+    model = random_model(coder)
+    prompts = [coder.encode(text) for text in TEXTS * 2]
+    seeds = list(range(len(prompts)))
+    together = generate(model, prompts, max_new=20, temperature=temperature, seed=seeds, batch_size=7)
+    for i, (prompt, written) in enumerate(zip(prompts, together, strict=True)):
+        alone = generate(model, [prompt], max_new=20, temperature=temperature, seed=[seeds[i]])[0]
+        assert alone.ids == written.ids
+        assert alone.log_probs == pytest.approx(written.log_probs, abs=1e-9)
+        ended = written.ids[-1] == coder.eos_id
+        document = Document(prompt, written.ids[: len(written.ids) - ended], ended)
+        full = model.log_probs(pack([[document]], coder)).tolist()
+        assert written.log_probs == pytest.approx(full, abs=1e-9)
+        assert not set(coder.never).intersection(written.ids)
+
+
+@torch.inference_mode()
+def test_cache_grows_and_rows_leave(coder: Coder) -> None:
+    model = random_model(coder)
+    ids = [coder.encode(text)[:6] for text in (TEXTS[0], TEXTS[2])]
+    decoder = CachedDecoder(model, [[], ids[1][:2]], 0)
+    for n in range(3):
+        logits = decoder.step([ids[0][n], ids[1][2 + n]])
+    decoder.select([1])
+    torch.testing.assert_close(logits[1], CachedDecoder(model, [ids[1][:5]], 0).logits[0], rtol=0, atol=1e-9)
+    last = decoder.step([ids[1][5]])
+    torch.testing.assert_close(last, CachedDecoder(model, [ids[1]], 0).logits, rtol=0, atol=1e-9)
+    assert decoder.data.shape[4] >= 7
+
+
+def test_parameters_and_cache(coder: Coder) -> None:
+    model = random_model(coder, torch.float32)
+    assert model.n_parameters()["total"] == sum(p.numel() for p in model.parameters())
+    assert model.cache_bytes(10) == 10 * 3 * 2 * 2 * 4 * 4  # ids, layers, keys and values, heads, width, bytes
+    for total in (20_000, 60_000):
+        fitted = CausalTransformer(model.config.with_parameters(total)).n_parameters()["total"]
+        assert abs(fitted - total) <= 4 * 3 * 16 * 3  # half a step of the width
+
+
+def test_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "decoding.json"
+    arguments = "--batch 1 3 --context 64 --d-model 32 --layers 3 --new-chars 16 --repeats 1 --suffix-rows 64"
+    decoding.main([*arguments.split(), "--out", str(out)])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["benchmark"] == "decoding"
+    assert json.loads(out.read_text())["results"] == line["results"]
+    assert [(r["batch"], r["context"]) for r in line["results"]] == [(1, 64), (3, 64)]
+    sizes = [m["parameters"] for m in line["models"].values()]
+    assert max(sizes) / min(sizes) < 1.02
+    for result in line["results"]:
+        if result["batch"] == 1:  # otherwise rows that have ended keep their place for a while
+            assert result["models"]["byte"]["layer_passes_per_char"] == pytest.approx(3, rel=0.1)
+        assert all(m["chars_per_second"] > 0 for m in result["models"].values())
