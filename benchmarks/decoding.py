@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     parser.add_argument("--text", type=Path, help="English text to use in place of the docstrings")
     parser.add_argument("--same-width", action="store_true",
-                        help="same feed-forward width for all, so that the baselines have fewer parameters")  # fmt: skip
+                        help="same feed-forward width for all; the baselines then have fewer parameters")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="batch 1 and 8, context 256, 2 repeats")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
     args = parser.parse_args(argv)

@@ -31,8 +31,9 @@ CORPORA = {
     "nothing": [""],
 }
 PROMPTS = ["", " ", "\n\n", "   \t", "the ca", "the cat ", "<bob>", "<eos><eob>", "<0x41>", "\u2581", "\x00", "\ufffd",
-           "中文测试", "👩‍👩‍👧‍👦 family", "e\u0301clair", "สวัสดี", "नमस्ते", "\r\n", "1" * 50, "\U0010ffff", "a" * 300, "ﷺ" * 9,
-           "😀" * 20, "\u202eright", "don't", "x_y__z", "½ ² Ⅷ", "\u2028\u2029"]  # fmt: skip
+           "中文测试", "👩‍👩‍👧‍👦 family", "e\u0301clair", "สวัสดี", "नमस्ते", "\r\n", "1" * 50, "\U0010ffff", "a" * 300,
+           "ﷺ" * 9, "😀" * 20, "\u202eright", "don't",
+           "x_y__z", "½ ² Ⅷ", "\u2028\u2029"]  # fmt: skip
 
 
 def random_model(tokenizer: MixedTokenizer, rng: np.random.Generator) -> TidalTransformer:

@@ -37,11 +37,21 @@ PREFILL_TOKENS = 1 << 16  # read at once, to bound the memory it takes
 class Coder(Protocol):
     """Text ⇄ ids."""
 
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    never: tuple[int, ...]
-    """Ids that are never written."""
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def bos_id(self) -> int:
+        """Opens a document."""
+
+    @property
+    def eos_id(self) -> int:
+        """Ends one."""
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Ids that are never written."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without `<bos>` and `<eos>`."""
