@@ -173,7 +173,7 @@ def test_planted_bug_is_found(bug: str, monkeypatch: Patch) -> None:
     law, plant = BUGS[bug]
     tokenizer = copy.deepcopy(laws.tokenizer("mixed"))
     plant(tokenizer, monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):  # bytes in the wrong order may not even be text
         law(tokenizer, TEXT)
 
 
