@@ -162,8 +162,9 @@ class CausalConfig:
     def with_parameters(self, total: int) -> CausalConfig:
         """With the feed-forward width, a multiple of 8, that brings the parameters nearest to `total`."""
         with torch.device("meta"):
-            without = CausalTransformer(replace(self, d_ff=0)).n_parameters()["total"]
-        return replace(self, d_ff=max(8, 8 * round((total - without) / (8 * 3 * self.d_model * self.layers))))
+            narrow = CausalTransformer(replace(self, d_ff=8)).n_parameters()["total"]
+        per_step = 8 * 3 * self.d_model * self.layers
+        return replace(self, d_ff=8 * max(1, 1 + round((total - narrow) / per_step)))
 
 
 class CausalTransformer(nn.Module):
