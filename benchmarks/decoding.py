@@ -9,7 +9,7 @@ is put in the place of the chosen one. The clock runs from the first choice to t
 unless the log-probabilities on the way equal those of a full forward pass.
 
 English prose: the docstrings of Python's standard library; the tokenizer learns from another part of them than is
-timed.
+timed, and from those of the installed packages.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="characters of the prompts")
     parser.add_argument("--d-model", type=int, default=256, help="width of all models (default: 256)")
     parser.add_argument("--layers", type=int, default=10, help="of all; two of Tidal's are writers (default: 10)")
+    parser.add_argument("--writer-ff", type=int, default=0, help="of Tidal's writers (default: the width)")
     parser.add_argument("--suffix-rows", type=int, default=Shape().suffix_rows, help="of Tidal's table of suffixes")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="largest vocabulary (default: 4096)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="largest vocabulary (default: 8192)")
     parser.add_argument("--new-chars", type=int, default=128, help="characters written a row (default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats, fewer when slow (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
@@ -72,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    text = args.text.read_text() if args.text else english()
+    text = args.text.read_text() if args.text else english(Path(sysconfig.get_path("stdlib")))
     half = len(text) // 2
-    tokenizer = MixedTokenizer.train([text[:half]], args.vocab_size)
+    more = "" if args.text else english(Path(sysconfig.get_path("purelib")))
+    tokenizer = MixedTokenizer.train([text[:half], more], args.vocab_size)
     runners = build(args, tokenizer)
     print("  ".join(f"{r.name}: {r.parameters:,} parameters" for r in runners))
     results = []
@@ -100,17 +102,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ----------------------------------------------------------------------------------------------------- text
 
 
-def english() -> str:
-    """Paragraphs of prose among the docstrings of the standard library."""
-    root, paragraphs = Path(sysconfig.get_path("stdlib")), []
+def english(root: Path) -> str:
+    """Paragraphs of prose among the docstrings of the Python files in a folder."""
+    paragraphs: list[str] = []
     for path in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(root).parts):
-            paragraphs += list(_prose(path))
+            paragraphs += _prose(path)
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
 def _prose(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates, and tests of parsers
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
                 lines = paragraph.splitlines()
@@ -162,14 +168,14 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     """Tidal, and the baselines with the feed-forward width that gives them as many parameters."""
     d, heads = args.d_model, max(4, args.d_model // 64)
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
-                  reader_ff=3 * d, writer_ff=3 * d, suffix_rows=args.suffix_rows)  # fmt: skip
+                  reader_ff=3 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows)  # fmt: skip
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip
     tidal = TidalTransformer(config).eval()
     nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
     total = tidal.n_parameters()["total"]
     runners = [Runner(
-        "tidal", tidal, 3 * d, engine, lambda text: tidal_units(tokenizer, text),
+        "tidal", tidal, shape.reader_ff, engine, lambda text: tidal_units(tokenizer, text),
         lambda prompts, steps, seeds: [c.log_probs for c in engine.generate(
             tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts))],
         lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),

@@ -116,8 +116,8 @@ CASES = {
     f"{TEXT} --dta good.txt": "unknown flag '--dta'; did you mean '--data'",
     "infer --promt a": "unknown flag '--promt'; did you mean '--prompt'",
     "evaluate addition --cuont 5": "unknown flag '--cuont'; did you mean '--count'",
-    "evaluate additon": "unknown evaluation 'additon'; choose addition, bits-per-byte or boundary",
-    "evaluate": "nothing to evaluate; choose addition, bits-per-byte or boundary",
+    "evaluate additon": "unknown evaluation 'additon'; choose one of addition, bits-per-byte, boundary, samples",
+    "evaluate": "nothing to evaluate; choose one of addition, bits-per-byte, boundary, samples",
     "train --recipe adition": "--recipe must be one of 'addition', 'text', not 'adition'",
     "train 500": "unexpected argument '500'",
     # places
@@ -162,6 +162,8 @@ CASES = {
     "infer --prompt a --seed -1": "--seed is -1; it must be at least 0",
     "evaluate addition --count 0": "--digits, --count and --batch-size must be at least 1",
     "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
+    "evaluate samples --count 0": "--count and --prompt-blocks must be at least 1",
+    "evaluate samples --seed -1": "--seed is -1; it must be at least 0",
     f"{BITS} --data good.txt --context 3": "--context is 3; it must be at least 16",
 }  # fmt: skip
 

@@ -245,7 +245,9 @@ def test_evaluate_addition(home: Path) -> None:
     (line,) = done.lines
     assert done.err.startswith("using runs/addition/checkpoints/step-0000")
     values = json.loads(line)
-    assert list(values) == ["digits", "count", "seed", "exact_match", "seconds"]
+    kinds = ["wrong", "empty", "repeating", "endless"]
+    assert list(values) == ["digits", "count", "seed", "exact_match", *kinds, "seconds"]
+    assert values["wrong"] == round(20 * (1 - values["exact_match"])) >= max(values[kind] for kind in kinds[1:])
     assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)
     assert 0 <= values["exact_match"] <= 1
     plain = figures(tidal("evaluate", *flags, cwd=home).lines)
@@ -302,6 +304,15 @@ def test_ten_kilobytes_need_no_other_flags(name: str, tmp_path: Path) -> None:
         assert "".join(sample["blocks"]) == sample["completion"]  # type: ignore[arg-type]
 
 
+def test_garbage_is_counted(sea: tuple[Path, Ran]) -> None:
+    flags = ("--data", "sea.txt", "--count", "6", "--max-new-units", "20", "--json")
+    done = tidal("evaluate", "samples", *flags, cwd=sea[0])
+    figures = json.loads(done.out)
+    assert list(figures) == ["count", "empty", "ended_at_once", "repeating", "endless", "distinct_blocks", "blocks"]
+    assert figures["count"] == 6
+    assert all(0 <= figures[name] <= 1 for name in ("empty", "ended_at_once", "repeating", "endless"))
+
+
 def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path) -> None:
     """Several kinds of data in one run, with the tokenizer of another."""
     folder = tmp_path / "data" / "deep"
@@ -350,7 +361,8 @@ def test_three_ways_to_score_agree_on_a_trained_run(name: str, request: pytest.F
 # ----------------------------------------------------------------------------------------- help, bench
 
 
-@pytest.mark.parametrize("command", ["train", "infer", "evaluate", "evaluate addition", "evaluate bits-per-byte"])
+@pytest.mark.parametrize("command", ["train", "infer", "evaluate", "evaluate addition", "evaluate bits-per-byte",
+                                     "evaluate samples"])  # fmt: skip
 def test_help_is_quick_and_imports_no_torch(command: str, tmp_path: Path) -> None:
     module, *subcommand = command.split()
     done = run([sys.executable, "-X", "importtime", "-m", f"tidal.{module}", *subcommand, "--help"], tmp_path)

@@ -127,7 +127,7 @@ def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.Mon
     monkeypatch.setattr(addition, "generate", generate)
     share, wrong = exact_match(None, None, [(1, 2)] * 6)  # type: ignore[arg-type]
     assert share == pytest.approx(1 / 6)
-    assert wrong == [("1 + 2 =", completion) for completion, _ in answers[1:]]
+    assert [(c.prompt, c.completion, c.stop_reason) for c in wrong] == [("1 + 2 =", *answer) for answer in answers[1:]]
 
 
 # ----------------------------------------------------------------------------------------------- text

@@ -1,4 +1,4 @@
-"""`python -m tidal.evaluate addition | bits-per-byte`."""
+"""`python -m tidal.evaluate addition | bits-per-byte | boundary | samples`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from tidal.cli import UserError, main, note, parse
 
-USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary} [flags]
+USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,samples} [flags]
 
   addition        exact match on random sums          --digits N --count M
   bits-per-byte   of documents the model never saw    --data FILE …
   boundary        what a prompt cut inside a block costs    --data FILE …
+  samples         empty, repeating and endless output       --data FILE …
 
 All take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
 
@@ -62,6 +63,30 @@ class Boundary:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Settings of `python -m tidal.evaluate samples`."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs or .jsonl, also gzipped; the prompts are taken from them."""
+    count: int = 100
+    """Completions."""
+    prompt_blocks: int = 16
+    """Blocks (about words) of a prompt."""
+    max_new_units: int = 256
+    """Longest completion, in units."""
+    temperature: float = 0.8
+    """0 takes the likeliest unit; 1 samples from the model as it is."""
+    seed: int = 0
+    """Of prompts and samples."""
+    checkpoint: str | None = None
+    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
 class Bits:
     """Settings of `python -m tidal.evaluate bits-per-byte`."""
 
@@ -79,18 +104,21 @@ class Bits:
 
 def run(argv: list[str]) -> None:
     """Choose the figure to measure."""
+    known = {
+        "addition": (addition, Sums, "Exact match on random sums."),
+        "bits-per-byte": (bits_per_byte, Bits, "Bits per byte; every unit is charged."),
+        "boundary": (boundary, Boundary, "The cost of a prompt that ends inside a block."),
+        "samples": (samples, Samples, "Shares of empty, repeating and endless output."),
+    }
     if not argv:
-        raise UserError("nothing to evaluate; choose addition, bits-per-byte or boundary, or see --help")
+        raise UserError(f"nothing to evaluate; choose one of {', '.join(known)}, or see --help")
     if argv[0] in ("-h", "--help"):
         print(USAGE)
-    elif argv[0] == "addition":
-        addition(parse(Sums, argv[1:], "tidal.evaluate addition", "Exact match on random sums."))
-    elif argv[0] == "bits-per-byte":
-        bits_per_byte(parse(Bits, argv[1:], "tidal.evaluate bits-per-byte", "Bits per byte; every unit is charged."))
-    elif argv[0] == "boundary":
-        boundary(parse(Boundary, argv[1:], "tidal.evaluate boundary", "The cost of a prompt that ends inside a block."))
-    else:
-        raise UserError(f"unknown evaluation {argv[0]!r}; choose addition, bits-per-byte or boundary")
+        return
+    if argv[0] not in known:
+        raise UserError(f"unknown evaluation {argv[0]!r}; choose one of {', '.join(known)}")
+    measure, settings, description = known[argv[0]]
+    measure(parse(settings, argv[1:], f"tidal.evaluate {argv[0]}", description))  # type: ignore[operator]
 
 
 def addition(settings: Sums) -> None:
@@ -115,9 +143,12 @@ def addition(settings: Sums) -> None:
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
     share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
     note(f"using {folder}")
-    for prompt, answer in wrong[:5]:
-        note(f"wrong: {prompt!r} → {answer!r}")
-    _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share,
+    for c in wrong[:5]:
+        note(f"wrong: {c.prompt!r} → {c.completion!r}")
+    counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
+              "repeating": sum(c.degenerate == "repeats" for c in wrong),
+              "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
+    _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share, **counts,
              "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
 
 
@@ -164,6 +195,31 @@ def boundary(settings: Boundary) -> None:
     except ValueError as error:
         raise UserError(f"{error}; check --data and the other flags") from error
     _report(figures, settings.json)
+
+
+def samples(settings: Samples) -> None:
+    """What a model writes after prompts from `--data`."""
+    if settings.count < 1 or settings.prompt_blocks < 1:
+        raise UserError("--count and --prompt-blocks must be at least 1")
+    if settings.seed < 0:
+        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
+    from tidal.device import pick_device, set_threads
+    from tidal.evaluate.samples import samples as measure
+    from tidal.infer.load import load
+    from tidal.train.documents import read_documents
+
+    texts = [d.prompt + d.completion for d in read_documents(settings.data)]
+    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
+    try:
+        figures, done = measure(model, tokenizer, texts, count=settings.count, prompt_blocks=settings.prompt_blocks,
+                                max_new_units=settings.max_new_units, temperature=settings.temperature,
+                                seed=settings.seed)  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}; check --data and the other flags") from error
+    for c in [c for c in done if c.degenerate][:5]:
+        note(f"{c.degenerate}: {c.prompt!r} → {c.completion!r}")
+    _report({"count": settings.count, **figures}, settings.json)
 
 
 def _report(figures: dict[str, Any], as_json: bool) -> None:

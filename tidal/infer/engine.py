@@ -26,6 +26,7 @@ from tidal.model import TidalTransformer
 from tidal.tokenizer import Block, MixedTokenizer
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
+READ_TOGETHER = 8  # a pass of the reader waits for so many rows, or half of all: measured in docs/decoding.md
 REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
 
 
@@ -160,15 +161,22 @@ def _run(model: TidalTransformer, tokenizer: MixedTokenizer, waiting: deque[Any]
                 decoder.select(active)
                 rows = [rows[i] for i in active]
                 active = list(range(len(rows)))
-            now = [row for row in rows if row is not None]
-            to_read = {i: row.blocks_to_read for i, row in zip(active, now, strict=True)}
-            read_grouped(decoder, {i: blocks for i, blocks in to_read.items() if blocks})
-            logits = decoder.step(active, [row.written for row in now])
+            to_read = {i: row.blocks_to_read for i in active if (row := rows[i]) and row.blocks_to_read}
+            if len(to_read) >= min(READ_TOGETHER, len(active) / 2):
+                read_grouped(decoder, to_read)
+            going = [(i, row) for i in active if (row := rows[i]) and not row.blocks_to_read]
+            if not going:
+                continue
+            # Rows that wait or are free take the step, too, and what comes out is dropped: leaving them out of the
+            # batch would copy the caches of all others.
+            step = decoder.step(range(len(rows)), [row.written if row else () for row in rows])
+            now = [row for _, row in going]
+            logits = step if len(now) == len(rows) else step[[i for i, _ in going]]
             allowed = torch.stack([grammar.allowed(row.written) for row in now]).to(logits.device)
             repeated = [r.repetition.units(r.written) for r in now] if how.repetition_penalty > 1 else ()
             units = choose(logits, allowed, how, [row.generator for row in now], repeated)
             log_probs = logits.double().log_softmax(-1)[torch.arange(len(now)), units].tolist()
-            for i, row, unit, log_prob in zip(active, now, units, log_probs, strict=True):
+            for (i, row), unit, log_prob in zip(going, units, log_probs, strict=True):
                 if block := _take(row, unit, log_prob, tokenizer, limits):
                     yield row.index, block
                 if row.stop_reason:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tidal.blocks import BlockTable, passage
 from tidal.config import Train
-from tidal.infer.engine import generate
+from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
@@ -39,12 +39,12 @@ def random_sums(rng: np.random.Generator, digits: int, count: int) -> list[Sum]:
 
 
 def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, sums: Sequence[Sum],
-                batch_size: int = 256) -> tuple[float, list[tuple[str, str]]]:  # fmt: skip
-    """Share of sums answered exactly (greedy), and the wrong ones as (prompt, answer)."""
+                batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
+    """Share of sums answered exactly (greedy), and the wrong answers."""
     prompts = [prompt_of(a, b) for a, b in sums]
     longest = max(len(answer_of(a, b)) for a, b in sums)
     answers = generate(model, tokenizer, prompts, max_new_units=2 * longest + 8, batch_size=batch_size)
-    wrong = [(c.prompt, c.completion) for c, (a, b) in zip(answers, sums, strict=True)
+    wrong = [c for c, (a, b) in zip(answers, sums, strict=True)
              if c.completion != answer_of(a, b) or c.stop_reason != "eos"]  # fmt: skip
     return (len(sums) - len(wrong)) / len(sums), wrong
 
