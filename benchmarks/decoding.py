@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import causal
+from benchmarks.baselines import cached, causal
 from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
 from tidal.blocks import BlockTable, passage
 from tidal.config import Shape, TidalConfig
@@ -192,8 +192,8 @@ def baseline(name: str, coder: Coder, config: CausalConfig) -> Runner:
     """A causal transformer, ready to be timed."""
     model = CausalTransformer(config).eval()
     return Runner(
-        name, model, config.d_ff, causal, lambda text: [*coder.encode(text), coder.eos_id],
-        lambda prompts, steps, seeds: [w.log_probs for w in causal.generate(
+        name, model, config.d_ff, cached, lambda text: [*coder.encode(text), coder.eos_id],
+        lambda prompts, steps, seeds: [w.log_probs for w in cached.generate(
             model, [coder.encode(p) for p in prompts], max_new=steps, seed=seeds, batch_size=len(prompts))],
         lambda prompt, new: model.log_probs(
             causal.pack([[Document(coder.encode(prompt), coder.encode(new))]], coder)),

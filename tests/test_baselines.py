@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from benchmarks import decoding
+from benchmarks.baselines.cached import CachedDecoder, generate
 from benchmarks.baselines.causal import (
     ByteCoder,
-    CachedDecoder,
     CausalConfig,
     CausalTransformer,
     Coder,
     Document,
     TokenCoder,
-    generate,
     pack,
 )
 from tests.strategies import tokenizers

@@ -1,0 +1,164 @@
+"""Generation with a baseline and a KV cache.
+
+    generate(model, [coder.encode("prompt")], max_new=64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.causal import CausalTransformer
+from tidal.infer.sampling import Sampling, choose
+from tidal.kernels import TilePlan
+from tidal.kernels.cpu import DENSE_LIMIT
+from tidal.model import KeysValues, View
+
+PREFILL_TOKENS = 1 << 16  # read at once, to bound the memory it takes
+
+
+class CachedDecoder:
+    """Rows of different lengths decoded side by side. To be used without gradients.
+
+    Slot i of a row holds its id number i, <bos> included. What lies behind a row's end is never seen and is
+    overwritten before it could be, so that padding needs no mask.
+    """
+
+    def __init__(self, model: CausalTransformer, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        config, weight = model.config, model.embedding.weight
+        self.model, self.device = model, weight.device
+        self.lengths = [1 + len(p) for p in prompts]
+        size = (config.layers, 2, len(prompts), config.n_kv_heads, max(capacity, *self.lengths, 1),
+                config.d_model // config.n_heads)  # fmt: skip
+        self.data = torch.zeros(size, dtype=weight.dtype, device=self.device)
+        self.places = torch.arange(size[4], dtype=torch.float32, device=self.device)
+        self.logits = self._prefill(prompts)
+        """[rows, V] for the id that follows each prompt"""
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        width, n = max(self.lengths), len(prompts)
+        ids = torch.zeros(n, width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : 1 + len(prompt)] = torch.tensor([self.model.config.bos_id, *prompt])
+        ids = ids.to(self.device)
+        ends = torch.arange(1, width + 1, dtype=torch.int32, device=self.device)
+        at_once, last = max(1, PREFILL_TOKENS // width), []
+        for first in range(0, n, at_once):
+            rows = slice(first, min(n, first + at_once))
+            some = rows.stop - first
+            sees = torch.zeros(some, width, 2, 2, dtype=torch.int32, device=self.device)
+            sees[:, :, 0, 1] = ends
+            position = self.places[:width].expand(some, -1)
+            plan = TilePlan.build(sees, width)
+
+            def view(cache: Tensor, rows: slice = rows, sees: Tensor = sees, position: Tensor = position,
+                     plan: TilePlan = plan) -> View:  # fmt: skip
+                def extend(k: Tensor, v: Tensor) -> KeysValues:
+                    cache[0, rows, :, :width], cache[1, rows, :, :width] = k, v
+                    return k, v
+
+                return View(sees, position, position, extend, plan)
+
+            states = self.model.run(ids[rows], [view(cache) for cache in self.data])
+            ends_here = torch.tensor(self.lengths[rows], device=self.device) - 1
+            last.append(states[torch.arange(some, device=self.device), ends_here])
+        return self.model.head(torch.cat(last))
+
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Append an id to every row; logits [rows, V] for what follows."""
+        n, low, end = len(ids), min(self.lengths), max(self.lengths) + 1
+        if end > self.data.shape[4]:
+            self._grow(2 * end)
+        sees = torch.tensor([[[[0, length + 1], [0, 0]]] for length in self.lengths], dtype=torch.int32,
+                            device=self.device)  # fmt: skip
+        k_position = self.places[:end].expand(n, -1)
+        if low == end - 1:  # all rows are of one length
+            rows: Any = slice(None)
+            slots: Any = low
+            q_position = self.places[low : low + 1].expand(n, 1)
+        else:
+            rows = torch.arange(n, device=self.device)
+            slots = torch.tensor(self.lengths, device=self.device)
+            q_position = self.places[slots][:, None]
+        plan = (
+            TilePlan.build(sees, end) if end > DENSE_LIMIT or self.device.type != "cpu"
+            else TilePlan(sees[0, :0, 0], 1, (n, 1, end))  # one dense tile: only what layers share is kept in it
+        )  # fmt: skip
+
+        def view(cache: Tensor) -> View:
+            def extend(k: Tensor, v: Tensor) -> KeysValues:
+                cache[0, rows, :, slots], cache[1, rows, :, slots] = k[:, :, 0], v[:, :, 0]
+                return cache[0, :, :, :end], cache[1, :, :, :end]
+
+            return View(sees, q_position, k_position, extend, plan)
+
+        x = torch.tensor(ids, device=self.device)[:, None]
+        logits = self.model.head(self.model.run(x, [view(cache) for cache in self.data])[:, 0])
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+        self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def _grow(self, capacity: int) -> None:
+        size = list(self.data.shape)
+        size[4] = capacity - size[4]
+        self.data = torch.cat([self.data, self.data.new_zeros(size)], 4)
+        self.places = torch.arange(capacity, dtype=torch.float32, device=self.device)
+
+
+@dataclass
+class Written:
+    """What was written after one prompt, `<eos>` included, with its log-probabilities."""
+
+    ids: list[int]
+    log_probs: list[float]
+
+
+@torch.inference_mode()
+def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_new: int = 256,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[Any] = 0,
+             batch_size: int = 64) -> list[Written]:  # fmt: skip
+    """Continue every prompt (ids without `<bos>`) until `<eos>` or `max_new` ids; greedy at temperature 0.
+
+    Prompt number i samples from a generator seeded with (seed, i), or with its own seed where `seed` is a sequence,
+    as in `tidal.generate`.
+    """
+    was_training = model.training
+    model.eval()
+    how = Sampling(temperature, top_k, top_p)
+    seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else seed
+    done = [Written([], []) for _ in prompts]
+    for first in range(0, len(prompts), batch_size):
+        last = min(first + batch_size, len(prompts))
+        rows = list(range(first, last))
+        generators = {i: np.random.default_rng(seeds[i]) for i in rows}
+        longest = max(len(prompts[i]) for i in rows)
+        decoder = CachedDecoder(model, [prompts[i] for i in rows], 1 + longest + min(max_new, 1024))
+        logits, active = decoder.logits, set(rows)
+        allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
+        while True:
+            ids = choose(logits, allowed[: len(rows)], how, [generators[i] for i in rows])
+            log_probs = logits.log_softmax(-1)[torch.arange(len(rows)), ids].tolist()
+            for i, unit, log_prob in zip(rows, ids, log_probs, strict=True):
+                if i in active:
+                    done[i].ids.append(unit)
+                    done[i].log_probs.append(log_prob)
+                    if unit == model.config.eos_id or len(done[i].ids) >= max_new:
+                        active.remove(i)
+            if not active:
+                break
+            if 2 * len(active) <= len(rows):
+                kept = [at for at, i in enumerate(rows) if i in active]
+                decoder.select(kept)
+                rows, ids = [rows[at] for at in kept], [ids[at] for at in kept]
+            logits = decoder.step(ids)
+    model.train(was_training)
+    return done
