@@ -364,16 +364,18 @@ def check_engine_writes(model: TidalTransformer, tokenizer: MixedTokenizer, text
     """
     scripts = [[unit for block in tokenizer.split(completion) for unit in (*tokenizer.write_units(block),
                tokenizer.eob_id)] + [tokenizer.eos_id] for _, completion in texts]  # fmt: skip
-    waiting = [list(script) for script in scripts]
+    generators = [np.random.default_rng(i) for i in range(len(texts))]  # which a row is known by
+    waiting = {id(g): list(script) for g, script in zip(generators, scripts, strict=True)}
 
-    def puppet(logits: Tensor, allowed: Tensor, *_: object) -> list[int]:
-        units = [script.pop(0) for script in waiting if script]
+    def puppet(logits: Tensor, allowed: Tensor, _: object, rows: Sequence[object], *__: object) -> list[int]:
+        units = [waiting[id(row)].pop(0) for row in rows]
         assert logits.shape == allowed.shape == (len(units), tokenizer.n_head)
         assert allowed[torch.arange(len(units)), units].all(), "the grammar forbids what is to be written"
         return units
 
     with mock.patch.object(engine, "choose", puppet):
-        done = engine.generate(model, tokenizer, [prompt for prompt, _ in texts], max_new_units=10**6)
+        done = engine.generate(model, tokenizer, [prompt for prompt, _ in texts], max_new_units=10**6,
+                               seed=generators)  # type: ignore[arg-type]  # fmt: skip
     for (prompt, completion), script, mine in zip(texts, scripts, done, strict=True):
         assert (mine.prompt, mine.completion, mine.stop_reason) == (prompt, completion, "eos")
         assert mine.blocks == tokenizer.split(completion)

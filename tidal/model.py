@@ -180,9 +180,10 @@ class TidalTransformer(nn.Module):
               views: list[View]) -> Tensor:  # fmt: skip
         """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] the reader's last states.
 
+        The context is the same for all steps of a block, so it comes projected by `self.context`.
         Returns states [B, S, D] for `head`.
         """
-        x_bsd = self.unit_embedding(ids) + self.place_table[places] + self.context(context_bsd)
+        x_bsd = self.unit_embedding(ids) + self.place_table[places] + context_bsd
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
             x_bsd = x_bsd + self.suffix_embedding(rows).sum(-2)
@@ -213,7 +214,7 @@ class TidalTransformer(nn.Module):
                 ranges, batch.writer_positions, k_position,
                 lambda k, v: (torch.cat([k_memory, k], 2), torch.cat([v_memory, v], 2)),
             )  # fmt: skip
-        context_bsd = reader_brd.gather(1, batch.context[..., None].expand(-1, -1, reader_brd.shape[-1]))
+        context_bsd = self.context(reader_brd).gather(1, batch.context[..., None].expand(-1, -1, reader_brd.shape[-1]))
         return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views)
 
     def forward(self, batch: Batch) -> Losses:
@@ -247,8 +248,8 @@ class TidalTransformer(nn.Module):
         shape, d = self.config.shape, self.config.shape.d_model
         key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
         attention, seen = 2 * d * d + key_value, 2 * d * context
-        per_token = shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
-        per_step = d * d + d * self.config.n_head + shape.writer_layers * 3 * d * shape.writer_ff
+        per_token = d * d + shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
+        per_step = d * self.config.n_head + shape.writer_layers * 3 * d * shape.writer_ff
         if shape.writer_attention != "none":
             per_step += shape.writer_layers * attention
         if self.has_memory:

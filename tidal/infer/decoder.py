@@ -131,7 +131,8 @@ class Decoder:
 
         states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
         grown = lengths > 0
-        self.context[row[grown]] = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
+        last = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
+        self.context[row[grown]] = self.model.context(last)
         if self.model.has_memory:
             self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states), source)
 
