@@ -129,7 +129,8 @@ def test_make_targets_and_extras_exist(name: str) -> None:
 @pytest.fixture(scope="module")
 def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Every flag that some command's help names."""
-    modules = ["tidal.train", "tidal.infer", "tidal.evaluate addition", "tidal.evaluate bits-per-byte"]
+    modules = ["tidal.train", "tidal.infer", "tidal.doctor", "tidal.kernels.picture"]
+    modules += [f"tidal.evaluate {figure}" for figure in ("addition", "bits-per-byte", "boundary", "samples")]
     modules += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if path.stem != "__init__"]
     helps = [run([sys.executable, "-m", *module.split(), "--help"], ROOT) for module in modules]
     assert all(done.code == 0 for done in helps)
