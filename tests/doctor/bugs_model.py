@@ -1,0 +1,281 @@
+"""Bugs in streams, masks, model, decoder, beams, kernels and files: checks 7 to 19."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.doctor.plant import INT32, Plant, everywhere, replacing
+from tidal.blocks import BlockTable, Passage, suffix_hashes
+from tidal.infer import decoder as decoding
+from tidal.model import TidalTransformer
+from tidal.streams import Batch, DocumentBuilder, WriterStep
+from tidal.tokenizer import Block, MixedTokenizer
+
+# ---------------------------------------------------------------------------------- 7 to 10, what is seen
+
+
+def context_after_own_token(batch: Batch) -> dict[str, Tensor]:
+    return {"context": (batch.context + 1).clamp(max=batch.reader_ids.shape[1] - 1)}
+
+
+def end_inclusive(right: Callable[..., Any], ranges: Tensor, *rest: Any) -> Any:
+    wider = ranges + torch.tensor([0, 1], dtype=INT32)
+    return right(torch.where(ranges[..., :1] < ranges[..., 1:], wider, ranges), *rest)
+
+
+def window_of_eight(batch: Batch) -> dict[str, Tensor]:
+    start, end = batch.reader_sees.unbind(-1)
+    return {"reader_sees": torch.stack([torch.maximum(start, end - 8), end], -1)}
+
+
+def causal_in_blocks(batch: Batch) -> dict[str, Tensor]:
+    start, end = batch.reader_sees.unbind(-1)
+    index = torch.arange(batch.reader_ids.shape[1], dtype=INT32) + 1
+    return {"reader_sees": torch.stack([start, torch.minimum(index.expand_as(end), end)], -1)}
+
+
+def moved_from_second_block(position: Any) -> Any:
+    return position + (position > 1.0)
+
+
+def places_from_wrong_end(self: MixedTokenizer, block: Block) -> dict[str, Any]:
+    """Only in blocks that are spelt in bytes."""
+    return {"places": block.places[::-1]} if any(2 <= unit < 258 for unit in block.units) else {}
+
+
+def place_of_what_is_left(batch: Batch) -> dict[str, Tensor]:
+    """Counted from the block's first character: known in training, unknown to a decoder."""
+    start = batch.sees_writer[..., 0]
+    length = (start[..., None] == start[:, None, :]).sum(-1)
+    return {"writer_places": (length - 1 - batch.writer_places).clamp(min=0) * (batch.targets >= 0)}
+
+
+def origin_of_the_row(batch: Batch) -> dict[str, Tensor]:
+    n = batch.reader_ids.shape[1]
+    return {"reader_positions": torch.arange(n, dtype=torch.float32).expand(len(batch.reader_ids), n).clone()}
+
+
+def distance_anew_in_every_block(batch: Batch) -> dict[str, Tensor]:
+    starts = batch.sees_writer[..., 0]
+    return {"writer_positions": (torch.arange(starts.shape[1]) - starts).float()}
+
+
+def slopes_from_one(slopes: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    return lambda n: slopes(n) * 2 ** (8 / n)
+
+
+def slope_reversed(slopes: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    return lambda n: slopes(n).flip(0)
+
+
+# ---------------------------------------------------------------------------------- 11 and 12, supervision
+
+
+def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+        moved = [[dataclasses.replace(p, supervise_from=max(1, p.supervise_from + by)) for p in row] for row in rows]
+        return right(moved, table, step_stride=step_stride)
+
+    return everywhere(right, bugged)
+
+
+def window_loses_block(windows: Callable[..., list[Passage]]) -> Callable[..., list[Passage]]:
+    def bugged(*args: Any, **kwargs: Any) -> list[Passage]:
+        cut = windows(*args, **kwargs)
+        late = [i > 0 and len(p.blocks) > p.supervise_from + 1 for i, p in enumerate(cut)]
+        return [dataclasses.replace(p, supervise_from=p.supervise_from + by) for p, by in zip(cut, late, strict=True)]
+
+    return bugged
+
+
+def dropout_moves_supervision(cut: Callable[..., Passage]) -> Callable[..., Passage]:
+    return lambda p, *rest: dataclasses.replace(cut(p, *rest), supervise_from=p.supervise_from)
+
+
+def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
+    from_zero = torch.tensor([0, 1], dtype=INT32)
+    return {"reader_sees": batch.reader_sees * from_zero, "sees_reader": batch.sees_reader * from_zero}
+
+
+def bytes_are_characters(batch: Batch) -> dict[str, Any]:
+    return {"n_bytes": int((batch.targets > 1).sum())}
+
+
+# ----------------------------------------------------------------------------- 13 to 16, decoding and beams
+
+
+def suffix_row_zero(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Without the row that is kept for "no suffix": in training and decoding alike."""
+    return lambda self, ids, places, suffixes, *rest: write(
+        self, ids, places, torch.where(suffixes < 0, suffixes, suffixes - 1), *rest)  # fmt: skip
+
+
+def keys_not_normed(keys_values: Callable[..., Any]) -> Callable[..., Any]:
+    def bugged(self: TidalTransformer, states: Tensor) -> Any:
+        first: Any = self.writer[0]
+        k, v = keys_values(self, states)
+        return k / (1e-9 + first.norm_key.weight), v
+
+    return bugged
+
+
+def slot_off_by_one(put: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, at, *rest: put(self, (at[0], (at[1] - 1).clamp(min=0)), *rest)
+
+
+def memory_of_first_block_only(put: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: Any, at: Any, k: Tensor, v: Tensor, *rest: Any) -> None:
+        put(self, at, k, v * 0 if rest and int(at[1].min()) > 24 else v, *rest)
+
+    return bugged
+
+
+def prompt_as_one_block(read: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: decoding.Decoder, rows: Sequence[int], news: Sequence[Sequence[Block]]) -> None:
+        def whole(mine: Sequence[Block]) -> list[Block]:
+            if len(mine) < 2:
+                return list(mine)
+            tokens = tuple(t for block in mine for t in block.tokens)
+            places = tuple(p for block in mine for p in block.places)
+            return [dataclasses.replace(mine[0], tokens=tokens, places=places)]
+
+        read(self, rows, [whole(mine) for mine in news])
+
+    return bugged
+
+
+def logits_tempered_in_place(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    return lambda logits, *rest: choose(logits.mul_(0.5), *rest)
+
+
+def context_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
+        self.context = self.context.roll(1, 0)
+        logits = step(self, *args)
+        self.context = self.context.roll(-1, 0)
+        return logits
+
+    return bugged
+
+
+def positions_lost(reserve: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: decoding.Decoder, n_tokens: int) -> None:
+        grows = n_tokens > self.capacity
+        reserve(self, n_tokens)
+        if grows:
+            self.positions = torch.zeros_like(self.positions)
+
+    return bugged
+
+
+def position_from_padded_length(batch: Batch) -> dict[str, Tensor]:
+    return {"writer_positions": batch.writer_positions + batch.reader_ids.shape[1] - 60.0}
+
+
+def padding_is_seen(batch: Batch) -> dict[str, Tensor]:
+    """The memory of a padded row ends where the longest row does."""
+    width, last = batch.reader_ids.shape[1], batch.sees_reader[..., 1]
+    ends = torch.where(last == batch.sees_reader[..., 1].amax(1, keepdim=True), width, last)
+    return {"sees_reader": torch.stack([batch.sees_reader[..., 0], ends.to(INT32)], -1)}
+
+
+def one_generator(right: Callable[..., Any]) -> Callable[..., Any]:
+    """The rows of a batch draw from one generator."""
+    return lambda logits, allowed, how, generators, *rest: right(
+        logits, allowed, how, [generators[0]] * len(generators), *rest)  # fmt: skip
+
+
+def select(reorder: Callable[[decoding.Decoder, Sequence[int]], bool], context: bool = True) -> Plant:
+    """Rows are reordered, the caches only where `reorder` says so."""
+
+    def wrap(right: Callable[..., None]) -> Callable[..., None]:
+        def bugged(self: decoding.Decoder, rows: Sequence[int]) -> None:
+            data = [cache.data for cache in (*self.reader_caches, *self.writer_caches)]
+            states, same = self.context, len(rows) == len(self.builders)
+            wanted = reorder(self, rows)
+            right(self, rows)
+            if same and not wanted:
+                for cache, kept in zip((*self.reader_caches, *self.writer_caches), data, strict=True):
+                    cache.data = kept
+            if same and not context:
+                self.context = states
+
+        return bugged
+
+    return replacing(decoding.Decoder, "select", wrap)
+
+
+def beams_count_in_writable(take: Callable[..., Any]) -> Callable[..., Any]:
+    """The index of a candidate is taken apart with the wrong number of columns."""
+
+    def bugged(logits: Tensor, allowed: Tensor, totals: Sequence[float], num_beams: int) -> Any:
+        slots, units, scores = take(logits, allowed, totals, num_beams)
+        n = logits.shape[1]
+        flat = [[s * n + u for s, u in zip(*pair, strict=True)] for pair in zip(slots, units, strict=True)]
+        wrong = n - 1
+        return ([[min(i // wrong, num_beams - 1) for i in row] for row in flat],
+                [[i % wrong for i in row] for row in flat], scores)  # fmt: skip
+
+    return bugged
+
+
+def not_read_in_beams(go_on: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, rows, ended: go_on(self, rows, [None if i % 2 else block for i, block in enumerate(ended)])
+
+
+# ------------------------------------------------------------------------------------ 17 to 19, the rest
+
+
+def half_gradient(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: right(*args) * 0.5
+
+
+def first_slice_only(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda slices: right(slices[:1])
+
+
+def every_tile_full(right: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda slices: (right(slices)[0], True)
+
+
+def dropout_left_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, x, view: F.dropout(forward(self, x, view), 0.1, training=True)
+
+
+def some_not_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, tensors, **how: load(
+        self, {name: value for name, value in tensors.items() if "writer.1" not in name}, strict=False)  # fmt: skip
+
+
+def rounded_when_saved(storable: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensors: {name: t.to(torch.bfloat16).to(t.dtype) for name, t in storable(tensors).items()}
+
+
+def square_transposed(storable: Callable[..., Any]) -> Callable[..., Any]:
+    def bugged(tensors: Any) -> Any:
+        return {name: t.T.contiguous() if t.ndim == 2 and t.shape[0] == t.shape[1] else t
+                for name, t in storable(tensors).items()}  # fmt: skip
+
+    return bugged
+
+
+def not_finite(model: TidalTransformer) -> None:
+    with torch.no_grad():
+        model.token_embedding.weight[-1, 0] = torch.inf
+
+
+def other_tokenizer(model: TidalTransformer) -> None:
+    model.config = dataclasses.replace(model.config, fingerprint="0" * 64)
+
+
+def suffixes_forwards(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
+    return {"suffixes": suffix_hashes(list(written)[::-1], self.tokenizer.digit_units.tolist())}
+
+
+eob_dropped = replacing(BlockTable, "n_targets", lambda right: lambda self, index: right(self, index) - (index > 1))

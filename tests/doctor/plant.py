@@ -1,0 +1,121 @@
+"""How to plant a bug: in functions, methods, streams, blocks, kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tidal
+from tidal import streams
+from tidal.blocks import BlockTable, Passage
+from tidal.kernels import cpu
+from tidal.model import TidalTransformer
+from tidal.streams import Batch, DocumentBuilder, ReaderToken, WriterStep
+from tidal.tokenizer import Block, MixedTokenizer
+
+Patch = pytest.MonkeyPatch
+Plant = Callable[[Patch], None]
+Spoil = Callable[[TidalTransformer], None]
+INT32 = torch.int32
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug, and the number of the check that must find it."""
+
+    name: str
+    check: int
+    plant: Plant = lambda patch: None
+    spoil: Spoil = lambda model: None
+
+
+# -------------------------------------------------------------------------------------- how to plant bugs
+
+
+for _, _name, _ in pkgutil.walk_packages(tidal.__path__, "tidal."):
+    if ".triton_" not in _name and not _name.endswith("__main__"):
+        importlib.import_module(_name)  # now: imported while a bug is planted, a module would keep it
+
+
+def everywhere(original: Any, new: Any) -> Plant:
+    """Replace a function in every module of the package that has imported it."""
+
+    def plant(patch: Patch) -> None:
+        for name, module in list(sys.modules.items()):
+            if name == "tidal" or name.startswith("tidal."):
+                for attribute, value in list(vars(module).items()):
+                    if value is original:
+                        patch.setattr(module, attribute, new)
+
+    return plant
+
+
+def replacing(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Plant:
+    """The method `name` of a class, or name of a module, becomes `wrap(what it was)`."""
+    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def both(*plants: Plant) -> Plant:
+    def plant(patch: Patch) -> None:
+        for one in plants:
+            one(patch)
+
+    return plant
+
+
+def in_packing(change: Callable[[Batch], dict[str, Any]]) -> Plant:
+    """Training is fed other streams than decoding."""
+    pack = streams.pack
+
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+        batch = pack(rows, table, step_stride=step_stride)
+        return dataclasses.replace(batch, **change(batch))
+
+    return everywhere(pack, bugged)
+
+
+def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[str, Any]] | None = None,
+            read: Callable[[int, ReaderToken], dict[str, Any]] | None = None) -> Plant:  # fmt: skip
+    """The decoder is fed other streams than training."""
+
+    class Bugged(DocumentBuilder):
+        def step(self, written: Sequence[int]) -> WriterStep:
+            right = super().step(written)
+            return dataclasses.replace(right, **(step(self, written, right) if step else {}))
+
+        def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
+            first, right = self.n_read, super().read(tokens, places)
+            return [dataclasses.replace(t, **(read(first + i, t) if read else {})) for i, t in enumerate(right)]
+
+    return everywhere(DocumentBuilder, Bugged)
+
+
+def with_block(change: Callable[[MixedTokenizer, Block], dict[str, Any]]) -> Plant:
+    """Blocks come out of the tokenizer changed, for training and decoding alike."""
+
+    def wrap(make: Callable[..., Block]) -> Callable[..., Block]:
+        return lambda self, text: dataclasses.replace(right := make(self, text), **change(self, right))
+
+    return replacing(MixedTokenizer, "_make_block", wrap)
+
+
+def geometry(change: Callable[..., tuple[Tensor, Tensor | None]]) -> Plant:
+    """A bug in the distances or the mask of the CPU kernel."""
+    right = cpu.tile_geometry
+    return lambda patch: patch.setattr(cpu, "tile_geometry", lambda *args: change(right, *args))
+
+
+def clamped(batch: Batch, name: str, by: tuple[int, int], most: int) -> dict[str, Tensor]:
+    """Half-open ranges moved, where there is something to see."""
+    sees = getattr(batch, name)
+    moved = (sees + torch.tensor(by, dtype=INT32)).clamp(0, most)
+    return {name: torch.where((sees[..., :1] < sees[..., 1:]), moved, sees)}

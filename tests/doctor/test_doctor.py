@@ -1,0 +1,240 @@
+"""The command, the report, the hook of training, and healthy models of all shapes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.commands import ROOT, SMALL, tidal, tree
+from tests.commands import run as process
+from tests.doctor import healthy
+from tests.doctor.mutants import MUTANTS
+from tests.doctor.table import examine_mutant
+from tidal.cli import UserError, main
+from tidal.doctor import Document, examine, run, training
+from tidal.doctor import __main__ as command
+from tidal.doctor.registry import CHECKS
+from tidal.doctor.report import Found, Meter, Report, Result, Where
+from tidal.doctor.specimen import make
+from tidal.train import __main__ as training_command
+
+TRAIN = (*(flag for flag in SMALL if flag != "--no-doctor"), "--max-steps", "2", "--rows", "2", "--threads", "1")
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])  # float32, float64, bfloat16
+def test_no_false_alarms(seed: int) -> None:
+    """`python -m tests.doctor.healthy` runs 200 of these."""
+    report = healthy.examine(seed)
+    assert report.ok, f"{report.subject}\n{report.table()}"
+
+
+# -------------------------------------------------------------------------------------------- the command
+
+
+def test_examining_the_package(tmp_path: Path) -> None:
+    done = tidal("doctor", "--quick", cwd=tmp_path)
+    assert done.code == 0
+    numbers = [int(line[:2]) for line in done.lines if re.match(r"[ \d]\d  ", line)]
+    assert numbers == sorted(CHECKS)
+    assert done.lines[-1].startswith("0 findings, 19 well, 3 skipped; ")
+    assert "no checkpoint given" in done.err
+    assert tree(tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs that have learnt nothing, one of them examined first."""
+    folder = tmp_path_factory.mktemp("home")
+    training_command.run([*TRAIN, "--out", str(folder / "run")])
+    training_command.run([*TRAIN, "--out", str(folder / "unexamined"), "--no-doctor"])
+    return folder
+
+
+def test_examining_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its laws hold, its output is judged."""
+    before = tree(home)
+    assert command.run([str(home / "run"), "--quick", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    verdicts = {r["number"]: r["verdict"] for r in report["results"]}
+    assert not report["ok"]
+    assert all(verdicts[n] == "well" for n in range(1, 20)), report
+    assert verdicts[21] == "finding"
+    assert tree(home) == before
+
+
+def test_examining_with_other_text(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("my own text, 12 + 34 = 46\n" * 9)
+    data = "--data", str(tmp_path / "mine.txt")
+    assert command.run([str(home / "run/checkpoints/step-000002"), *data, "--checks", "1", "14", "--quick"]) == 0
+    said = capsys.readouterr()
+    assert "0 findings, 2 well" in said.out
+    assert "texts: the texts given" in said.err
+
+
+def test_examining_a_damaged_run(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "run", tmp_path / "run")
+    weights = tmp_path / "run/checkpoints/step-000002/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert command.run([str(tmp_path / "run")]) == 1
+    assert "model.safetensors has SHA-256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("nowhere",), "nowhere does not exist"),
+    (("--quik",), "did you mean '--quick'"),
+    (("--checks", "23"), "--checks 23: there is no such check; they are numbered 1 to 22"),
+    (("--data", "nothing.txt"), "no such file or folder: 'nothing.txt'"),
+    (("--device", "tpu9"), "'tpu9' cannot be used"),
+])  # fmt: skip
+def test_what_cannot_run(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.run, "tidal.doctor", arguments)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert said in err.splitlines()[-1]
+    assert not out
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    done = tidal("doctor", "--help", cwd=tmp_path)
+    assert {"--data", "--quick", "--json", "--checks", "--device"} <= set(re.findall(r"--[a-z]+", done.out))
+    code = "import sys, tidal.doctor.__main__; sys.exit('torch' in sys.modules)"
+    assert process([sys.executable, "-c", code], tmp_path).code == 0
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_training_is_the_same_with_the_doctor(home: Path) -> None:
+    """Bit for bit."""
+    one, other = (home / name / "checkpoints/step-000002/model.safetensors" for name in ("run", "unexamined"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_training_refuses_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    BY_NAME["supervision one block late"].plant(monkeypatch)
+    with pytest.raises(UserError, match=r"checks .*11 \(targets and supervision\).*train with --no-doctor"):
+        training_command.run([*TRAIN, "--out", str(tmp_path / "run")])
+    assert "FINDING" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_spell_itself_is_found() -> None:
+    """What the recipe is about to feed is looked at, whatever made it."""
+    model, tokenizer = make()
+    patient = examine._patient(model, tokenizer, [], True, False, None, None)
+    batch = patient.pack([[Document("12 +", " 34 = 46\n")], [Document("", "the light")]])
+    assert run(model, tokenizer, quick=True, checks=[11], batch=batch).ok
+    batch.targets[0, 0] = 2 + ord("?")
+    assert [r.message for r in run(model, tokenizer, quick=True, checks=[11], batch=batch).findings] == [
+        "blocks of the training batch differ"
+    ]
+
+
+def test_the_hook_is_the_doctors() -> None:
+    assert training.run is run
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def where(name: str, check: int) -> Where:
+    found = examine_mutant(BY_NAME[name], [check]).findings[0].where
+    assert found is not None
+    return found
+
+
+def test_the_first_difference_is_named() -> None:
+    """Text, block, step, layer, tensor and both values."""
+    first = where("the reader is causal inside blocks, in decoding only", 14)
+    assert first.text
+    assert (first.layer, first.sides) == ("reader.0", ("training", "decoding"))
+    assert re.fullmatch(r"state\[\d+\]", first.tensor)
+    assert float(first.values[0]) != float(first.values[1])
+
+    first = where("the writer's place counts from 1, in decoding only", 14)
+    assert (first.layer, first.tensor, first.values) == ("fed to the model", "writer places", ("0", "1"))
+    assert (first.step, first.block) == (0, "Once")
+
+    first = where("suffix rows off by one, in training and decoding", 13)
+    assert first.layer == "writer.0"
+    assert first.step is not None
+
+    first = where("a writer step sees the next one", 7)
+    assert first.layer.startswith("writer.")
+    assert first.tensor.startswith("attention to key ")
+
+    first = where("positions off by one from the second block on", 9)
+    assert (first.tensor, first.values) == ("reader positions", ("2.0", "3.0"))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, tokenizer = make()
+    model.train()
+    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.random.get_rng_state()
+    said: list[int] = []
+    report = run(model, tokenizer, texts=["mine, and more"], quick=True, tell=lambda check: said.append(check.number))
+    assert report.ok, report.table()
+    assert said == sorted(CHECKS)
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_bad_arguments() -> None:
+    model, tokenizer = make()
+    with pytest.raises(ValueError, match=r"no checks \[0, 99\]; they are numbered 1 to 22"):
+        run(model, tokenizer, checks=[0, 3, 99])
+    with pytest.raises(ValueError, match="surrogate"):
+        run(model, tokenizer, texts=["\ud800"], quick=True)
+
+
+def test_a_meter_stops_at_the_first_difference() -> None:
+    meter, sides = Meter(), ("here", "there")
+    meter.same("ids", [1, 2], (1, 2), Where(), sides)
+    meter.close("values", np.array([1.0, 2.0]), np.array([1.0, 2.0 + 1e-10]), 1e-9, Where(), sides)
+    assert (meter.compared, meter.limit) == (4, 1e-9)
+    assert 0 < meter.measured <= 1e-9
+    for wrong in ([1, 3], [1], [1, 2, 3]):
+        with pytest.raises(Found) as found:
+            meter.same("ids", [1, 2], wrong, lambda i: Where(step=i), sides)
+        assert found.value.where.step == (2 if len(wrong) == 3 else 1)
+    for value in (float("nan"), float("inf"), 1.5):
+        with pytest.raises(Found) as found:
+            meter.close("values", torch.ones(2), torch.tensor([1.0, value]), 0.1, lambda i: Where(step=i), sides)
+        assert found.value.where.step == 1
+    with pytest.raises(Found):
+        meter.close("values", torch.zeros(2), torch.zeros(3), 1.0, Where(), sides)
+    with pytest.raises(Found):
+        meter.at_most("share", float("nan"), 0.5)
+    with pytest.raises(Found):
+        meter.at_least("gain", float("nan"), 0.5)
+    with pytest.raises(Found):
+        meter.holds(False, "no")
+
+
+def test_json_has_no_infinities() -> None:
+    result = Result(7, "a check", "a disaster", "finding", float("inf"), 1e-9, 3, 0.1, "found", Where("a text"))
+    report = Report((result,))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["results"][0]["measured"] == "inf"
+    assert not report.ok
+    assert "FINDING" in report.table()
+    assert Report(()).ok
+
+
+def test_the_commands_of_the_docs_are_these() -> None:
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("doctor.md", "garbage.md"))
+    told = set(re.findall(r"python -m (tidal\.doctor(?: [\w./-]+)*|tests\.doctor\.\w+)", text))
+    flags = {flag for command in told for flag in re.findall(r"--[a-z-]+", command)}
+    assert flags <= {"--quick", "--json", "--data", "--checks", "--count"}
+    assert told

@@ -1,0 +1,67 @@
+"""Every planted bug is found by the check that states the law it breaks, and the table in the docs says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT
+from tests.doctor.mutants import MUTANTS
+from tests.doctor.plant import Mutant
+from tests.doctor.table import examine_mutant, examine_spoilt
+from tests.doctor.trained import SPOILT, Spoilt, train_both
+from tidal import checkpoint
+from tidal.doctor import Report, examine_checkpoint
+from tidal.doctor.registry import CHECKS
+
+BUGS = (*MUTANTS, *SPOILT)
+
+
+def assert_found(report: Report, number: int) -> None:
+    assert [result.number for result in report.findings] == [number], report.table()
+    found = report.findings[0]
+    assert found.message
+    assert not (found.measured <= found.limit) or found.message.endswith(f"less than {found.limit:.4g}")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_bug_is_found(mutant: Mutant) -> None:
+    assert_found(examine_mutant(mutant, [mutant.check]), mutant.check)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    return train_both(tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch())
+
+
+@pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.name)
+def test_the_bug_of_a_trained_model_is_found(spoilt: Spoilt, runs: dict[bool, Path], tmp_path: Path) -> None:
+    assert_found(examine_spoilt(spoilt, runs, tmp_path / "run", [spoilt.check]), spoilt.check)
+
+
+def test_without_a_bug_nothing_is_found(runs: dict[bool, Path]) -> None:
+    untrained = examine_mutant(Mutant("none", 0))
+    trained = examine_checkpoint(checkpoint.resolve(runs[False]), quick=True)
+    for report, skipped in ((untrained, [20, 21, 22]), (trained, [])):
+        assert report.ok, report.table()
+        assert [r.number for r in report.results if r.verdict == "skipped"] == skipped
+        assert [r.number for r in report.results] == sorted(CHECKS)
+        assert all(r.compared for r in report.results if r.verdict == "well")
+
+
+def test_every_check_has_its_bugs() -> None:
+    assert len(BUGS) >= 40
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    assert {bug.check for bug in BUGS} == set(CHECKS) == set(range(1, 23))
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    lines = text[text.index("| planted bug |") :].splitlines()[2:]
+    rows = [line.split(" | ") for line in lines[: len(BUGS)]]
+    assert [name.removeprefix("| ") for name, _ in rows] == [bug.name for bug in BUGS]
+    for (_, found), bug in zip(rows, BUGS, strict=True):
+        assert f"**{bug.check}**" in found
+    for check in CHECKS.values():
+        assert f"| {check.number} | {check.title} |" in text

@@ -1,0 +1,90 @@
+"""`python -m tidal.doctor`: examine a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tidal.cli import UserError, main, note, parse
+
+if TYPE_CHECKING:
+    from tidal.doctor.patient import Document
+    from tidal.doctor.report import Report
+
+DESCRIPTION = """Prove that training and decoding of a checkpoint agree, or name the first place where they do not.
+Usage: python -m tidal.doctor [CHECKPOINT] [flags]; CHECKPOINT is a run folder (its best checkpoint) or a checkpoint
+folder; without one, a small model is made and examined. Exit code 0: all well, 1: a finding, 2: could not run."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Settings of `python -m tidal.doctor`."""
+
+    data: tuple[str, ...] = ()
+    """Your texts: files, folders, globs or .jsonl; none: what the run was trained on, and a built-in list."""
+    quick: bool = False
+    """Fewer and shorter texts."""
+    checks: tuple[int, ...] = ()
+    """Numbers of the checks to run; none: all."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+def run(argv: list[str]) -> int:
+    """Load or make a model, examine it, print the report."""
+    folder = None
+    if argv and not argv[0].startswith("-"):
+        folder, argv = argv[0], argv[1:]
+    settings = parse(Doctor, argv, "tidal.doctor", DESCRIPTION)
+    report = _of_checkpoint(Path(folder), settings) if folder is not None else _of_new_model(settings)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if settings.json else report.table())
+    return 0 if report.ok else 1
+
+
+def _data(settings: Doctor) -> list[Document]:
+    from tidal.doctor.patient import Document
+    from tidal.train.documents import read_documents
+
+    return [Document(d.prompt, d.completion) for d in read_documents(settings.data)] if settings.data else []
+
+
+def _of_checkpoint(path: Path, settings: Doctor) -> Report:
+    from tidal import checkpoint
+    from tidal.device import pick_device
+    from tidal.doctor.examine import examine_checkpoint
+
+    _check_numbers(settings)
+    device, texts = pick_device(settings.device), _data(settings)
+    return examine_checkpoint(checkpoint.resolve(path), texts=texts, quick=settings.quick,
+                              checks=settings.checks or None, device=device, tell=note)  # fmt: skip
+
+
+def _of_new_model(settings: Doctor) -> Report:
+    from tidal.device import pick_device, set_threads
+    from tidal.doctor.examine import run
+    from tidal.doctor.specimen import make
+
+    _check_numbers(settings)
+    texts = _data(settings)
+    model, tokenizer = make()
+    set_threads(model.config.shape.d_model)
+    note("no checkpoint given: examining a small model with random weights")
+    return run(model.to(pick_device(settings.device)), tokenizer, texts=texts, quick=settings.quick,
+               checks=settings.checks or None, subject="a small model with random weights",
+               tell=lambda check: note(f"{check.number:>2} {check.title}"))  # fmt: skip
+
+
+def _check_numbers(settings: Doctor) -> None:
+    import tidal.doctor.examine  # noqa: F401, it fills the list of checks
+    from tidal.doctor.registry import CHECKS
+
+    if unknown := [n for n in settings.checks if n not in CHECKS]:
+        raise UserError(f"--checks {unknown[0]}: there is no such check; they are numbered 1 to {max(CHECKS)}")
+
+
+if __name__ == "__main__":
+    main(run, "tidal.doctor")

@@ -1,0 +1,248 @@
+"""Checks 13, 14 and 16: one pass, block by block, step by step and in beams are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, Passage
+from tidal.doctor.oracle import dense_block
+from tidal.doctor.patient import Document, Patient, lively
+from tidal.doctor.registry import DECODED, EXACT, FLOAT32, ORACLE, TRAINED, check
+from tidal.doctor.report import Floats, Found, Meter, Where
+from tidal.doctor.tape import FED, Tape
+from tidal.infer.beam import beam_search
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import generate
+from tidal.infer.score import score
+from tidal.model import TidalTransformer
+from tidal.streams import pack
+
+
+@check(13, "packed = block by block", "the packed training pass is not what reading block by block gives")
+def packed_is_naive(patient: Patient, meter: Meter) -> None:
+    """One packed pass against the model written a second time, densely, every block's context read from scratch."""
+    for document in patient.documents:
+        layout = patient.layout(document)
+        blocks = list(dict.fromkeys(step.block for step in layout.steps))
+        if not blocks:
+            continue
+        parts = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
+        try:
+            meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in parts]), EXACT,
+                        partial(patient.where, document), (TRAINED, ORACLE))  # fmt: skip
+        except Found as found:
+            tape = _training_tape(patient, document)
+            block = next(b for b in blocks if layout.blocks[b] == found.where.block or not layout.blocks[b])
+            seen = parts[blocks.index(block)][1]
+            mine = [s for s, step in enumerate(layout.steps) if step.block == block]
+            n = layout.steps[mine[0]].n_memory
+            other = dict(seen)
+            trained = {name: value[:n] if name.startswith("reader") else value[mine] for name in other
+                       if (value := tape.joined(name)) is not None}  # fmt: skip
+            found.where = _name_layer(found.where, trained, other, (TRAINED, ORACLE))
+            raise
+
+
+@check(14, "cached decoding = training", "the cached decoder computes something else than the training pass")
+def decoded_is_trained(patient: Patient, meter: Meter) -> None:
+    """Log-probabilities of every unit of known text, in float64 and in the model's own dtype; and of what is generated,
+    against those of one training pass. Largest difference, 95th percentile and mean.
+    """
+    differences = []
+    for document in patient.documents:
+        sides = (TRAINED, DECODED)
+        try:
+            differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
+                                           EXACT, partial(patient.where, document), sides))
+        except Found as found:
+            found.where = _first_difference(patient, document, found.where)
+            raise
+    meter.note("float64: " + _spread(np.concatenate(differences)))
+    _public_scores(patient, meter)
+    _generated(patient, meter)
+    if patient.dtype != torch.float64:
+        own = []
+        for document in patient.documents[: 2 if patient.quick else None]:
+            packed, limit = _own_dtype(patient, document)
+            one = patient.decode(patient.model, [document])[0]
+            own.append(meter.close("log-probabilities", packed, one, limit,
+                                   partial(patient.where, document), (TRAINED, DECODED)))
+        meter.note(f"{str(patient.dtype).removeprefix('torch.')}: {_spread(np.concatenate(own))}, limit {limit:.2g}")
+
+
+def _spread(differences: Floats) -> str:
+    if not len(differences):
+        return "nothing"
+    largest, percentile, mean = differences.max(), np.percentile(differences, 95), differences.mean()
+    return f"max {largest:.1e}, p95 {percentile:.1e}, mean {mean:.1e}"
+
+
+@torch.inference_mode()
+def _own_dtype(patient: Patient, document: Document) -> tuple[Floats, float]:
+    """The training pass in the model's own dtype, and how far decoding may be from it.
+
+    float32: FLOAT32. Lower: the two round different sums, so they may differ by as much as both are wrong, judged by
+    the error of the training pass against float64 (twice it), and by half a unit in the last place of a large logit.
+    """
+    model: TidalTransformer = patient.model
+    batch = patient.pack([[document]]).to(model.unit_embedding.weight.device)
+    got = model.log_probs(batch).double().cpu().numpy()
+    if patient.dtype == torch.float32:
+        return got, FLOAT32
+    error = float(np.abs(got - patient.packed(document)).max(initial=0.0))
+    return got, 2 * error + torch.finfo(patient.dtype).eps * 16
+
+
+def _public_scores(patient: Patient, meter: Meter) -> None:
+    """`tidal.score`, in the three ways it offers."""
+    document = patient.documents[0]
+    text, first = document.text, len(document.prompt)
+    ways = [score(patient.exact, patient.tokenizer, text, how, supervise_from=first)
+            for how in ("packed", "naive", "decode")]  # fmt: skip
+    if document.ends:
+        meter.close("scores", patient.packed(document), ways[0], EXACT, partial(patient.where, document),
+                    (TRAINED, "score"))  # fmt: skip
+    for name, way in zip(("naive", "decode"), ways[1:], strict=True):
+        meter.close("scores", ways[0], way, EXACT, partial(patient.where, document), ("packed", name))
+
+
+def _generated(patient: Patient, meter: Meter) -> None:
+    """What is generated has the log-probabilities that a training pass over it gives."""
+    prompts = [document.prompt for document in patient.documents][: 3 if patient.quick else None]
+    model = lively(patient.exact)
+    for temperature in (0.0, 1.0):
+        done = generate(model, patient.tokenizer, prompts, temperature=temperature, seed=7,
+                        max_new_units=16 if patient.quick else 48)  # fmt: skip
+        for one in done:
+            blocks = [None] if one.stop_reason == "eos" else []
+            log_probs = _trained_log_probs(model, patient, one.prompt, [*one.blocks, *blocks])
+            meter.same("generated text", one.completion, "".join(one.blocks), Where(one.text), ("text", "blocks"))
+            meter.close("log-probabilities of generated text", log_probs, np.array(one.log_probs), EXACT,
+                        Where(one.text), (TRAINED, "generation"))  # fmt: skip
+
+
+@torch.inference_mode()
+def _trained_log_probs(model: TidalTransformer, patient: Patient, prompt: str, blocks: list[str | None]) -> Tensor:
+    """One training pass over a prompt and blocks; None is the end of the document."""
+    before = patient.tokenizer.split(prompt) if prompt else []
+    indices = patient.table.indices([*before, *(block for block in blocks if block is not None)])
+    ends = [EOS_BLOCK] * (None in blocks)
+    one = Passage(np.array([BOS_BLOCK, *indices, *ends], np.int32), 1 + len(before))
+    return model.log_probs(pack([[one]], patient.table, step_stride=model.config.shape.step_stride))
+
+
+# ---------------------------------------------------------------------------- naming the first difference
+
+
+@torch.inference_mode()
+def _training_tape(patient: Patient, document: Document) -> Tape:
+    tape = Tape(patient.exact)
+    tape.model.states(patient.pack([[document]]))
+    return tape
+
+
+def _first_difference(patient: Patient, document: Document, where: Where) -> Where:
+    """Run both sides again and record them: what is fed first, then layer by layer."""
+    trained, decoded = _training_tape(patient, document), Tape(patient.exact)
+    patient.decode(decoded.model, [document])
+    layers = [name for name in trained.entries if name not in FED]
+    names = [name for name in FED if name != "context"] + layers
+    sides: list[dict[str, Tensor]] = [
+        {name: value for name in names if (value := tape.joined(name)) is not None} for tape in (trained, decoded)
+    ]
+    return _name_layer(where, sides[0], sides[1], (TRAINED, DECODED), patient, document)
+
+
+def _name_layer(where: Where, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str],
+                patient: Patient | None = None, document: Document | None = None) -> Where:  # fmt: skip
+    """The first tensor, in the order in which they are computed, that is not the same on both sides."""
+    for name, value in left.items():
+        if name not in right:
+            continue
+        a, b = (x[: min(len(value), len(right[name]))].double().flatten(1) if x.ndim > 1 else
+                x[: min(len(value), len(right[name])), None].double() for x in (value, right[name]))  # fmt: skip
+        differs = ~((a - b).abs() <= EXACT * (1 + a.abs()))
+        if bool(differs.any()):
+            index, column = differs.nonzero()[0].tolist()
+            if patient and document:
+                place = (patient.where_read if name.startswith("reader") else patient.where)(document, index)
+                where = dataclasses.replace(where, block=place.block, step=place.step)
+            return dataclasses.replace(where, layer=name if name not in FED else "fed to the model",
+                                       tensor=f"state[{column}]" if name not in FED else name, sides=sides,
+                                       values=(f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"))  # fmt: skip
+    return where
+
+
+@check(16, "beams", "beam search reads logits of the wrong shape, or its caches are not reordered")
+def beams(patient: Patient, meter: Meter) -> None:
+    """One beam is greedy decoding; cached and recomputed searches agree; a hypothesis has the log-probability that
+    training gives its blocks; they are sorted, different, and the same alone and side by side.
+    """
+    _reordered(patient, meter)
+    prompts = [document.prompt for document in patient.documents][: 2 if patient.quick else 4]
+    model, tokenizer, units = lively(patient.exact), patient.tokenizer, 14 if patient.quick else 24
+    greedy = generate(model, tokenizer, prompts, max_new_units=units)
+    single = beam_search(model, tokenizer, prompts, num_beams=1, max_new_units=units)
+    for one, found in zip(greedy, single, strict=True):
+        meter.same("blocks", one.blocks, found[0].blocks, Where(one.prompt), ("greedy", "one beam"))
+        meter.close("log-probabilities", np.array(one.log_prob), np.array(found[0].log_prob), EXACT, Where(one.prompt),
+                    ("greedy", "one beam"))  # fmt: skip
+    for num_beams in (2, 4):
+        search = partial(beam_search, model, tokenizer, num_beams=num_beams, max_new_units=units)
+        cached, anew = search(prompts), search(prompts, cached=False)
+        alone = [search([prompt])[0] for prompt in prompts]
+        for prompt, mine, others in zip(prompts, cached, zip(anew, alone, strict=True), strict=True):
+            here = Where(prompt)
+            for other, side in zip(others, ("recomputed", "alone"), strict=True):
+                meter.same("hypotheses", [h.blocks for h in other], [h.blocks for h in mine], here, (side, "cached"))
+                meter.close("log-probabilities", np.array([h.log_prob for h in other]),
+                            np.array([h.log_prob for h in mine]), EXACT, here, (side, "cached"))  # fmt: skip
+            scores = [h.score for h in mine]
+            meter.same("scores in order", sorted(scores, reverse=True), scores, here, ("sorted", "given"))
+            meter.same("different hypotheses", len(mine), len({(*h.blocks, h.stop_reason) for h in mine}), here,
+                       ("given", "different"))  # fmt: skip
+            for hypothesis in mine:
+                ends = [None] if hypothesis.stop_reason == "eos" else []
+                trained = _trained_log_probs(model, patient, prompt, [*hypothesis.blocks, *ends]).sum()
+                meter.close("log-probabilities", trained, np.array(hypothesis.log_prob), EXACT, Where(hypothesis.text),
+                            (TRAINED, "beam search"))  # fmt: skip
+
+
+@torch.inference_mode()
+def _reordered(patient: Patient, meter: Meter) -> None:
+    """A row of a decoder that is moved or copied goes on as it would have where it was, inside a block and after it."""
+    documents = [d for d in patient.documents if len(patient.tokenizer.split(d.completion)) > 1][:3]
+    n = len(documents)
+    blocks = [[patient.tokenizer.encode_block(b) for b in patient.tokenizer.split(d.completion)[:2]] for d in documents]
+    written = [list(second.units[::-1][:2]) for _, second in blocks]
+
+    def opened() -> Decoder:
+        decoder = Decoder(patient.exact, patient.tokenizer, n)
+        decoder.read(range(n), [[first] for first, _ in blocks])
+        for t in range(2):
+            rows = [i for i in range(n) if len(written[i]) >= t]
+            decoder.step(rows, [written[i][:t] for i in rows])
+        return decoder
+
+    plain = opened()
+    inside = plain.step(range(n), written)
+    plain.read(range(n), [[second] for _, second in blocks])
+    after = plain.step(range(n), [[]] * n)
+    for order in ([*range(1, n), 0], [n - 1] * n, [0, *range(n - 1)]):
+        moved, sides = opened(), ("where it was", "moved")
+        moved.select(order)
+        meter.close("logits inside a block", *_finite(inside[order], moved.step(range(n), [written[i] for i in order])),
+                    EXACT, Where(documents[order[0]].text), sides)  # fmt: skip
+        moved.read(range(n), [[blocks[i][1]] for i in order])
+        meter.close("logits after a block", *_finite(after[order], moved.step(range(n), [[]] * n)), EXACT,
+                    Where(documents[order[0]].text), sides)  # fmt: skip
+
+
+def _finite(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the padding of the head, which check 5 looks after."""
+    return left.masked_fill(left == -torch.inf, 0.0), right.masked_fill(right == -torch.inf, 0.0)

@@ -1,0 +1,151 @@
+"""Checks 5 and 6: what can be written at all, and what cannot."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal.doctor.patient import Document, Patient, lively
+from tidal.doctor.registry import EXACT, ORACLE, check
+from tidal.doctor.report import Meter, Where
+from tidal.doctor.tape import stand_in
+from tidal.infer.beam import beam_search
+from tidal.infer.engine import generate
+from tidal.infer.grammar import Grammar
+from tidal.infer.sampling import Sampling, choose
+from tidal.infer.score import score
+from tidal.model import TidalTransformer
+
+SAMPLERS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_k=40),
+            Sampling(temperature=1.0, top_p=0.9), Sampling(temperature=1.0, min_p=0.1))  # fmt: skip
+
+
+@check(5, "the head fits the alphabet", "the head is wider than the vocabulary: ids that decode to junk")
+def head_fits(patient: Patient, meter: Meter) -> None:
+    """Sizes of head, config and tokenizer agree; columns that pad the head have no influence, whatever they hold."""
+    model, tokenizer, config = patient.model, patient.tokenizer, patient.model.config
+    for name in ("vocab_size", "n_writable", "n_head", "max_block_units"):
+        meter.same(name, getattr(config, name), getattr(tokenizer, name), Where(), ("config", "tokenizer"))
+    sizes = {"columns of the head": (config.n_head, model.unit_embedding.weight.shape[0]),
+             "rows of the token table": (config.vocab_size, model.token_embedding.weight.shape[0]),
+             "entries of the head's mask": (config.n_head, model.head_mask.shape[0]),
+             "places": (config.n_places, model.place_table.shape[0])}  # fmt: skip
+    for name, (wanted, got) in sizes.items():
+        meter.same(name, wanted, got, Where(), ("config", "model"))
+    writable = torch.arange(config.n_head) < config.n_writable
+    states = torch.randn(4, config.shape.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    finite = patient.exact.head(states).isfinite().detach()
+    meter.same("columns that can be chosen", writable.expand(4, -1).flatten(), finite.flatten(),
+               lambda i: Where(layer="head", step=i % config.n_head), (ORACLE, "model"))  # fmt: skip
+
+    loud = copy.deepcopy(patient.exact)
+    with torch.no_grad():  # <bob> is a column as well, but it is also read
+        loud.unit_embedding.weight[config.n_writable + 1 :] = 100 * states[0]
+    sides = "as it is", "padding overwritten"
+    for document in patient.documents[: 1 if patient.quick else 3]:
+        batch, here = patient.pack([[document]]), Where(document.text)
+        with torch.inference_mode():
+            meter.close("losses", patient.exact(batch).units, loud(batch).units, EXACT, here, sides)
+            meter.close("log-probabilities", patient.exact.log_probs(batch), loud.log_probs(batch), EXACT,
+                        partial(patient.where, document), sides)  # fmt: skip
+            logits = patient.exact.head(patient.exact.states(batch)[1][0])
+        n = config.n_writable
+        meter.close("sums of probabilities", torch.ones(len(logits), dtype=torch.float64),
+                    logits.softmax(-1)[:, :n].sum(-1), EXACT,
+                    partial(patient.where, document), ("one", "writable"))  # fmt: skip
+        meter.close("scores", score(patient.exact, tokenizer, document.text[:20], "decode"),
+                    score(loud, tokenizer, document.text[:20], "decode"), EXACT, here, sides)  # fmt: skip
+        _same_output(patient, meter, loud, document)
+    _preferred(patient, meter, torch.arange(config.n_head) >= config.n_writable)
+
+
+def _same_output(patient: Patient, meter: Meter, other: TidalTransformer, document: Document) -> None:
+    """Greedy, sampled and found by beams."""
+    here, sides, units = Where(document.prompt), ("as it is", "padding overwritten"), 6
+    models = lively(patient.exact), lively(other)
+    for temperature in (0.0, 1.0):
+        one, two = (generate(m, patient.tokenizer, [document.prompt], temperature=temperature, max_new_units=units)[0]
+                    for m in models)  # fmt: skip
+        meter.same("generated text", one.blocks, two.blocks, here, sides)
+        meter.close("log-probabilities", np.array(one.log_probs), np.array(two.log_probs), EXACT, here, sides)
+    for cached in (True, False):
+        one_beam, two_beam = (
+            beam_search(m, patient.tokenizer, [document.prompt], num_beams=3, max_new_units=units, cached=cached)[0]
+            for m in models
+        )
+        meter.same("text found by beams", [h.blocks for h in one_beam], [h.blocks for h in two_beam], here, sides)
+        meter.close("scores of beams", np.array([h.score for h in one_beam]), np.array([h.score for h in two_beam]),
+                    EXACT, here, sides)  # fmt: skip
+
+
+@check(6, "masked is impossible", "masked logits are set to 0 instead of minus infinity")
+def masked(patient: Patient, meter: Meter) -> None:
+    """What may not be written has probability exactly 0, however strongly the model wants it: in every sampler, in
+    generation and in beams; and what comes out is text that could have been trained on.
+    """
+    tokenizer, config = patient.tokenizer, patient.model.config
+    grammar = Grammar(tokenizer)
+    first_byte = next(u for u in range(2, 258) if tokenizer.id_bytes[u][0] == 0x94)  # the end of a character
+    full = [tokenizer.n_writable - 1] * tokenizer.max_block_units
+    for written in ([], full[:1], [first_byte], full):
+        allowed = grammar.allowed(written)
+        meter.same("columns of the mask", config.n_head, len(allowed), Where(), ("config", "grammar"))
+        meter.same("padding allowed", False, bool(allowed[tokenizer.n_writable :].any()), Where(), (ORACLE, "grammar"))
+        meter.same("<eob> allowed", bool(written) and written != [first_byte], bool(allowed[tokenizer.eob_id]), Where(),
+                   (ORACLE, "grammar"))  # fmt: skip
+        meter.same("<eos> allowed", not written, bool(allowed[tokenizer.eos_id]), Where(), (ORACLE, "grammar"))
+        meter.same("more than <eob> allowed", written != full, int(allowed.sum()) > 1, Where(), (ORACLE, "grammar"))
+        logits = torch.where(allowed, -50.0, 50.0).double()
+        for how in SAMPLERS:
+            for seed in range(3):
+                unit = choose(logits[None].clone(), allowed[None], how, [np.random.default_rng(seed)])[0]
+                meter.holds(bool(allowed[unit]), f"a forbidden unit, {tokenizer.piece_name(unit)}, was chosen by {how}",
+                            Where(tensor="unit", values=(str(unit), ""), sides=("chosen", "")))  # fmt: skip
+    for seed in range(8 if patient.quick else 24):
+        _walk(patient, meter, grammar, np.random.default_rng(seed))
+    index = torch.arange(config.n_head)
+    _preferred(patient, meter, index < 2)
+    _preferred(patient, meter, (index >= 2) & (index < 258))
+
+
+def _walk(patient: Patient, meter: Meter, grammar: Grammar, rng: np.random.Generator) -> None:
+    """Whatever the grammar allows ends in a block that the tokenizer would spell in the same units."""
+    tokenizer = patient.tokenizer
+    written: list[int] = []
+    while True:
+        allowed = np.flatnonzero(grammar.allowed(written).numpy())
+        meter.holds(len(allowed) > 0, f"nothing may follow {written}")
+        unit = int(rng.choice(allowed))
+        if unit < 2:
+            break
+        written.append(unit)
+    if written:
+        text = tokenizer.unreverse(written)
+        meter.same("units", patient.oracle.spell(text)[::-1], written, Where(block=text), (ORACLE, "grammar"))
+        meter.holds(len(written) <= tokenizer.max_block_units, f"a block of {len(written)} units", Where(block=text))
+
+
+def _preferred(patient: Patient, meter: Meter, columns: Tensor) -> None:
+    """Generation and beams under a head that prefers these columns to all others still give text."""
+
+    def head(states: Tensor) -> Tensor:
+        return torch.where(columns, 50.0, -50.0).to(states) + states[..., :1].tanh()
+
+    tokenizer, model, prompt = patient.tokenizer, stand_in(patient.exact, head=head), patient.documents[0].prompt
+    for temperature in (0.0, 1.0):
+        done = generate(model, tokenizer, [prompt], temperature=temperature, max_new_units=10)[0]
+        _is_text(patient, meter, prompt, done.blocks)
+    for cached in (True, False):
+        for hypothesis in beam_search(model, tokenizer, [prompt], num_beams=2, max_new_units=10, cached=cached)[0]:
+            _is_text(patient, meter, prompt, hypothesis.blocks)
+
+
+def _is_text(patient: Patient, meter: Meter, prompt: str, blocks: list[str]) -> None:
+    for block in blocks:
+        n = len(patient.oracle.spell(block))
+        meter.holds(0 < n <= patient.tokenizer.max_block_units, f"a block of {n} units was written",
+                    Where(prompt, block))  # fmt: skip

@@ -1,0 +1,281 @@
+"""Checks 19 to 22: the files, and what the model has learnt."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal import checkpoint as checkpoints
+from tidal.cli import UserError
+from tidal.config import Shape, TidalConfig
+from tidal.doctor.patient import Document, Patient
+from tidal.doctor.registry import check
+from tidal.doctor.report import Meter, Skip, Where
+from tidal.infer.engine import Completion, generate
+from tidal.infer.load import load
+from tidal.model import TidalTransformer
+
+# Limits of what the model does. They are wide: here a finding means "broken", not "could be better".
+DEGENERATE = 0.5
+"""share of completions that are empty, repeat or never end"""
+LEAST_DROP = 0.05
+"""of the loss, from the first tenth of the steps to the last: less is flat"""
+LEAST_DONE = 0.5
+"""of the steps that were planned"""
+LEAST_GAIN = 0.002
+"""nats a unit that the true prompt must be worth against another document's"""
+DRIFT = 3.0
+"""ratio, either way, of the bits per byte of the model's samples and of held-out text; plus DRIFT_BITS"""
+DRIFT_BITS = 0.5
+OVERLAP = 0.5
+"""of the n-grams that held-out text shares with other data, as many must samples share"""
+N_GRAM = 3  # characters
+RANDOM_UNITS = 400
+
+
+@check(19, "weights are the file's", "weights not loaded, the wrong file, the wrong dtype, a config of other weights")
+def weights(patient: Patient, meter: Meter) -> None:
+    """What is in memory is, bit for bit, what the verified file holds; all of it finite; all of it learnt.
+
+    Without a checkpoint, one is written and loaded again.
+    """
+    model = patient.model
+    for name, tensor in model.state_dict().items():
+        meter.holds(bool(tensor.isfinite().all()), f"{name} has {int((~tensor.isfinite()).sum())} values that are not "
+                    "finite", Where(tensor=name))  # fmt: skip
+        meter.same("dtypes", patient.dtype, tensor.dtype, Where(tensor=name, sides=("most", name),
+                   values=(str(patient.dtype), str(tensor.dtype))), ("most", name))  # fmt: skip
+    meter.same("fingerprints", model.config.fingerprint, patient.tokenizer.fingerprint, Where(), ("model", "tokenizer"))
+    if patient.checkpoint is not None:
+        _as_stored(patient, meter, patient.checkpoint)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = checkpoints.write_checkpoint(
+            Path(folder), 1, tensors=model.state_dict(), config=model.config.to_dict(), trainer={"step": 1},
+            tokenizer=patient.tokenizer)  # fmt: skip
+        again, tokenizer = load(stored, dtype=patient.dtype)
+        meter.same("fingerprints", patient.tokenizer.fingerprint, tokenizer.fingerprint, Where(), ("saved", "loaded"))
+        _same_tensors(meter, model.state_dict(), again.state_dict(), ("saved", "loaded"))
+
+
+def _as_stored(patient: Patient, meter: Meter, folder: Path) -> None:
+    try:
+        values, tensors, trainer = checkpoints.read_checkpoint(folder)
+        config = TidalConfig.from_dict(values)
+    except (UserError, ValueError, TypeError) as error:
+        meter.holds(False, str(error))
+        return
+    meter.same("configs", config, patient.model.config, Where(), ("file", "model"))
+    _same_tensors(meter, {name: t.to(patient.dtype) for name, t in tensors.items()}, patient.model.state_dict(),
+                  ("file", "model"))  # fmt: skip
+    if "settings" in trainer:
+        _learnt(meter, config, trainer, tensors)
+
+
+def _same_tensors(meter: Meter, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str]) -> None:
+    meter.same("names of tensors", sorted(left), sorted(right), Where(), sides)
+    for name, tensor in left.items():
+        mine = right[name].cpu()
+        meter.same(f"shapes of {name}", list(tensor.shape), list(mine.shape), Where(tensor=name), sides)
+        differs = (tensor.cpu() != mine) & ~(tensor.cpu().isnan() & mine.isnan())
+        at = Where(tensor=name)
+        if bool(differs.any()):
+            index = tuple(differs.nonzero()[0].tolist())
+            at = Where(tensor=f"{name}{list(index)}", sides=sides,
+                       values=(f"{tensor[index].item():.9g}", f"{mine[index].item():.9g}"))  # fmt: skip
+        meter.holds(not bool(differs.any()), f"{int(differs.sum())} values of {name} differ", at)
+
+
+def _learnt(meter: Meter, config: TidalConfig, trainer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """No tensor is still what the seed of the run made it."""
+    settings = trainer["settings"]
+    if not trainer["step"]:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(settings["seed"]))
+        initial = TidalTransformer(dataclasses.replace(config, shape=Shape(**settings["model"]))).state_dict()
+    for name, tensor in tensors.items():
+        same = name in initial and torch.equal(initial[name].float(), tensor.float())
+        meter.holds(not same, f"{name} is as it was made; {trainer['step']} steps have not changed it",
+                    Where(tensor=name))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ what it writes
+
+
+def _samples(patient: Patient, least: int = 4) -> list[Document]:
+    """Documents with prompts to judge output by."""
+    chosen = [document for document in patient.samples if document.completion]
+    if len(chosen) < least:
+        raise Skip(f"needs {least} texts of the kind it was trained on; give --data")
+    return chosen
+
+
+def _written(patient: Patient, documents: Sequence[Document]) -> list[Completion]:
+    """Sampled from the model as it is; twice the room of the true completion."""
+    if "_written" not in patient.__dict__:
+        longest = max(len(patient.oracle.script(patient.tokenizer.split(d.completion), True)) for d in documents)
+        patient.__dict__["_written"] = generate(
+            patient.model, patient.tokenizer, [d.prompt for d in documents], temperature=1.0, seed=1,
+            max_new_units=min(2 * longest + 8, 96 if patient.quick else 256))  # fmt: skip
+    found: list[Completion] = patient.__dict__["_written"]
+    return found
+
+
+@check(20, "output has substance", "generation is empty, cut off at once, or one block for ever", of_output=True)
+def substance(patient: Patient, meter: Meter) -> None:
+    """Samples for the data's own prompts: the shares that are empty, that end at once, that repeat, that never end."""
+    documents = _samples(patient)
+    done = _written(patient, documents)
+    ends = [(c, d) for c, d in zip(done, documents, strict=True) if d.ends]
+    shares = {
+        "empty": np.mean([not c.completion.strip() for c in done]),
+        "ended at once": np.mean([c.stop_reason == "eos" and not c.blocks for c in done]),
+        "repeating": np.mean([_repeats(c.blocks) for c in done]),
+        "never ending": np.mean([c.stop_reason == "length" for c, _ in ends]) if ends else 0.0,
+    }
+    meter.note(", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + f" of {len(done)}")
+    for name, share in shares.items():
+        bad = next((c for c in done if not c.completion.strip() or _repeats(c.blocks)), done[0])
+        meter.at_most(f"the share of {name} completions", float(share), DEGENERATE, _completion(bad))
+
+
+def _completion(one: Completion) -> Where:
+    return Where(one.prompt, tensor="completion", sides=("written", ""), values=(repr(one.completion[:60]), ""))
+
+
+def _repeats(blocks: Sequence[str]) -> bool:
+    """Whether the last half is one to three blocks over and over, at least four times."""
+    for period in (1, 2, 3):
+        tail = blocks[-max(4 * period, len(blocks) // 2) :]
+        if len(tail) >= 4 * period and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------- what the loss fell for
+
+
+@check(21, "the loss fell for a reason",
+       "the loss fell by collapse, a leak or a proxy target, or training was far too short", of_output=True)
+def reasons(patient: Patient, meter: Meter) -> None:
+    """metrics.csv: finite, falling, as many steps as planned. No text that is random is predicted better than chance
+    (only a leak can do that). The prompt matters.
+    """
+    if patient.checkpoint is not None:
+        _metrics(patient, meter, patient.checkpoint)
+    _random_text(patient, meter)
+    documents = _samples(patient)
+    swapped = [dataclasses.replace(d, prompt=documents[(i + 1) % len(documents)].prompt)
+               for i, d in enumerate(documents)]  # fmt: skip
+    if any(a.prompt != b.prompt for a, b in zip(documents, swapped, strict=True)):
+        own, other = (_nats_per_unit(patient, some) for some in (documents, swapped))
+        meter.note(f"the true prompt is worth {other - own:.3f} nats a unit")
+        meter.at_least("what the true prompt is worth", other - own, LEAST_GAIN, Where(documents[0].prompt))
+
+
+def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
+    run_dir = folder.parent.parent
+    if not (run_dir / "metrics.csv").is_file():
+        meter.note("no metrics.csv")
+        return
+    with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        losses = [float(row["loss"]) for row in rows]
+        steps = [int(row["step"]) for row in rows]
+        trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        planned = int(trainer.get("settings", {}).get("max_steps", 0))
+    except (KeyError, ValueError, TypeError) as error:
+        raise Skip(f"{run_dir / 'metrics.csv'} cannot be read: {error!r}") from error
+    here = Where(tensor=str(run_dir / "metrics.csv"))
+    for row in rows:
+        bad = [name for name, value in row.items() if value and not math.isfinite(float(value))]
+        meter.holds(not bad, f"step {row['step']}: {', '.join(bad)} not finite", here)
+    meter.holds(bool(losses), "no step was logged", here)
+    meter.holds(max(steps) >= LEAST_DONE * planned, f"{max(steps)} steps were done of {planned} planned", here)
+    if len(losses) >= 10:
+        tenth = max(1, len(losses) // 10)
+        first, last = np.median(losses[:tenth]), np.median(losses[-tenth:])
+        meter.at_most("the last loss as a share of the first", float(last / first), 1 - LEAST_DROP, here)
+    uniform = math.log(patient.model.config.n_writable)
+    meter.at_most("the last loss as a share of guessing", float(np.median(losses[-3:]) / uniform), 0.9, here)
+
+
+@torch.inference_mode()
+def _random_text(patient: Patient, meter: Meter) -> None:
+    """Units drawn uniformly from m cost log m nats each on average, under any model (Gibbs' inequality) that does not
+    see them; the mean of n of them may be below by chance, by 4 standard errors at most.
+    """
+    rng, per_block = np.random.default_rng(3), min(8, patient.tokenizer.max_block_units - 1)
+    alphabet = sorted(c for c in patient.oracle.alphabet if c.isascii() and c.isdecimal())
+    documents = []
+    for _ in range(RANDOM_UNITS // per_block // 8):
+        blocks = [f" {''.join(rng.choice(alphabet, per_block))}" if i else "".join(rng.choice(alphabet, per_block))
+                  for i in range(8)]  # fmt: skip
+        documents.append(Document("", "".join(blocks), False))
+    log_probs = patient.log_probs([[document] for document in documents]).numpy()
+    targets = [step.target for document in documents for step in patient.layout(document).steps]
+    digit = np.array([patient.oracle.is_digit(u) for u in targets])
+    nats = -log_probs[digit]
+    entropy, error = math.log(len(alphabet)), float(nats.std() / math.sqrt(len(nats)))
+    meter.note(f"random digits cost {nats.mean():.2f} nats each, at least {entropy:.2f}")
+    short = entropy - float(nats.mean())
+    meter.at_most("by how many nats random digits are guessed better than chance", short, 4 * error + 0.05,
+                  Where(documents[0].text))  # fmt: skip
+
+
+@torch.inference_mode()
+def _nats_per_unit(patient: Patient, documents: Sequence[Document]) -> float:
+    return -float(patient.log_probs([[document] for document in documents]).mean())
+
+
+# --------------------------------------------------------------------------------------------- free running
+
+
+@check(22, "free running", "teacher-forced loss is fine, free-running text is not", of_output=True)
+def free_running(patient: Patient, meter: Meter) -> None:
+    """The model's own samples cost about as many bits per byte, under the model, as held-out text, and share about as
+    many n-grams with the data.
+    """
+    documents = _samples(patient)
+    done = [c for c in _written(patient, documents) if c.completion]
+    if not done:
+        meter.holds(False, "nothing was written")
+    samples = [Document(c.prompt, c.completion, c.stop_reason == "eos") for c in done]
+    own, true = (_bits_per_byte(patient, some) for some in (samples, documents))
+    meter.note(f"bits per byte: samples {own:.3g}, held out {true:.3g}")
+    here = _completion(done[0])
+    meter.at_most("bits per byte of samples, against held-out text,", own, DRIFT * true + DRIFT_BITS, here)
+    meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here)
+    half = len(documents) // 2
+    reference = _n_grams([d.text for d in documents[:half]])
+    held_out = _share(_n_grams([d.completion for d in documents[half:]]), reference)
+    written = _share(_n_grams([c.completion for c in done[half:]]), reference)
+    meter.note(f"{N_GRAM}-grams known: samples {written:.0%}, held out {held_out:.0%}")
+    meter.at_most("the share of n-grams that held-out text has and samples lack", held_out - written,
+                  (1 - OVERLAP) * held_out + 0.05, here)  # fmt: skip
+
+
+def _bits_per_byte(patient: Patient, documents: Sequence[Document]) -> float:
+    nats = -float(patient.log_probs([[document] for document in documents]).sum())
+    return nats / math.log(2) / max(1, sum(len(d.completion.encode()) for d in documents))
+
+
+def _n_grams(texts: Sequence[str]) -> Counter[str]:
+    return Counter(text[i : i + N_GRAM] for text in texts for i in range(len(text) - N_GRAM + 1))
+
+
+def _share(some: Counter[str], known: Counter[str]) -> float:
+    return sum(n for gram, n in some.items() if gram in known) / max(1, some.total())

@@ -1,0 +1,263 @@
+"""Checks 9, 11, 12 and 15: what the model is fed, and that neither mates nor padding change anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal.blocks import BOS_BLOCK, Passage, cut_at_random, windows
+from tidal.doctor.oracle import Layout, place_encodings
+from tidal.doctor.patient import Document, Patient, lively
+from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
+from tidal.doctor.report import Meter, Where
+from tidal.doctor.tape import Tape
+from tidal.infer.engine import generate
+from tidal.streams import Batch, pack
+
+
+def _features(layout: Layout) -> dict[str, Tensor]:
+    """What must be fed for a document that stands alone, by the names of a `Tape`."""
+    tokens, steps = layout.tokens, layout.steps
+    return {
+        "reader ids": torch.tensor([token.id for token in tokens]),
+        "reader positions": torch.tensor([token.position for token in tokens], dtype=torch.float32),
+        "reader places": torch.tensor([token.place for token in tokens]),
+        "writer ids": torch.tensor([step.id for step in steps]),
+        "writer positions": torch.tensor([step.position for step in steps], dtype=torch.float32),
+        "writer places": torch.tensor([step.place for step in steps]),
+        "suffixes": torch.tensor([step.suffixes for step in steps]),
+        "context": torch.tensor([step.n_memory - 1 for step in steps]),
+    }
+
+
+def _fed(batch: Batch, row: int, first: tuple[int, int], count: tuple[int, int]) -> dict[str, Tensor]:
+    """The same of a document in a batch: it begins at these reader and writer indices and has so many."""
+    reader, writer = (slice(start, start + n) for start, n in zip(first, count, strict=True))
+    return {
+        "reader ids": batch.reader_ids[row, reader], "reader positions": batch.reader_positions[row, reader],
+        "reader places": batch.reader_places[row, reader], "writer ids": batch.writer_ids[row, writer],
+        "writer positions": batch.writer_positions[row, writer], "writer places": batch.writer_places[row, writer],
+        "suffixes": batch.suffixes[row, writer], "context": batch.context[row, writer] - first[0],
+    }  # fmt: skip
+
+
+def _compare(patient: Patient, meter: Meter, document: Document, fed: dict[str, Tensor], side: str) -> None:
+    if not patient.model.config.shape.suffix_rows:
+        fed = {name: value for name, value in fed.items() if name != "suffixes"}  # not used
+    for name, wanted in _features(patient.layout(document)).items():
+        if name in fed:
+            at = patient.where_read if name.startswith("reader") else patient.where
+            meter.same(name, wanted.flatten(), fed[name].flatten(), partial(at, document), (ORACLE, side),
+                       max(1, wanted[:1].numel()))  # fmt: skip
+
+
+@check(9, "coordinates are causal",
+       "positions or places depend on the total or the padded length, which a decoder cannot know")
+def coordinates(patient: Patient, meter: Meter) -> None:
+    """Positions, places, suffixes and contexts are those of the definition: alone, padded, behind another document,
+    with the future cut off, and in decoding; and the log-probabilities of a prefix do not depend on what follows it.
+    """
+    shape, table = patient.model.config.shape, patient.model.place_table
+    coarse = 4 * max(torch.finfo(table.dtype).eps, 1e-4)
+    meter.close("place encodings", place_encodings(*table.shape), table, coarse, Where(), (ORACLE, "model"))
+    longest = max(patient.documents, key=lambda document: len(patient.layout(document).tokens))
+    for document in patient.documents:
+        layout, other = patient.layout(document), patient.layout(longest)
+        count = len(layout.tokens), len(layout.steps)
+        _compare(patient, meter, document, _fed(patient.pack([[document]]), 0, (0, 0), count), TRAINED)
+        padded = patient.pack([[document], [longest, document]])
+        _compare(patient, meter, document, _fed(padded, 0, (0, 0), count), "training, padded")
+        behind = len(other.tokens), len(other.steps)
+        _compare(patient, meter, document, _fed(padded, 1, behind, count), "training, behind another document")
+        tape = Tape(patient.exact)
+        patient.decode(tape.model, [document])
+        fed = {name: value for name in tape.entries if (value := tape.joined(name)) is not None}
+        del fed["context"]  # a state here, not an index
+        _compare(patient, meter, document, fed, DECODED)
+        _prefixes(patient, meter, document)
+        if shape.place_jitter:
+            moved = pack([[patient.passage(document, shape.place_jitter)]], patient.table,
+                         step_stride=shape.step_stride)  # fmt: skip
+            for name, places in (("reader places", moved.reader_places), ("writer places", moved.writer_places)):
+                meter.same(f"{name} less the offset", _features(layout)[name], places[0] - shape.place_jitter,
+                           Where(document.text), (ORACLE, TRAINED))  # fmt: skip
+
+
+@torch.inference_mode()
+def _prefixes(patient: Patient, meter: Meter, document: Document) -> None:
+    """The document cut off after some of its blocks."""
+    layout, table = patient.layout(document), patient.table
+    first = layout.steps[0].block if layout.steps else len(layout.blocks)
+    cuts = range(first, len(layout.blocks) - document.ends - 1, 4 if patient.quick else 1)
+    for last in cuts:
+        indices = table.indices(layout.blocks[1 : last + 1])
+        batch = pack([[Passage(np.array([BOS_BLOCK, *indices], np.int32), first)]], table,
+                     step_stride=patient.model.config.shape.step_stride)  # fmt: skip
+        n_tokens = sum(token.block <= last for token in layout.tokens)
+        n_steps = sum(step.block <= last for step in layout.steps)
+        short = dataclasses.replace(layout, tokens=layout.tokens[:n_tokens], steps=layout.steps[:n_steps])
+        fed = _fed(batch, 0, (0, 0), (n_tokens, n_steps))
+        for name, wanted in _features(short).items():
+            meter.same(name, wanted.flatten(), fed[name].flatten(), Where(document.text), (ORACLE, "training, cut off"))
+        meter.close("log-probabilities before another future", patient.packed(document)[:n_steps],
+                    patient.exact.log_probs(batch), EXACT, partial(patient.where, document),
+                    ("whole", "cut off"))  # fmt: skip
+
+
+@check(11, "targets and supervision",
+       "targets are shifted by one, the loss mask is off, supervision starts at the wrong place")
+def supervision(patient: Patient, meter: Meter) -> None:
+    """Targets spell the completion, block by block, and nothing else; so many units and bytes are counted.
+
+    Also through windows and boundary dropout, and for the batch that training is about to feed.
+    """
+    tokenizer, table = patient.tokenizer, patient.table
+    for document in patient.documents:
+        layout, batch = patient.layout(document), patient.pack([[document]])
+        here, sides = Where(document.text), (ORACLE, TRAINED)
+        n = len(layout.steps)
+        meter.same("supervised units", n, int((batch.targets >= 0).sum()), here, sides)
+        meter.same("counted units", n, batch.n_units, here, sides)
+        meter.same("counted bytes", len(document.completion.encode()), batch.n_bytes, here, sides)
+        for block in dict.fromkeys(step.block for step in layout.steps):
+            steps = [s for s, step in enumerate(layout.steps) if step.block == block]
+            wanted = [layout.steps[s].target for s in steps]
+            got = batch.targets[0, steps[0] : steps[-1] + 1]
+            meter.same("targets of a block", wanted, got, patient.where(document, steps[0]), sides)
+        asked = [-1] * len(layout.tokens)
+        for block in dict.fromkeys(step.block for step in layout.steps):
+            first = [token.id for token in layout.tokens if token.block == block]
+            asked[sum(token.block < block for token in layout.tokens) - 1] = first[0] if first else tokenizer.eos_id
+        meter.same("next tokens", asked, batch.next_tokens[0],
+                   partial(patient.where_read, document), sides)  # fmt: skip
+        with torch.inference_mode():
+            losses = patient.exact(batch)
+            logits = patient.exact.head(patient.exact.states(batch)[1][0, :n])[:, : tokenizer.n_writable]
+        targets = torch.tensor([step.target for step in layout.steps])
+        nats = -logits.log_softmax(-1).gather(1, targets[:, None]).sum() if n else torch.zeros(())
+        meter.same("units in the loss", n, losses.n_units, here, sides)
+        meter.close("losses", nats, losses.units, EXACT * max(1, n), here, sides)
+
+        whole = patient.passage(document)
+        for reader_budget, writer_budget, overlap in ((9, 20, 0), (16, 1000, 6)):
+            cut = windows(whole, table, reader_budget, writer_budget, overlap)
+            _same_targets(patient, meter, document, cut, "windows")
+        dropped = cut_at_random(whole, table, np.random.default_rng(1), 0.7)
+        meter.same("text after boundary dropout", document.completion, _written(patient, [dropped]), here,
+                   ("text", TRAINED))  # fmt: skip
+    if patient.batch is not None:
+        _batch_spells_itself(patient, meter, patient.batch)
+
+
+def _same_targets(patient: Patient, meter: Meter, document: Document, cut: Sequence[Passage], side: str) -> None:
+    batches = [pack([[p]], patient.table) for p in cut]
+    targets = [unit for batch in batches for unit in batch.targets[0].tolist()]
+    meter.same("targets", [step.target for step in patient.layout(document).steps], targets,
+               partial(patient.where, document), (ORACLE, side))  # fmt: skip
+    for p in cut:
+        meter.same("first blocks", BOS_BLOCK, int(p.blocks[0]), Where(document.text), (ORACLE, side))
+
+
+def _written(patient: Patient, passages: Sequence[Passage]) -> str:
+    """The text that the targets of passages spell."""
+    texts = []
+    for p in passages:
+        targets = pack([[p]], patient.table).targets[0].tolist()
+        block: list[int] = []
+        for unit in targets:
+            if unit == patient.tokenizer.eob_id:
+                texts.append(patient.tokenizer.decode(block[::-1]))
+                block = []
+            elif unit != patient.tokenizer.eos_id:
+                block.append(unit)
+    return "".join(texts)
+
+
+def _batch_spells_itself(patient: Patient, meter: Meter, batch: Batch) -> None:
+    """What is asked of a block, turned round, is what the reader reads next, right behind its context."""
+    tokenizer, eob = patient.tokenizer, patient.tokenizer.eob_id
+    for row in range(len(batch.targets)):
+        targets, context = batch.targets[row].tolist(), batch.context[row].tolist()
+        ends, ids = batch.reader_sees[row, :, 1].tolist(), batch.reader_ids[row].tolist()
+        start = 0
+        for s, target in enumerate(targets):
+            if target == eob:
+                first = context[start] + 1
+                read = [i for i, end in zip(ids[first:], ends[first:], strict=True) if end == ends[first]]
+                text = tokenizer.decode(read)
+                meter.same("blocks of the training batch", text, tokenizer.decode(targets[start:s][::-1]),
+                           Where("", text, s - start), ("read", "asked for"))  # fmt: skip
+            if target in (eob, tokenizer.eos_id):
+                start = s + 1
+    meter.same("units counted in the training batch", int((batch.targets >= 0).sum()), batch.n_units, Where(),
+               ("targets", "count"))  # fmt: skip
+
+
+@check(12, "packed rows do not leak", "documents packed into one row see each other")
+def packed_rows(patient: Patient, meter: Meter) -> None:
+    """A document has the same log-probabilities alone and anywhere in a row of others."""
+    documents = list(patient.documents)
+    for row in (documents, documents[::-1]):
+        got = patient.log_probs([row]).numpy()
+        at = 0
+        for document in row:
+            alone = patient.packed(document)
+            meter.close("log-probabilities", alone, got[at : at + len(alone)], EXACT,
+                        partial(patient.where, document), ("alone", "in a row"))  # fmt: skip
+            at += len(alone)
+
+
+@check(15, "batch and padding do not matter", "the answer changes with batch mates or with padding")
+def batch_and_padding(patient: Patient, meter: Meter) -> None:
+    """Alone, in rows that are padded, whatever the padding holds; decoded side by side; generated in any batch."""
+    documents = list(patient.documents)
+    batch, n = patient.pack([[document] for document in documents]), len(documents)
+    with torch.inference_mode():
+        got = patient.exact.log_probs(batch)
+        filled = patient.exact.log_probs(_fill_padding(patient, batch, documents))
+    alone = np.concatenate([patient.packed(document) for document in documents])
+    owners = [(document, i) for document in documents for i in range(len(patient.layout(document).steps))]
+
+    def at(i: int) -> Where:
+        return patient.where(*owners[i])
+
+    meter.close("log-probabilities", alone, got, EXACT, at, ("alone", "in a padded batch"))
+    meter.close("log-probabilities", got, filled, EXACT, at, ("padding as it is", "padding overwritten"))
+    together = patient.decode(patient.exact, documents, capacity=3)
+    for document, mine in zip(documents, together, strict=True):
+        meter.close("log-probabilities in decoding", patient.decoded(document), mine, EXACT,
+                    partial(patient.where, document), ("alone", "side by side"))  # fmt: skip
+    prompts, model = [document.prompt for document in documents], lively(patient.exact)
+    for temperature in (0.0, 1.0):
+        units = 16 if patient.quick else 40
+        whole = generate(model, patient.tokenizer, prompts, seed=range(n), temperature=temperature,
+                         max_new_units=units)  # fmt: skip
+        for i, (prompt, one) in enumerate(zip(prompts, whole, strict=True)):
+            other = generate(model, patient.tokenizer, [prompt], seed=[i], temperature=temperature,
+                             max_new_units=units)[0]  # fmt: skip
+            meter.same("generated blocks", other.blocks, one.blocks, Where(prompt), ("alone", "in a batch"))
+            meter.close("log-probabilities", np.array(other.log_probs), np.array(one.log_probs), EXACT, Where(prompt),
+                        ("alone", "in a batch"))  # fmt: skip
+
+
+def _fill_padding(patient: Patient, batch: Batch, documents: Sequence[Document]) -> Batch:
+    """The batch with arbitrary ids, positions and places wherever the definition has no element."""
+    config, generator = patient.model.config, torch.Generator().manual_seed(0)
+    limits = {"reader_ids": config.vocab_size, "reader_places": config.n_places, "reader_positions": 99,
+              "writer_ids": config.n_head, "writer_places": config.n_places, "writer_positions": 99}  # fmt: skip
+    changed = {}
+    for name, limit in limits.items():
+        value = getattr(batch, name).clone()
+        for row, document in enumerate(documents):
+            layout = patient.layout(document)
+            rest = value[row, len(layout.tokens if name.startswith("reader") else layout.steps) :]
+            rest.copy_(torch.randint(limit, rest.shape, generator=generator))
+        changed[name] = value
+    return dataclasses.replace(batch, **changed)
+
+

@@ -1,0 +1,131 @@
+"""`run`: put a model and its tokenizer through all checks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from tidal.cli import UserError
+from tidal.device import set_threads
+from tidal.doctor import (
+    checks_attention,
+    checks_decoding,
+    checks_head,
+    checks_kernels,
+    checks_run,
+    checks_streams,
+    checks_text,
+)
+from tidal.doctor.patient import Document, Patient
+from tidal.doctor.registry import CHECKS, Check
+from tidal.doctor.report import Found, Meter, Report, Result, Skip, Where
+from tidal.doctor.texts import BUILT_IN, of_run, prompts, windows
+from tidal.infer.load import load_with_trainer
+from tidal.model import TidalTransformer
+from tidal.streams import Batch
+from tidal.tokenizer import MixedTokenizer
+
+MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_run)
+"""To be imported is all they need: each registers its checks."""
+CRASHES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError,
+           UserError, ValueError, OSError)  # fmt: skip
+"""What the package under examination may raise where it is broken; that is a finding, not the doctor's failure."""
+
+
+def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[str | Document] | None = None,
+        quick: bool = False, checks: Iterable[int] | None = None, trained: bool = False,
+        checkpoint: Path | None = None, batch: Batch | None = None, subject: str = "",
+        tell: Callable[[Check], None] = lambda check: None) -> Report:  # fmt: skip
+    """Examine a model; the same checks as `python -m tidal.doctor`.
+
+    `texts` are the user's own (plain, or Documents with prompts); a built-in list is always added. `quick` takes fewer
+    and shorter ones. `checks` are numbers, None: all. `trained`: judge also what the model has learnt (20 to 22), by
+    `texts`; the weights of an untrained one are given some noise first, in a copy, where they are constant.
+    `checkpoint` is the folder the model was loaded from. `batch` is what training is about to feed. `tell` is called
+    before each check. The model is left as it was. Raises ValueError for a check that does not exist, and on lone
+    surrogates.
+    """
+    wanted = sorted(CHECKS if checks is None else set(checks))
+    if unknown := [n for n in wanted if n not in CHECKS]:
+        raise ValueError(f"there are no checks {unknown}; they are numbered {min(CHECKS)} to {max(CHECKS)}")
+    given = [text if isinstance(text, Document) else Document("", text) for text in texts or ()]
+    was_training, generator = model.training, torch.random.get_rng_state()
+    patient = _patient(model, tokenizer, given, quick, trained, checkpoint, batch)
+    try:
+        results = []
+        for number in wanted:
+            tell(CHECKS[number])
+            results.append(_result(CHECKS[number], patient))
+    finally:
+        model.train(was_training)
+        torch.random.set_rng_state(generator)
+    return Report(tuple(results), subject)
+
+
+def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), quick: bool = False,
+                       checks: Iterable[int] | None = None, device: str | torch.device = "cpu",
+                       tell: Callable[[str], None] = lambda line: None) -> Report:  # fmt: skip
+    """Examine a checkpoint folder, and the run around it if there is one. `tell` is given lines about the progress.
+
+    Without `texts`, those that the run was trained on are used, held-out ones where possible. A checkpoint that cannot
+    be loaded is a finding of check 19. Raises ValueError as `run` does.
+    """
+    tell(f"examining {folder}")
+    try:
+        model, tokenizer, trainer = load_with_trainer(folder, device=device)
+    except UserError as error:
+        check, here = CHECKS[19], Where(tensor=str(folder))
+        result = Result(19, check.title, check.disaster, "finding", float("inf"), 0.0, 1, 0.0, str(error), here)
+        return Report((result,), str(folder))
+    set_threads(model.config.shape.d_model)
+    source = "the texts given"
+    if not texts:
+        texts, source = of_run(trainer.get("settings", {}), folder.parent.parent)
+    tell(f"texts: {source or 'a built-in list'}; {torch.get_num_threads()} CPU threads")
+    return run(model, tokenizer, texts=texts, quick=quick, checks=checks, trained=True, checkpoint=folder,
+               subject=str(folder), tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
+
+
+def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence[Document], quick: bool, trained: bool,
+             checkpoint: Path | None, batch: Batch | None) -> Patient:  # fmt: skip
+    units = 40 if quick else 200
+    documents = windows(tokenizer, given, 2 if quick else 8, units)
+    documents += windows(tokenizer, BUILT_IN, len(BUILT_IN), units)
+    samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
+    return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint, batch)
+
+
+def _result(check: Check, patient: Patient) -> Result:
+    meter, began = Meter(), time.perf_counter()
+
+    def result(verdict: str, message: str, measured: float, limit: float, where: Where | None = None) -> Result:
+        return Result(check.number, check.title, check.disaster, verdict, measured, limit, meter.compared,  # type: ignore[arg-type]
+                      time.perf_counter() - began, message, where)  # fmt: skip
+
+    if check.of_output and not patient.trained:
+        return result("skipped", "nothing has been learnt yet", 0, 0)
+    try:
+        check.run(patient, meter)
+    except Skip as skip:
+        return result("skipped", str(skip), 0, 0)
+    except Found as found:
+        return result("finding", found.message, found.measured, found.limit, found.where)
+    except CRASHES as error:
+        return result("finding", f"{type(error).__name__}: {error}", float("inf"), 0, Where(tensor=_origin(error)))
+    if not meter.compared:
+        return result("skipped", "there was nothing to compare", 0, 0)
+    return result("well", "; ".join(meter.notes), meter.measured, meter.limit)
+
+
+def _origin(error: BaseException) -> str:
+    """The line of this package that raised."""
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "tidal" in file:
+            line = f"{Path(file).name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return line

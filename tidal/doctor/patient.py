@@ -1,0 +1,185 @@
+"""What is examined: a model with its tokenizer, texts, and perhaps the run it came from."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidal.blocks import BlockTable, Passage, passage
+from tidal.doctor.oracle import Layout, Oracle
+from tidal.doctor.report import Floats, Where
+from tidal.doctor.tape import stand_in
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import Completion, generate
+from tidal.model import TidalTransformer
+from tidal.streams import Batch, pack
+from tidal.tokenizer import MixedTokenizer
+
+FORCED = 60.0  # logit of the unit that a forced model writes; of all others −FORCED
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to examine the model with."""
+
+    prompt: str
+    completion: str
+    ends: bool = True
+    """the completion goes to the end of its document"""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.prompt + self.completion
+
+
+@dataclass
+class Patient:
+    """One examination's subject, with what several checks need worked out once."""
+
+    model: TidalTransformer
+    """as it is used: its own dtype and device"""
+    tokenizer: MixedTokenizer
+    documents: Sequence[Document]
+    """short ones, on which the laws are held"""
+    samples: Sequence[Document] = ()
+    """of the data the model was trained on, to judge what it writes; empty: it is not judged"""
+    quick: bool = False
+    trained: bool = False
+    checkpoint: Path | None = None
+    batch: Batch | None = None
+    """what training is about to feed"""
+    exact: TidalTransformer = field(init=False)
+    """the same in float64 on the CPU, where only bugs make a difference"""
+
+    def __post_init__(self) -> None:
+        if not self.trained:
+            self.model = with_noise(self.model)
+        self.model.eval()
+        self.dtype = self.model.unit_embedding.weight.dtype
+        self.exact = copy.deepcopy(self.model).to("cpu", torch.float64).eval()
+        self.oracle = Oracle(self.tokenizer, self.model.config.shape)
+        self.table = BlockTable(self.tokenizer, suffixes=self.model.config.shape.suffix_rows > 0)
+        self.layout = functools.cache(self._layout)
+        self.packed = functools.cache(self._packed)
+        self.decoded = functools.cache(self._decoded)
+
+    def passage(self, document: Document, place_offset: int = 0) -> Passage:
+        """What training makes of a document."""
+        return passage(self.table, document.prompt, document.completion, ends=document.ends,
+                       place_offset=place_offset)  # fmt: skip
+
+    def pack(self, rows: Sequence[Sequence[Document]]) -> Batch:
+        """What training is fed for these rows of documents."""
+        return pack([[self.passage(d) for d in row] for row in rows], self.table,
+                    step_stride=self.model.config.shape.step_stride)  # fmt: skip
+
+    @torch.inference_mode()
+    def log_probs(self, rows: Sequence[Sequence[Document]]) -> Tensor:
+        """Log-probabilities of all units in one training pass, float64."""
+        return self.exact.log_probs(self.pack(rows))
+
+    def where(self, document: Document, unit: int) -> Where:
+        """The place of a written unit, counted in the document."""
+        layout = self.layout(document)
+        if unit >= len(layout.steps):
+            return Where(document.text)
+        step = layout.steps[unit]
+        return Where(document.text, layout.blocks[step.block] or "<eos>", step.t)
+
+    def where_read(self, document: Document, token: int) -> Where:
+        """The place of a token, counted in the document."""
+        layout = self.layout(document)
+        block = layout.blocks[layout.tokens[token].block] if token < len(layout.tokens) else ""
+        return Where(document.text, block or "<bos>", token)
+
+    def _layout(self, document: Document) -> Layout:
+        return self.oracle.lay_out(self.tokenizer.split(document.prompt) if document.prompt else [],
+                                   self.tokenizer.split(document.completion) if document.completion else [],
+                                   document.ends)  # fmt: skip
+
+    @torch.inference_mode()
+    def _packed(self, document: Document) -> Floats:
+        return self.log_probs([[document]]).numpy()
+
+    def _decoded(self, document: Document) -> Floats:
+        return self.decode(self.exact, [document])[0]
+
+    @torch.inference_mode()
+    def decode(self, model: TidalTransformer, documents: Sequence[Document], capacity: int = 256) -> list[Floats]:
+        """Log-probabilities of the units of documents that the cached decoder is made to write side by side.
+
+        As in generation each goes on at its own pace, and a finished block is turned round and re-tokenized.
+        """
+        decoder, tokenizer = Decoder(model, self.tokenizer, len(documents), capacity), self.tokenizer
+        scripts = [[step.target for step in self.layout(document).steps] for document in documents]
+        prompts = {i: [tokenizer.encode_block(b) for b in tokenizer.split(d.prompt)]
+                   for i, d in enumerate(documents) if d.prompt}  # fmt: skip
+        if prompts:
+            decoder.read(list(prompts), list(prompts.values()))
+        written: list[list[int]] = [[] for _ in documents]
+        log_probs: list[list[float]] = [[] for _ in documents]
+        while active := [i for i, script in enumerate(scripts) if len(log_probs[i]) < len(script)]:
+            logits = decoder.step(active, [written[i] for i in active]).double().log_softmax(-1).cpu()
+            finished = {}
+            for i, row in zip(active, logits, strict=True):
+                unit = scripts[i][len(log_probs[i])]
+                log_probs[i].append(row[unit].item())
+                if unit == tokenizer.eob_id:
+                    finished[i] = [tokenizer.retokenize(written[i])]
+                    written[i] = []
+                else:
+                    written[i].append(unit)
+            if finished:
+                decoder.read(list(finished), list(finished.values()))
+        return [np.array(mine) for mine in log_probs]
+
+    def forced(self, model: TidalTransformer, document: Document, script: Sequence[int]) -> Completion:
+        """What the engine makes of a model that has learnt one text by heart: it prefers the units of `script`."""
+        waiting = iter(script)
+
+        def head(states: Tensor) -> Tensor:
+            logits = torch.full((len(states), self.model.config.n_head), -FORCED, dtype=states.dtype)
+            logits[:, self.model.config.n_writable :] = -torch.inf
+            logits[:, next(waiting)] = FORCED
+            return logits
+
+        return generate(stand_in(model, head=head), self.tokenizer, [document.prompt],
+                        max_new_units=len(script))[0]  # fmt: skip
+
+
+def lively(model: TidalTransformer) -> TidalTransformer:
+    """The model, rather willing to end a block and unwilling to end the document: so what it generates has blocks to
+    look at, whatever its weights. The laws hold for any head.
+    """
+
+    def head(states: Tensor) -> Tensor:
+        logits = model.head(states)
+        bias = torch.zeros(logits.shape[-1], dtype=logits.dtype)
+        bias[0], bias[1] = 2.0, -8.0  # <eob>, <eos>
+        return logits + bias
+
+    return stand_in(model, head=head)
+
+
+def with_noise(model: TidalTransformer) -> TidalTransformer:
+    """A copy in which no tensor is only zeros or only ones, as some are before training: the laws hold for any
+    weights, but a table of zeros, or gains of one, could not show what is wrong around it.
+    """
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if bool((weight == weight.flatten()[0]).all()):
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.add_(noise * (0.3 if weight.ndim == 1 else model.config.shape.d_model**-0.5))
+                if name == "suffix_embedding.weight":
+                    weight[0] = 0  # "no suffix"
+    return model

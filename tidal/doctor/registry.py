@@ -1,0 +1,43 @@
+"""The list of checks; each module of checks adds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tidal.doctor.patient import Patient
+from tidal.doctor.report import Meter
+
+EXACT = 1e-9
+"""Two computations of a log-probability in float64. Rounding leaves about 1e-13 of it, a bug rarely less than 1e-6."""
+FLOAT32 = 1e-4
+"""The same in float32: 2^-24 relative, logits up to some hundreds, a few thousand roundings."""
+TRAINED, DECODED, ORACLE = "training", "decoding", "definition"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A law, and the disaster that follows where it is broken."""
+
+    number: int
+    title: str
+    disaster: str
+    run: Callable[[Patient, Meter], None]
+    of_output: bool
+    """it judges what the model has learnt, which says nothing before training"""
+
+
+CHECKS: dict[int, Check] = {}
+
+
+def check(number: int, title: str, disaster: str, *, of_output: bool = False,
+          ) -> Callable[[Callable[[Patient, Meter], None]], Callable[[Patient, Meter], None]]:  # fmt: skip
+    """Register a check under its number in docs/doctor.md."""
+
+    def add(run: Callable[[Patient, Meter], None]) -> Callable[[Patient, Meter], None]:
+        if number in CHECKS:
+            raise ValueError(f"there are two checks number {number}")
+        CHECKS[number] = Check(number, title, disaster, run, of_output)
+        return run
+
+    return add

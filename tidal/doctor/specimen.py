@@ -1,0 +1,39 @@
+"""A small model with random weights, for examining the package itself."""
+
+from __future__ import annotations
+
+import torch
+
+from tidal.config import Shape, TidalConfig
+from tidal.doctor.texts import BUILT_IN
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer.split import find_blocks
+
+SHAPE = Shape(d_model=32, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=2, reader_ff=48, writer_ff=48,
+              suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
+"""Everything there is: shared key heads, suffixes, jitter, steps that stand apart."""
+
+
+def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTokenizer]:
+    """A model in which everything matters, and a tokenizer of words, digits and bytes; float32, evaluation mode.
+
+    `<eob>` and `<eos>` are made likely enough for blocks and documents to end.
+    """
+    plain = [d.text for d in BUILT_IN if "def" not in d.text]  # é becomes a unit, 你 and 👍 are spelt in bytes
+    words = [block.strip() for text in plain for block in find_blocks(text) if block.strip().isalpha()]
+    prose = [" ".join(words[i:] + words[:i]) + ", " for i in range(len(words))]
+    tokenizer = MixedTokenizer.train([*prose * 4, *plain], 520, max_block_units=12)
+    t = tokenizer
+    model = TidalTransformer(
+        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.3 * noise if "norm" in name else noise * shape.d_model**-0.5)
+        model.unit_embedding.weight[[t.eob_id, t.eos_id]] *= 3
+        if shape.suffix_rows:
+            model.suffix_embedding.weight[0] = 0
+    return model.eval(), tokenizer

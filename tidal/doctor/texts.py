@@ -1,0 +1,119 @@
+"""Texts to examine a model with: hostile strings, a built-in list, what a run was trained on."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tidal.cli import UserError
+from tidal.doctor.patient import Document
+from tidal.tokenizer import MixedTokenizer
+
+HOSTILE: tuple[str, ...] = (
+    "\0", "\t", "\r\n", "\n\n  ", " ", "   ", "\u00a0", "\u2028", "\x1c", "\x85",  # white space of all kinds
+    "\u2581", "\u2581the \u2581 \u2581", "\ufffd", "\u2585", "\u2047",  # marks that sentencepiece uses itself
+    "👩‍👩‍👧‍👦", "👍🏽", "1\ufe0f\u20e3", "🏴\U000e0067\U000e007f", "\ufe0f", "\u200b",
+    "\u202eabc", "\ufeffbom",  # sequences, invisible characters
+    "e\u0301 é", "\u0301", "o\u0302\u0323", "Å", "ﬁ", "ſ", "İ", "ß", "½", "²", "Ⅷ",  # what normalization changes
+    "你好世界", " 中文 text", "ありがとう", "ｶﾞ", "ภาษาไทย", "ပြည်", "𠮷",  # no spaces between words
+    "हिन्दी में", "می\u200cخواهم", "한국어", "привет, мир", "עִבְרִית",
+    "0", " 132", "54663", "1" * 40, "٣٤", "๑๒", "𝟘", "3.14", "-7",
+    " don't", "rock’n’roll", "__init__", "snake_case", "x" * 70, "é" * 40, "-" * 50, "()[]", "\\", '"',
+    "\U0003ffff", "\U00040000", "\U0010ffff", "\uffff", "abba", "ab", "  two  spaces ", "trailing ", "\nleading",
+)  # fmt: skip
+"""Text that has broken tokenizers before."""
+
+CONTROLS: tuple[str, ...] = ("<bob>", "<eob>", "<bos>", "<eos>", "<pad>", "<s>", "</s>", "<unk>", "<0x41>", "<0x0A>",
+                             "<|endoftext|>", "<|im_start|>", "[INST]", "[CLS]", "\u2581<eob>\u2581")  # fmt: skip
+"""What control ids are called, here and elsewhere."""
+
+BUILT_IN: tuple[Document, ...] = (
+    Document("", "Once upon a time, a fox met 12 dogs; they didn't care.\n"),
+    Document("54663 + 132 =", " 54795\n"),
+    Document("the light and", " the darkness: naïve café, 3.14\n"),
+    Document("def f(x):\n", "    return '👍é你好' + x_1\n"),
+    Document("", "abba noon"),
+)
+"""Used where there is no data; the laws hold for any text."""
+
+
+def windows(tokenizer: MixedTokenizer, documents: Iterable[Document], count: int, units: int) -> list[Document]:
+    """The first `count` documents, cut at the ends of blocks: prompt and completion of at most about `units` each."""
+    cut = []
+    for document in documents:
+        prompt, _ = _cut(tokenizer, document.prompt, units, from_end=True)
+        completion, whole = _cut(tokenizer, document.completion, units)
+        cut.append(Document(prompt, completion, document.ends and whole))
+        if len(cut) == count:
+            break
+    return cut
+
+
+def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int, units: int) -> list[Document]:
+    """`count` prompts with what follows them: the documents' own, or places in text that has none, in turn."""
+    found: list[Document] = []
+    rng = np.random.default_rng(0)
+    plain = []
+    for document in documents:
+        if document.prompt:
+            found += windows(tokenizer, [document], 1, units)
+        else:
+            plain.append(document)
+        if len(found) == count:
+            return found
+    splits: dict[int, list[str]] = {}
+    for n in range(count - len(found) if plain else 0):
+        which = n % len(plain)
+        if which not in splits:  # a text may be millions of characters long: a stretch of it is enough
+            start = int(rng.integers(0, max(1, len(plain[which].text) - 40_000)))
+            splits[which] = tokenizer.split(plain[which].text[start : start + 40_000])
+        blocks = splits[which]
+        at = int(rng.integers(0, max(1, len(blocks) - units // 3)))
+        half = at + min(units // 6, len(blocks) // 2)
+        found.append(Document("".join(blocks[at:half]), "".join(blocks[half : half + units // 3]), False))
+    return [document for document in found if document.completion]
+
+
+def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], str]:
+    """Documents like those a run was trained on, held out where possible, and a word on where they come from."""
+    from tidal.train.documents import hold_out, read_documents
+    from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
+
+    if settings.get("recipe") == "addition":
+        rng, digits = np.random.default_rng(2**31), int(settings["addition"]["digits"])
+        sums = [some for n in range(64) for some in random_sums(rng, digits - n % min(2, digits), 1)]
+        return [Document(prompt_of(a, b), answer_of(a, b)) for a, b in sums], f"new sums of up to {digits} digits"
+    text = settings.get("text", {})
+    paths = [str(path) for path in text.get("data", ())]
+    if paths and all(os.path.exists(path) or glob.glob(path) for path in paths):
+        _, held_out = hold_out(read_documents(paths), float(text["hold_out"]), int(settings["seed"]))
+        return [Document(d.prompt, d.completion) for d in held_out], "the run's held-out text"
+    samples = run_dir / "samples.jsonl"
+    if samples.is_file():
+        try:
+            lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+            prompts = dict.fromkeys(str(line["prompt"]) for line in lines)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{samples} cannot be read: {error}; give --data") from error
+        return [Document("", prompt, False) for prompt in prompts if prompt], "prompts of samples.jsonl"
+    return [], ""
+
+
+def _cut(tokenizer: MixedTokenizer, text: str, units: int, from_end: bool = False) -> tuple[str, bool]:
+    """The blocks of one end of a text that come to at most `units` units (at least one block); whether it is all."""
+    longest = text[-40 * units :] if from_end else text[: 40 * units]
+    blocks = tokenizer.split(longest) if longest else []
+    kept: list[str] = []
+    for block in reversed(blocks) if from_end else blocks:
+        units -= len(tokenizer.write_units(block)) + 1
+        if kept and units < 0:
+            break
+        kept.append(block)
+    joined = "".join(reversed(kept) if from_end else kept)
+    return joined, len(joined) == len(text)
