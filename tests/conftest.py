@@ -1,5 +1,7 @@
 """For all tests: one thread (tiny tensors are slower on several) and no deadlines (machines are shared).
 
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be said before triton is first imported.
+
 Examples are random on a person's machine, where a rare failure is a find, and fixed in CI, where it is noise.
 """
 
@@ -13,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `from tests.… import`, however pytest is started
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 settings.register_profile(
     "tidal", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tidal.kernels import TilePlan, cpu, interval_attention
+from tidal.kernels import TilePlan, cpu, interval_attention, reference
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,19 @@ def make_case(
 def out_and_gradients(case: Case, backend: str, plan: TilePlan | None = None) -> dict[str, Tensor]:
     """The output and the gradients of q, k, v, slopes."""
     out = interval_attention(*case.inputs(), backend=backend, plan=plan)
+    gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dslopes"), gradients, strict=True))}
+
+
+def eager_in_same_dtype(case: Case) -> dict[str, Tensor]:
+    """Output and gradients of plain PyTorch run wholly in the dtype of the case."""
+    visible = reference.visible_keys(case.ranges, case.k.shape[2])[:, None]
+    bias = reference.alibi_bias(case.q_position, case.k_position, case.slopes).to(case.q.dtype)
+    k, v = (x.repeat_interleave(case.q.shape[1] // x.shape[1], dim=1) for x in (case.k, case.v))
+    score = (case.q @ k.transpose(-1, -2)) * case.q.shape[-1] ** -0.5 + bias
+    blind = ~visible.any(-1, keepdim=True)
+    score = score.masked_fill(~visible, float("-inf")).masked_fill(blind, 0.0)
+    out = score.softmax(-1).masked_fill(~visible, 0.0) @ v
     gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
     return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dslopes"), gradients, strict=True))}
 

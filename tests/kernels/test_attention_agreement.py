@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, assert_agrees, make_case, out_and_gradients, triple_loop
+from attention_cases import Case, assert_agrees, eager_in_same_dtype, make_case, out_and_gradients, triple_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidal.kernels import TilePlan, cpu, interval_attention, reference
+from tidal.kernels import TilePlan, cpu, interval_attention
 
 torch.set_num_threads(1)
 
@@ -126,19 +126,6 @@ def test_gradcheck(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         return interval_attention(q, k, v, case.ranges, case.q_position, case.k_position, slopes, backend="cpu")
 
     assert torch.autograd.gradcheck(attend, (case.q, case.k, case.v, case.slopes))
-
-
-def eager_in_same_dtype(case: Case) -> dict[str, torch.Tensor]:
-    """Output and gradients of plain PyTorch run wholly in the dtype of the case."""
-    visible = reference.visible_keys(case.ranges, case.k.shape[2])[:, None]
-    bias = reference.alibi_bias(case.q_position, case.k_position, case.slopes).to(case.q.dtype)
-    k, v = (x.repeat_interleave(case.q.shape[1] // x.shape[1], dim=1) for x in (case.k, case.v))
-    score = (case.q @ k.transpose(-1, -2)) * case.q.shape[-1] ** -0.5 + bias
-    blind = ~visible.any(-1, keepdim=True)
-    score = score.masked_fill(~visible, float("-inf")).masked_fill(blind, 0.0)
-    out = score.softmax(-1).masked_fill(~visible, 0.0) @ v
-    gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
-    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dslopes"), gradients, strict=True))}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -4,9 +4,39 @@ api.py        the public function: checks, choice of backend
 plan.py       TilePlan: which tiles of the score matrix are empty, partial or full
 reference.py  dense and readable, the oracle
 cpu.py        tiled, memory linear in the number of tokens
+triton_*.py   fused kernels: forward, backward, decoding, and the plan on the device
+aot.py        compiles them without a GPU
+picture.py    python -m tidal.kernels.picture draws who sees whom, tile by tile
+
+Names are imported on first use, so that commands in here answer before torch is loaded.
 """
 
-from tidal.kernels.api import BACKENDS, alibi_slopes, available_backends, interval_attention
-from tidal.kernels.plan import TilePlan
+from __future__ import annotations
 
-__all__ = ["BACKENDS", "TilePlan", "alibi_slopes", "available_backends", "interval_attention"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tidal.kernels.api import BACKENDS as BACKENDS
+    from tidal.kernels.api import alibi_slopes as alibi_slopes
+    from tidal.kernels.api import available_backends as available_backends
+    from tidal.kernels.api import interval_attention as interval_attention
+    from tidal.kernels.plan import TilePlan as TilePlan
+
+_HOMES = {
+    "BACKENDS": "tidal.kernels.api",
+    "TilePlan": "tidal.kernels.plan",
+    "alibi_slopes": "tidal.kernels.api",
+    "available_backends": "tidal.kernels.api",
+    "interval_attention": "tidal.kernels.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tidal.kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

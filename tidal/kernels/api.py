@@ -1,5 +1,6 @@
 """The public function: checks the arguments, chooses a backend, calls it."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -17,11 +18,21 @@ Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, floa
 BACKENDS: dict[str, Backend] = {"reference": reference.attend, "cpu": cpu.attend}
 """name → function(q, k, v, ranges, q_position, k_position, slopes, scale, plan); a new backend is one more line"""
 
-DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "triton": ("cuda",)}
+DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 """device types a backend can run on; one that is not listed runs anywhere"""
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "reference")}
-"""device type → backends to try when none is asked for"""
+SUPPORTS: dict[str, Callable[[torch.dtype, int], bool]] = {}
+"""backend → function(dtype, head_dim), for backends that do not take all of them"""
+
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
+"""device type → backends to try when none is asked for; then the reference"""
+
+if importlib.util.find_spec("triton"):  # operators are registered here, before anything is traced
+    from tidal.kernels import triton_attention
+
+    BACKENDS["triton"] = triton_attention.attend
+    DEVICES["triton"] = triton_attention.DEVICES
+    SUPPORTS["triton"] = triton_attention.supports
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -83,7 +94,8 @@ def interval_attention(
         slopes: floating point [Hq]; may require a gradient.
         scale: D ** -0.5 unless given.
         backend: a name from :func:`available_backends`; otherwise the environment variable
-            TIDAL_ATTENTION_BACKEND, otherwise by device.
+            TIDAL_ATTENTION_BACKEND, otherwise by device (on a GPU the fused kernels, where they have the dtype and
+            the head dimension).
         plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
             built inside when missing.
 
@@ -97,28 +109,39 @@ def interval_attention(
         ValueError: shapes, dtypes or devices that do not fit, a backend that does not exist or cannot run here.
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan)
-    attend = BACKENDS[choose_backend(q.device.type, backend)]
+    attend = BACKENDS[choose_backend(q, backend)]
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
 
 
-def choose_backend(device: str, asked: str | None) -> str:
-    """The backend asked for, else the environment's, else the preferred one of the device type.
+def choose_backend(q: Tensor, asked: str | None) -> str:
+    """The backend asked for, else the environment's, else the preferred one for the device, dtype and head dimension.
+
+    Only the last of these has alternatives: on a GPU, float64 and head dimensions that the kernels do not have go to
+    the reference. What was asked for either runs or stops.
 
     Raises:
-        ValueError: the backend asked for does not exist or does not run on this device.
+        ValueError: the backend asked for does not exist, or does not run with such tensors.
     """
-    source = "backend="
+    device, head_dim, source = q.device.type, q.shape[-1], "backend="
     if asked is None:
         asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE + "="
     if asked is None:
-        return next((name for name in PREFERRED.get(device, ()) if name in BACKENDS), "reference")
+        usable = (x for x in PREFERRED.get(device, ()) if x in BACKENDS and supports(x, q.dtype, head_dim))
+        return next(usable, "reference")
     if asked not in BACKENDS:
         raise ValueError(f"{source}{asked!r}: no such attention backend, available: {', '.join(BACKENDS)}")
     if device not in DEVICES.get(asked, (device,)):
         raise ValueError(f"{source}{asked!r}: runs on {', '.join(DEVICES[asked])}, the tensors are on {device}")
+    if not supports(asked, q.dtype, head_dim):
+        raise ValueError(f"{source}{asked!r}: has no kernel for {q.dtype} with head dimension {head_dim}")
     return asked
+
+
+def supports(backend: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a backend takes such tensors."""
+    return SUPPORTS[backend](dtype, head_dim) if backend in SUPPORTS else True
 
 
 def check_arguments(

@@ -28,7 +28,9 @@ class TilePlan:
     slices: Tensor
     """int32 [n_tiles, 2, 3]: (start, end, full) of the one or two disjoint key slices of a tile: the hull of
     range 0 and of range 1 over the tile's queries in all batch rows, merged when they touch. Empty: (0, 0, 1).
-    full = 1 if every query of the tile sees every key of the slice in every batch row."""
+    full = 1 if every query of the tile sees every key of the slice in every batch row.
+    Only on the CPU: elsewhere there are none, and the kernels plan on the device (triton_plan.py), when they first
+    meet this plan, which remembers."""
     tile_q: int
     """queries per tile; the last tile may be shorter"""
     shape: tuple[int, int, int]
@@ -47,9 +49,12 @@ class TilePlan:
             tile_k: slice bounds are rounded outwards to multiples of this.
 
         Raises:
-            ValueError: a range that is not empty reaches outside [0, n_keys] (not checked in a compiled graph).
+            ValueError: a range that is not empty reaches outside [0, n_keys]. Not checked in a compiled graph, nor on
+                a GPU, since the answer would have to be waited for; such ranges are cut to the keys there.
         """
         n_batch, n_queries = ranges.shape[:2]
+        if ranges.device.type != "cpu":
+            return TilePlan(ranges.new_zeros(0, 2, 3), tile_q, (n_batch, n_queries, n_keys))
         n_tiles = -(-n_queries // tile_q)
         if n_batch == 0 or n_tiles == 0:
             slices = ranges.new_zeros(n_tiles, 2, 3)

@@ -1,0 +1,300 @@
+"""Interval attention against FlexAttention, dense SDPA and FlashAttention-2, in one run on the same inputs.
+
+    python -m benchmarks.attention [--masks two-stream] [--lengths 8192] [--out benchmarks/results/NAME.json]
+    python -m benchmarks.attention --device cpu --tiny        what of it runs without a GPU, in seconds
+
+All masks come with ALiBi. Forward and backward are timed apart, with device events, the contestants alternating; the
+medians go beside the speed of a large matrix product (the roofline). Then: building the plan against building
+FlexAttention's block mask, and decoding. Refuses to time a wrong result: at full size, the output and the gradients
+of some queries are compared with the float64 reference (the incoming gradient is zero for the others, so the
+gradients of keys and values are exact, too). A rival that is wrong, or fails, is reported and not timed.
+
+FlexAttention is given its best form: distances from indices where these are the positions, no look-ups it can do
+without, a mask made for the case. FlashAttention-2 knows causal ALiBi only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks.attention_problems import (
+    MASKS,
+    RIVALS,
+    Attend,
+    Form,
+    Problem,
+    build_block_mask,
+    build_plan,
+    make,
+    problem,
+    ready,
+)
+
+GOALS = (  # rival, direction, masks, floor, goal: issue 3
+    ("flex", "forward", ("causal",), 1.1, 1.25),
+    ("flex", "forward", ("packed", "two-stream"), 1.2, 1.5),
+    ("flex", "backward", ("causal",), 1.2, 1.5),
+    ("flex", "backward", ("packed", "two-stream"), 1.3, 1.8),
+    ("flash-attention-2", "forward", ("causal",), 1.05, 1.15),
+    ("flash-attention-2", "backward", ("causal",), 0.9, 1.05),
+    ("flex", "decode", ("decode",), 1.2, 2.0),
+    ("create_block_mask", "plan", MASKS, 20.0, 100.0),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print tables and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], help="keys a row")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32768, help="keys in a batch, at least one row (default: 32768)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: all, with --tiny sdpa)")
+    parser.add_argument("--backend", help="of interval_attention (default: the device's)")
+    parser.add_argument("--decode-queries", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--decode-contexts", type=int, nargs="*", default=[4096, 32768])
+    parser.add_argument("--decode-batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes and rivals that take seconds on a CPU")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.lengths, args.head_dims, args.tokens, args.repeats, args.dtype = [96, 192], [32], 256, 2, "float32"
+        args.heads, args.kv_heads, args.decode_queries, args.decode_contexts, args.decode_batch = 4, 2, [1, 5], [96], 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --tiny shows that the benchmark works")
+    if args.rivals is None:
+        args.rivals = ["sdpa"] if args.tiny else list(RIVALS)
+    args.backend = args.backend or ("cpu" if args.device == "cpu" else "triton")
+    args.form = Form(args.heads, args.kv_heads, getattr(torch, args.dtype), args.device)
+    torch.manual_seed(0)
+
+    clock = Clock(args.device)
+    roofline = measure_roofline(clock, args.form, 256 if args.tiny else 8192)
+    print(f"{device_name(args.device)}, {args.dtype}: a matrix product runs at {roofline:.4g} TFLOP/s", flush=True)
+    results = list(attention_results(args, clock, roofline))
+    plans = list(plan_results(args, clock))
+    decoded = list(decode_results(args, clock))
+    goals = against_goals(results, plans, decoded)
+    for goal in goals:
+        print(f"{goal['direction']:<9} against {goal['rival']:<18} {'/'.join(goal['masks']):<40} "
+              f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}  "
+              f"(floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
+    line = {
+        "benchmark": "attention", "device": device_name(args.device), "backend": args.backend, "dtype": args.dtype,
+        "heads": args.heads, "kv_heads": args.kv_heads, "tokens": args.tokens, "repeats": args.repeats,
+        "roofline_tflops": roofline, "goals": goals, "results": results, "plans": plans, "decode": decoded,
+        **versions(),
+    }  # fmt: skip
+    write(line, args.out)
+
+
+# -------------------------------------------------------------------------------------------------- timing
+
+
+class Clock:
+    """Times work in milliseconds: device events on a GPU, the wall clock elsewhere."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.cuda else None
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """Time of the device, launches hidden: it finds the cache cold and sleeps until all is in the queue."""
+        if self.flush is None:
+            return self.wall(work)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.flush.zero_()
+        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles, about a millisecond
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+    def wall(self, work: Callable[[], object]) -> float:
+        """Time until all is done, launches included."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+
+Work = TypeVar("Work", bound=Callable[[], object])
+
+
+def alternating(time_of: Callable[[Work], float], works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Times of so many rounds, each contestant once in each, after a round that warms up."""
+    rounds = [{name: time_of(work) for name, work in works.items()} for _ in range(repeats + 1)]
+    return {name: [times[name] for times in rounds[1:]] for name in works}
+
+
+def median_times(time_of: Callable[[Work], float], works: Mapping[str, Work], repeats: int) -> dict[str, float]:
+    """Medians of alternating runs."""
+    return {name: statistics.median(times) for name, times in alternating(time_of, works, repeats).items()}
+
+
+def measure_roofline(clock: Clock, form: Form, size: int) -> float:
+    """TFLOP/s of a large matrix product."""
+    a, b = (torch.randn(size, size, dtype=form.dtype, device=form.device) for _ in range(2))
+    return 2 * size**3 / median_times(clock, {"product": lambda: a @ b}, 10)["product"] / 1e9
+
+
+def calls(p: Problem, runs: dict[str, Attend]) -> dict[str, Callable[[], Tensor]]:
+    """Each contestant on the problem's inputs."""
+    return {name: functools.partial(run, p.q, p.k, p.v) for name, run in runs.items()}
+
+
+def times_of(p: Problem, runs: dict[str, Attend], clock: Clock, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds forward (for training, keeping what the backward needs) and backward."""
+    dout = torch.randn_like(p.q)
+
+    def backward(forward: Callable[[], Tensor]) -> float:
+        out = forward()  # anew every time: compiled code reuses the memory of what it saved
+        return clock(lambda: torch.autograd.grad(out, (p.q, p.k, p.v), dout))
+
+    ahead, back = (median_times(time_of, calls(p, runs), repeats) for time_of in (clock, backward))
+    return {name: {"forward_ms": ahead[name], "backward_ms": back[name]} for name in runs}
+
+
+def attention_results(args: argparse.Namespace, clock: Clock, roofline: float) -> Iterator[dict[str, Any]]:
+    """Forward and backward of every mask, length and head dimension."""
+    print(f"{'mask':<13} {'D':>3} {'keys':>6} {'rows':>4}  {'':<18} {'forward':>10} {'roofline':>9} {'tidal ×':>8}"
+          f" {'backward':>10} {'roofline':>9} {'tidal ×':>8}")  # fmt: skip
+    for mask in args.masks:
+        for head_dim in args.head_dims:
+            for n_keys in args.lengths:
+                n_batch = max(1, args.tokens // n_keys)
+                p = problem(mask, n_keys, n_batch, head_dim, args.form)
+                entrants = ready(p, args.rivals, args.backend)
+                times = times_of(p, entrants.runs, clock, args.repeats)
+                for name, t in times.items():
+                    cells = f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18}"
+                    for key, factor in (("forward", 1.0), ("backward", 2.5)):
+                        ratio = t[f"{key}_ms"] / times["tidal"][f"{key}_ms"]
+                        t[f"{key}_tflops"] = factor * p.flops / t[f"{key}_ms"] / 1e9
+                        t[f"{key}_share"] = t[f"{key}_tflops"] / roofline
+                        cells += f" {t[f'{key}_ms']:>7.3f} ms {t[f'{key}_share']:>8.1%} {ratio:>8.2f}"
+                    print(cells, flush=True)
+                for name, why in entrants.failed.items():
+                    print(f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18} {why}", flush=True)
+                yield {"mask": mask, "head_dim": head_dim, "keys": n_keys, "queries": p.q.shape[2], "batch": n_batch,
+                       "tidal_error": entrants.error, "times": rounded(times), "failed": entrants.failed}  # fmt: skip
+
+
+def plan_results(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Building the plan against building FlexAttention's block mask, by the wall clock, as each batch must."""
+    for mask in args.masks:
+        for n_keys in args.lengths:
+            p = problem(mask, n_keys, max(1, args.tokens // n_keys), args.head_dims[0], args.form)
+            works: dict[str, Callable[[], object]] = {
+                "tidal": functools.partial(build_plan, p, args.backend),
+                "create_block_mask": functools.partial(build_block_mask, p, create_block_mask),
+            }
+            if {"flex", "flex-max-autotune"} & set(args.rivals):
+                torch._dynamo.reset()
+                compiled = torch.compile(create_block_mask, dynamic=False)
+                works["create_block_mask, compiled"] = functools.partial(build_block_mask, p, compiled)
+            times = median_times(clock.wall, works, args.repeats)
+            cells = "  ".join(f"{name} {t:.3f} ms" for name, t in times.items())
+            print(f"plan {mask:<13} {n_keys:>6} keys  {cells}", flush=True)
+            yield {"mask": mask, "keys": n_keys, "times": rounded({n: {"plan_ms": t} for n, t in times.items()})}
+
+
+def decode_results(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
+    """A few queries a row at the end of caches of different lengths; what FlexAttention builds is not counted."""
+    for head_dim in args.head_dims:
+        for n_keys in args.decode_contexts:
+            for n_queries in args.decode_queries:
+                length = torch.linspace(n_keys // 4, n_keys, args.decode_batch).long()
+                end = length[:, None] - n_queries + 1 + torch.arange(n_queries)
+                zero = torch.zeros_like(end)
+                ranges = torch.stack([torch.stack([zero, end], -1), torch.stack([zero, zero], -1)], 2).int()
+                k_position = torch.arange(n_keys).float().expand(len(length), -1)
+                p = make("decode", ranges, end.float() - 1, k_position, head_dim, args.form)
+                with torch.no_grad():
+                    entrants = ready(p, args.rivals, args.backend, backward=False)
+                    times = median_times(clock, calls(p, entrants.runs), args.repeats)
+                cells = "  ".join(f"{n} {t * 1e3:.1f} µs" for n, t in times.items())
+                print(f"decode {n_queries:>2} queries {n_keys:>6} keys D {head_dim:>3}  {cells}", flush=True)
+                yield {"queries": n_queries, "keys": n_keys, "head_dim": head_dim, "batch": len(length),
+                       "tidal_error": entrants.error, "failed": entrants.failed,
+                       "times": rounded({n: {"decode_ms": t} for n, t in times.items()})}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def against_goals(*sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster than a rival in its best form, at worst and in the median, beside floor and goal."""
+    met = []
+    for rival, direction, masks, floor, goal in GOALS:
+        ratios = []
+        for result in (r for section in sections for r in section if r.get("mask", "decode") in masks):
+            times = result["times"]
+            theirs = [t[f"{direction}_ms"] for n, t in times.items() if n.startswith(rival) and f"{direction}_ms" in t]
+            if theirs:
+                ratios.append(min(theirs) / times["tidal"][f"{direction}_ms"])
+        if ratios:
+            met.append({"rival": rival, "direction": direction, "masks": masks, "floor": floor, "goal": goal,
+                        "worst": round(min(ratios), 3), "median": round(statistics.median(ratios), 3)})  # fmt: skip
+    return met
+
+
+def rounded(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Five digits are more than the clock has."""
+    return {name: {key: float(f"{value:.5g}") for key, value in t.items()} for name, t in times.items()}
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, Any]:
+    """Versions and the date, for the results."""
+    named = {name: importlib.import_module(name).__version__ for name in ("triton", "flash_attn")
+             if importlib.util.find_spec(name)}  # fmt: skip
+    return {**named, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
+            "date": datetime.date.today().isoformat()}  # fmt: skip
+
+
+def write(line: dict[str, Any], out: Path | None) -> None:
+    """Print the results as one line; a file has them whole or not at all."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(line, indent=1) + "\n")
+        os.replace(temporary, out)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

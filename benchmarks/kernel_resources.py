@@ -1,0 +1,63 @@
+"""What each Triton kernel takes of a GPU: registers, spills and shared memory, on a machine without one.
+
+    python -m benchmarks.kernel_resources [--archs 90] [--head-dims 64 128] [--dtypes bfloat16 float32]
+
+Every kernel is compiled as it would be launched (tidal/kernels/aot.py), once for each architecture, dtype and head
+dimension; a "!" marks one that spills or wants more shared memory than a block may have. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.attention import versions, write
+from tidal.kernels.aot import ARCHITECTURES, SHARED_LIMIT, kernel_specs, resources
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capability × 10")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[32, 64, 128], choices=[32, 64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--kernels", nargs="+", help="only those whose names begin so")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
+    args = parser.parse_args(argv)
+
+    print(f"{'arch':<6} {'dtype':<9} {'D':>3}  {'kernel':<16} {'tile':>8} {'warps':>5} {'stages':>6}"
+          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8}")  # fmt: skip
+    kernels: list[dict[str, Any]] = []
+    for arch in args.archs:
+        for dtype in args.dtypes:
+            for head_dim in args.head_dims:
+                for spec in kernel_specs(getattr(torch, dtype), head_dim, arch):
+                    if args.kernels and not spec.name.startswith(tuple(args.kernels)):
+                        continue
+                    try:
+                        found = resources(spec, arch)
+                    except ValueError as reason:  # the interpreter is on
+                        parser.error(str(reason))
+                    share = found.shared / SHARED_LIMIT[arch]
+                    mark = "  !" if found.spills or share > 1 else ""
+                    print(f"sm_{arch:<3} {dtype:<9} {head_dim:>3}  {spec.name:<16} {spec.tile:>8} {spec.num_warps:>5}"
+                          f" {spec.num_stages:>6} {found.registers:>9} {found.spills:>5} B {found.shared:>7} B"
+                          f" {share:>8.0%}{mark}", flush=True)  # fmt: skip
+                    kernels.append({
+                        "arch": arch, "dtype": dtype, "head_dim": head_dim, "kernel": spec.name, "tile": spec.tile,
+                        "warps": spec.num_warps, "stages": spec.num_stages, "registers": found.registers,
+                        "spill_bytes": found.spills, "shared_bytes": found.shared, "shared_limit": SHARED_LIMIT[arch],
+                    })  # fmt: skip
+    spilling = sum(k["spill_bytes"] > 0 for k in kernels)
+    too_large = sum(k["shared_bytes"] > k["shared_limit"] for k in kernels)
+    print(f"{len(kernels)} kernels: {spilling} spill, {too_large} want more shared memory than there is")
+    write({"benchmark": "kernel-resources", "kernels": kernels, "spilling": spilling, "too_large": too_large,
+           **versions()}, args.out)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

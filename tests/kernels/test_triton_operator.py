@@ -1,0 +1,110 @@
+"""The triton backend as torch sees it: operators, torch.compile, and when it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import functorch.compile
+import pytest
+import torch
+from attention_cases import Case
+from triton_cases import DEVICE, NAMES, SMALL, fused, triton_case
+
+from tidal.kernels import TilePlan, interval_attention, triton_attention
+from tidal.kernels.api import BACKEND_VARIABLE, DEVICES, choose_backend
+from tidal.kernels.triton_plan import interval_plan
+
+OPS = torch.ops.tidal
+
+
+def test_opcheck() -> None:
+    case = triton_case(0, "blocks", n_heads=1, q_tiles=1.2, k_tiles=1.3)
+    geometry = case.ranges, case.q_position, case.k_position
+    tile = SMALL.forward.m if DEVICE == "cpu" else 64
+    torch.library.opcheck(OPS.interval_plan.default, (*geometry, tile, tile, True))
+    rows, columns = interval_plan(*geometry, tile, tile, False), interval_plan(*geometry, tile, tile, True)
+    tiles = [tile, tile, 4, 1] * 3
+    arguments = (*case.inputs(), *rows, [*rows, *columns], 0.5, tiles)
+    torch.library.opcheck(OPS.interval_attention_triton.default, arguments)
+    out, lse = OPS.interval_attention_triton(*arguments)
+    saved = (case.weight, *(x.detach() for x in case.inputs()), out.detach(), lse.detach(), [*rows, *columns])
+    torch.library.opcheck(OPS.interval_attention_triton_backward.default, (*saved, 0.5, tiles, True))
+
+
+def out_and_gradients(case: Case, attend) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    out = attend(*case.inputs())
+    gradients = torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
+    return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
+
+
+@pytest.mark.parametrize("given_plan", [True, False])
+def test_compile_without_graph_breaks_or_recompiling(given_plan: bool) -> None:
+    """Forward and backward; then other ranges, positions and lengths within the same padded shape."""
+    torch.compiler.reset()
+
+    def attend(*inputs: torch.Tensor, plan: TilePlan | None) -> torch.Tensor:
+        return interval_attention(*inputs, backend="triton", plan=plan)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, structure in ((0, "blocks"), (1, "streams"), (2, "random")):
+            case = triton_case(seed, structure, q_tiles=1.2, k_tiles=2.3)
+            case.ranges[:, -5 - seed :] = 0  # padding
+            plan = TilePlan.build(case.ranges, case.k.shape[2]) if given_plan else None
+            wanted = fused(case, plan)
+            for name, value in out_and_gradients(case, lambda *x, plan=plan: compiled(*x, plan=plan)).items():
+                assert torch.equal(value, wanted[name]), name
+
+
+def test_layers_of_a_compiled_graph_share_one_plan() -> None:
+    torch.compiler.reset()
+    case = triton_case(3, "blocks", q_tiles=1.2, k_tiles=1.2, n_kv_heads=2)
+    calls: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        calls.extend(str(node.target) for node in graph.graph.nodes if "interval" in str(node.target))
+        return functorch.compile.make_boxed_func(graph)
+
+    def two_layers(*inputs: torch.Tensor) -> torch.Tensor:
+        once = interval_attention(*inputs, backend="triton")
+        return interval_attention(once, *inputs[1:], backend="triton")
+
+    partition = functorch.compile.min_cut_rematerialization_partition  # as torch.compile by default
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=count, partition_fn=partition)
+    out_and_gradients(case, torch.compile(two_layers, fullgraph=True, backend=backend))
+    assert sum("attention_triton.default" in call for call in calls) == 2
+    assert sum("interval_plan" in call for call in calls) == 2, calls  # rows and columns, in the interpreter
+
+
+def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = triton_case(4, "causal", q_tiles=1.0, k_tiles=1.0)
+    with pytest.raises(ValueError, match=r"^backend='triton': has no kernel for torch.float64 with head dimension 32$"):
+        interval_attention(*case.to(torch.float64).inputs(), backend="triton")
+    narrow = replace(case, q=case.q[..., :24], k=case.k[..., :24], v=case.v[..., :24])
+    with pytest.raises(ValueError, match=r"has no kernel for torch\.float32 with head dimension 24"):
+        interval_attention(*narrow.inputs(), backend="triton")
+    monkeypatch.setitem(DEVICES, "triton", ("tpu",))
+    with pytest.raises(ValueError, match=f"^backend='triton': runs on tpu, the tensors are on {DEVICE}$"):
+        interval_attention(*case.inputs(), backend="triton")
+
+
+def test_choice_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+
+    def chosen(device: str, dtype: torch.dtype, head_dim: int) -> str:
+        q = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype, shape=(1, 1, 1, head_dim))
+        return choose_backend(q, None)  # type: ignore[arg-type]
+
+    assert chosen("cuda", torch.bfloat16, 64) == "triton"
+    assert chosen("cuda", torch.float64, 64) == "reference"
+    assert chosen("cuda", torch.float32, 48) == "reference"
+    assert chosen("cpu", torch.float32, 64) == "cpu"
+
+
+def test_tiles_can_be_given() -> None:
+    case = triton_case(5, "blocks", q_tiles=1.0, k_tiles=1.5)
+    wanted = fused(case)["out"]
+    tile = triton_attention.Tile(32, 16, 4, 1)
+    out = triton_attention.attend(*case.inputs(), case.q.shape[-1] ** -0.5, None, triton_attention.Config(*[tile] * 4))
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)

@@ -1,0 +1,149 @@
+"""The plan on the device against the dense mask, and what is remembered of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_cases import DEVICE, STRUCTURES, exact, fused, poisoned, structured, triton_case
+
+from tidal.kernels import TilePlan, triton_attention
+from tidal.kernels.reference import visible_keys
+from tidal.kernels.triton_plan import HEAD, interval_plan
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def states_of_rows(rows: Tensor, n_key_tiles: int) -> Tensor:
+    """[B, Tq, Tk] from the segments; fails where a tile is visited twice."""
+    states = torch.zeros(*rows.shape[:2], n_key_tiles, dtype=torch.int64)
+    for b, t in torch.cartesian_prod(*map(torch.arange, rows.shape[:2])).tolist():
+        bounds = rows[b, t, :12].view(6, 2).tolist()
+        for segment, (start, end) in enumerate(bounds):
+            assert 0 <= start <= end <= n_key_tiles or start == end
+            assert (states[b, t, start:end] == EMPTY).all(), "a tile is visited twice"
+            states[b, t, start:end] = PARTIAL if segment < 4 else FULL
+    return states
+
+
+def states_of_columns(columns: Tensor) -> Tensor:
+    """[B, Tq, Tk] from the lists."""
+    n_batch, n_key_tiles, n_query_tiles = *columns.shape[:2], columns.shape[2] - HEAD.value
+    states = torch.zeros(n_batch, n_query_tiles, n_key_tiles, dtype=torch.int64)
+    for b, t in torch.cartesian_prod(torch.arange(n_batch), torch.arange(n_key_tiles)).tolist():
+        n_partial, n_full = columns[b, t, :2].tolist()
+        entries = columns[b, t, HEAD.value :].tolist()
+        visited = entries[:n_partial] + entries[n_query_tiles - n_full :]
+        assert len(set(visited)) == n_partial + n_full, "a tile is visited twice"
+        states[b, visited, t] = torch.tensor([PARTIAL] * n_partial + [FULL] * n_full, dtype=torch.int64)
+    return states
+
+
+def tiled(x: Tensor, fill: float, tile_q: int, tile_k: int) -> Tensor:
+    """[B, Lq, Lk] → [B, Tq, Tk, tile_q · tile_k]."""
+    n_q, n_k = -(-x.shape[1] // tile_q), -(-x.shape[2] // tile_k)
+    padded = torch.full((x.shape[0], n_q * tile_q, n_k * tile_k), fill)
+    padded[:, : x.shape[1], : x.shape[2]] = x
+    return padded.view(-1, n_q, tile_q, n_k, tile_k).transpose(2, 3).flatten(3)
+
+
+def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int) -> None:
+    n_keys = k_position.shape[1]
+    on_device = [x.to(DEVICE) for x in (ranges, q_position, k_position)]
+    with poisoned():
+        rows, rows_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, False))
+        columns, columns_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, True))
+    states = states_of_rows(rows, -(-n_keys // tile_k))
+    assert torch.equal(states, states_of_columns(columns))
+
+    visible = visible_keys(ranges, n_keys).float()
+    some = tiled(visible, 0.0, tile_q, tile_k).amax(-1) > 0
+    assert (states[some] != EMPTY).all(), "a tile with visible keys is missing"
+    # Queries that are not there do not count, keys that are not there do: full tiles are loaded without a mask.
+    n_real = (torch.arange(len(visible[0])) // tile_q).bincount() * tile_k
+    covered = [visible, *(visible_keys(ranges[:, :, [r]], n_keys).float() for r in (0, 1))]
+    by_both, by_first, by_second = (tiled(x, 0.0, tile_q, tile_k).sum(-1) == n_real[:, None] for x in covered)
+    assert by_both[states == FULL].all(), "a tile is called full that is not"
+    assert (states[by_first | by_second] == FULL).all(), "a tile that one range covers is not called full"
+
+    ahead = (k_position[:, None, :] > q_position[:, :, None]).float()
+    mixed = (tiled(ahead, 0.0, tile_q, tile_k).amax(-1) > 0) & (states == FULL)
+    assert torch.equal(rows[..., 12] == 1, ~mixed.any(2))
+    assert torch.equal(columns[..., 2] == 1, ~mixed.any(1))
+    for order, work in ((rows_order, (states > 0).sum(2)), (columns_order, (states > 0).sum(1))):
+        assert sorted(order.tolist()) == list(range(work.numel()))
+        assert (work.flatten()[order.long()].diff() <= 0).all(), "not the longest first"
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 2**30),
+    structure=st.sampled_from(STRUCTURES),
+    n_queries=st.integers(1, 40),
+    n_keys=st.integers(1, 60),
+    tile_q=st.sampled_from([8, 16]),
+    tile_k=st.sampled_from([8, 16]),
+)
+def test_plan_of_random_ranges(
+    seed: int, structure: str, n_queries: int, n_keys: int, tile_q: int, tile_k: int
+) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    check_plan(*structured(structure, 1, n_queries, n_keys, g), tile_q, tile_k)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_plan_of_two_runs(data: st.DataObject) -> None:
+    """All queries alike: runs and full cores that overlap, touch, nest, in either order."""
+    bounds = data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=4))
+    jitter = data.draw(st.integers(0, 6))
+    g = torch.Generator().manual_seed(jitter)
+    ranges = torch.tensor(bounds).view(1, 1, 2, 2).expand(1, 10, 2, 2)
+    ranges = (ranges + torch.randint(-jitter, jitter + 1, (1, 10, 2, 2), generator=g)).clamp(0, 41).to(torch.int32)
+    check_plan(ranges, torch.arange(10.0)[None], torch.arange(41.0)[None], 16, 4)
+
+
+def test_more_tiles_than_one_step_looks_at() -> None:
+    g = torch.Generator().manual_seed(0)
+    check_plan(*structured("packed", 1, 12, 550, g), 8, 8)
+    check_plan(*structured("packed", 1, 550, 12, g), 8, 8)
+
+
+def test_one_plan_for_many_layers() -> None:
+    case = triton_case(0, "streams")
+    plan = TilePlan.build(case.ranges, case.k.shape[2])
+    first = fused(case, plan)
+    remembered = {key: value[2] for key, value in plan.memo.items() if key.startswith("triton")}
+    assert len(remembered) == 2  # rows, which forward and dq share in the interpreter, and columns
+    for name, value in fused(case, plan).items():
+        assert torch.equal(value, first[name])
+    assert all(plan.memo[key][2] is value for key, value in remembered.items())
+    moved = triton_case(0, "positions")
+    moved = type(case)(*case.inputs()[:4], moved.q_position, moved.k_position[:, : case.k.shape[2]], *(
+        case.slopes, case.weight))  # fmt: skip
+    assert (fused(moved, plan)["out"] - exact(moved)["out"]).abs().max() < 1e-5  # the memo must notice
+
+
+def test_a_plan_on_a_device_waits_for_nothing() -> None:
+    ranges = torch.zeros(2, 5, 2, 2, dtype=torch.int32, device="meta")  # there are no values to look at
+    plan = TilePlan.build(ranges, 7)
+    assert plan.shape == (2, 5, 7)
+    assert plan.slices.numel() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_no_host_synchronisation() -> None:
+    case = triton_case(0, "streams", torch.bfloat16, q_tiles=4.0, k_tiles=8.0, head_dim=64)
+    fused(case)  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = TilePlan.build(case.ranges, case.k.shape[2])
+        out = triton_attention.attend(*case.inputs(), 0.125, plan)
+        torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+

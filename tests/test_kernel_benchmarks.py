@@ -1,0 +1,234 @@
+"""The attention benchmarks without a GPU: they run, they refuse wrong results, and the rivals compute the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import attention, attention_cpu, attention_problems, kernel_resources
+from benchmarks.attention_problems import MASKS, Form, Problem, problem, ready
+from tests.commands import ROOT, run
+from tidal.kernels.reference import alibi_bias, visible_keys
+from tidal.kernels.triton_tiles import INTERPRETED
+
+FORM = Form(heads=4, kv_heads=2, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_rivals_are_told_is_what_the_ranges_say(mask: str) -> None:
+    """FlexAttention's mask and score functions, and the count of operations, against the dense definition."""
+    p = problem(mask, 128, 2, 32, FORM)
+    n_queries, n_keys = p.q.shape[2], p.k.shape[2]
+    assert p.ranges.amin() >= 0
+    assert p.ranges.amax() <= n_keys
+    visible = visible_keys(p.ranges, n_keys)
+    assert visible.any(2).all()  # no rival need know what to do without keys
+    assert p.flops == 4 * 4 * 32 * visible.sum()
+    b, i, j = torch.arange(2)[:, None, None], torch.arange(n_queries)[:, None], torch.arange(n_keys)
+    assert p.sees(b, 0, i, j).expand_as(visible).equal(visible)
+    for h in range(4):
+        bias = p.bias(torch.zeros(2, n_queries, n_keys), b, torch.tensor(h), i, j)
+        wanted = alibi_bias(p.q_position, p.k_position, p.slopes)[:, h]
+        torch.testing.assert_close(bias[visible], wanted[visible], rtol=0, atol=1e-5)
+
+
+def test_two_streams_are_laid_out_like_the_writers() -> None:
+    p = problem("two-stream", 300, 1, 32, FORM)
+    n_reader = 300 - p.q.shape[2]
+    (reader_start, before), (own, end) = (r.long().unbind(-1) for r in p.ranges[0].unbind(1))
+    assert reader_start.eq(0).all()
+    assert before.diff().ge(0).all()
+    assert end.equal(n_reader + 1 + torch.arange(p.q.shape[2]))
+    assert own.le(end - 1).all()
+    assert set((end - own).tolist()) <= set(range(1, 9))
+    assert (own.diff() > 0).equal(own[1:] == end[1:] - 1)  # a block begins at its own first step
+    assert p.q_position[0].equal(before.float())
+    assert p.k_position[0].equal(torch.cat([torch.arange(n_reader).float(), before.float()]))
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+def wrong_output(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, *rest, **more: attend(q, k, v, *rest, **more) * 1.001
+
+
+def wrong_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, *rest, **more: attend(q, k + 0.01 * (k - k.detach()), v, *rest, **more)
+
+
+def nan_for_one_key(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
+        bad = torch.zeros_like(v)
+        bad[0, 0, 3, 5] = float("nan")
+        return attend(q, k, v + bad.requires_grad_(), *rest, **more)
+
+    return run
+
+
+def range_ignored(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, ranges, *rest, **more: attend(
+        q, k, v, ranges * torch.tensor([[1], [0]], dtype=torch.int32), *rest, **more
+    )
+
+
+@pytest.mark.parametrize("bug", [wrong_output, wrong_gradient, nan_for_one_key, range_ignored])
+def test_a_wrong_result_is_not_timed(bug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("two-stream", 64, 1, 32, FORM)
+    fine = ready(p, ["sdpa"], "cpu")
+    assert list(fine.runs) == ["tidal", "sdpa"]
+    assert 0 < fine.error < 1e-5
+    attend = attention_problems.interval_attention
+
+    def patched(*args: Any, backend: str | None = None, **more: Any) -> Tensor:
+        how = attend if backend == "reference" else bug(attend)
+        return how(*args, backend=backend, **({} if how is not attend else more))
+
+    monkeypatch.setattr(attention_problems, "interval_attention", patched)
+    with pytest.raises(SystemExit, match=r"tidal, two-stream, .*not timing a wrong result"):
+        ready(p, [], "cpu")
+
+
+def test_a_rival_that_is_wrong_or_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("causal", 64, 1, 32, FORM)
+    sdpa = attention_problems.sdpa
+
+    def wrong(p: Problem) -> attention_problems.Attend:
+        right = sdpa(p)
+        return lambda q, k, v: right(q, k, v) * 1.01
+
+    def fails(p: Problem, mode: str | None = None) -> attention_problems.Attend:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(attention_problems, "sdpa", wrong)
+    monkeypatch.setattr(attention_problems, "flex_attention", fails)
+    entrants = ready(p, ["sdpa", "flex"], "cpu")
+    assert list(entrants.runs) == ["tidal"]
+    assert entrants.failed["sdpa"].startswith("wrong result: errors {'out': 0.0")
+    assert entrants.failed["flex"] == "OutOfMemoryError: too much"
+
+
+# ----------------------------------------------------------------------------------------- the commands
+
+
+def test_attention_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "results.json"
+    attention.main(["--device", "cpu", "--tiny", "--masks", "causal", "two-stream", "--out", str(out)])
+    printed = capsys.readouterr().out.splitlines()
+    line = json.loads(printed[-1])
+    assert line == json.loads(out.read_text())
+    assert [path.name for path in out.parent.iterdir()] == ["results.json"]
+    assert (line["benchmark"], line["dtype"], line["heads"]) == ("attention", "float32", 4)
+    assert line["device"]
+    assert line["torch"] == torch.__version__
+    assert line["date"] > "2025"
+    assert [(r["mask"], r["keys"]) for r in line["results"]] == [
+        (mask, keys) for mask in ("causal", "two-stream") for keys in (96, 192)
+    ]
+    for result in line["results"]:
+        assert set(result["times"]) == {"tidal", "sdpa"}
+        assert result["failed"] == {}
+        assert 0 < result["tidal_error"] < 1e-5
+        for times in result["times"].values():
+            assert times["forward_share"] == pytest.approx(times["forward_tflops"] / line["roofline_tflops"], rel=1e-3)
+            assert min(times.values()) > 0
+    assert len(line["plans"]) == 4
+    assert {"tidal", "create_block_mask"} == set(line["plans"][0]["times"])
+    assert [(r["queries"], r["keys"]) for r in line["decode"]] == [(1, 96), (5, 96)]
+    assert [g["direction"] for g in line["goals"]] == ["plan"]  # FlexAttention was not asked
+    assert sum("sdpa" in text for text in printed[:-1]) == 4
+
+
+@pytest.mark.skipif(not INTERPRETED.value, reason="Triton's interpreter is off")
+def test_the_fused_kernels_pass_the_check() -> None:
+    p = problem("two-stream", 40, 1, 32, FORM)
+    attention_problems.build_plan(p, "triton")
+    assert 0 < ready(p, [], "triton").error < 1e-5
+    assert 0 < ready(p, [], "triton", backward=False).error < 1e-5
+
+
+def test_attention_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        attention.main([])
+    assert stop.value.code == 2
+    assert "no GPU here; --device cpu --tiny shows that the benchmark works" in capsys.readouterr().err
+
+
+def test_goals_are_against_a_rivals_best_form() -> None:
+    def result(mask: str, **times: tuple[float, float]) -> dict[str, Any]:
+        return {"mask": mask, "times": {
+            name.replace("_", "-"): {"forward_ms": ahead, "backward_ms": back} for name, (ahead, back) in times.items()
+        }}  # fmt: skip
+
+    results = [
+        result("causal", tidal=(1, 2), flex=(3, 4), flex_max_autotune=(2, 5), flash_attention_2=(0.5, 3)),
+        result("causal", tidal=(1, 2), flex=(4, 4)),
+        result("packed", tidal=(2, 2), flex=(3, 3)),
+        result("two-stream", tidal=(1, 1), sdpa=(9, 9)),
+    ]
+    building = {"tidal": 2.0, "create_block_mask": 90.0, "create_block_mask, compiled": 60.0}
+    plans = [{"mask": "packed", "times": {name: {"plan_ms": t} for name, t in building.items()}}]
+    decoded = [{"queries": 1, "times": {"tidal": {"decode_ms": 1.0}, "flex": {"decode_ms": 3.0}}}]
+    met = {(g["rival"], g["direction"], g["masks"][0]): (g["worst"], g["median"])
+           for g in attention.against_goals(results, plans, decoded)}  # fmt: skip
+    assert met == {
+        ("flex", "forward", "causal"): (2.0, 3.0),
+        ("flex", "backward", "causal"): (2.0, 2.0),
+        ("flex", "forward", "packed"): (1.5, 1.5),
+        ("flex", "backward", "packed"): (1.5, 1.5),
+        ("flash-attention-2", "forward", "causal"): (0.5, 0.5),
+        ("flash-attention-2", "backward", "causal"): (1.5, 1.5),
+        ("flex", "decode", "decode"): (3.0, 3.0),
+        ("create_block_mask", "plan", "causal"): (30.0, 30.0),
+    }
+
+
+def test_attention_cpu_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    flags = ["--lengths", "600", "--heads", "2", "--repeats", "3", "--no-flex", "--out", str(out)]
+    attention_cpu.main(flags)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line == json.loads(out.read_text())
+    (result,) = line["results"]
+    assert (result["keys"], result["queries"]) == (600, 440)
+    for part in ("both", "forward"):
+        assert set(result["milliseconds"][part]) == {"tidal", "sdpa"}
+        assert result["times_faster"][part]["sdpa"] > 0
+    assert 0 < result["tidal_error"] < 1e-5
+    assert result["memory_mb"]["sdpa"] > 2 * 440 * 600 * 4 / 1e6  # at least its bias
+    assert result["memory_mb"]["sdpa"] > result["memory_mb"]["tidal"]
+
+
+def test_kernel_resources_prints_a_table() -> None:
+    flags = ["--archs", "90", "--head-dims", "64", "--kernels", "decode"]
+    done = run([sys.executable, "-m", "benchmarks.kernel_resources", *flags], ROOT, env={"TRITON_INTERPRET": "0"})
+    assert done.code == 0, done.err
+    line = json.loads(done.lines[-1])
+    assert [k["kernel"] for k in line["kernels"]] == ["decode 4 rows", "decode 256 rows", "decode merge"]
+    assert (line["spilling"], line["too_large"]) == (0, 0)
+    for kernel in line["kernels"]:
+        assert 16 <= kernel["registers"] <= 255
+        assert kernel["shared_bytes"] <= kernel["shared_limit"] == 227 * 1024
+    assert done.lines[-2] == "3 kernels: 0 spill, 0 want more shared memory than there is"
+    assert len(done.lines) == 6
+
+
+def test_kernel_resources_needs_the_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resources(*_: object) -> None:
+        raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
+
+    monkeypatch.setattr(kernel_resources, "resources", resources)
+    with pytest.raises(SystemExit) as stop:
+        kernel_resources.main([])
+    assert stop.value.code == 2
+    assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err

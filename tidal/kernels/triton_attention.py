@@ -1,0 +1,324 @@
+"""The ``triton`` backend: tile configurations, launches, and the operators that torch sees.
+
+    tidal::interval_plan                       triton_plan.py     once per batch and tile shape, kept in the plan
+    tidal::interval_attention_triton           out, lse           forward
+    tidal::interval_attention_triton_backward  dq, dk, dv, dslopes
+
+The backward pass is deterministic: every gradient is summed by one program or, over the heads of a group and for
+the slopes, by torch from partial sums. Runs on NVIDIA GPUs from sm_80 on; with TRITON_INTERPRET=1 also on the CPU,
+slowly.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tidal.kernels import triton_backward, triton_decode, triton_forward
+from tidal.kernels.aot import TRITON_NAMES, KernelSpec
+from tidal.kernels.plan import TilePlan
+from tidal.kernels.triton_plan import HEAD, interval_plan
+from tidal.kernels.triton_tiles import INTERPRETED
+
+HEAD_DIMS = (32, 64, 128)
+DEVICES = ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
+
+
+class Tile(NamedTuple):
+    """How a kernel is launched."""
+
+    m: int
+    """queries per tile"""
+    n: int
+    """keys per tile"""
+    warps: int
+    stages: int
+    """tiles in flight from global to shared memory"""
+
+
+class Config(NamedTuple):
+    """Tiles of the kernels that matter."""
+
+    forward: Tile
+    dq: Tile
+    dq_slopes: Tile
+    """for dq where the slopes are learned, too"""
+    dkdv: Tile
+
+
+CONFIGS: dict[tuple[int, int, int], Config] = {
+    # (bytes per element, head dimension, architecture): forward, dq, dq_slopes, dkdv
+    (2, 32, 80): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 32, 90): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 32, 100): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 64, 80): Config(Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
+    (2, 64, 90): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 64, 100): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 128, 80): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (2, 128, 90): Config(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 3)),
+    (2, 128, 100): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (4, 32, 80): Config(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 64, 80): Config(Tile(64, 32, 8, 1), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 128, 80): Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(32, 16, 8, 2)),
+}
+"""The largest tiles without spills that were found by compiling ahead of time; not yet timed on a GPU."""
+
+INTERPRETER = Config(*[Tile(32, 32, 4, 1)] * 4)
+DELTA = Tile(32, 0, 4, 1)
+
+
+def configuration(dtype: torch.dtype, head_dim: int, arch: int) -> Config:
+    """The tiles for an architecture (compute capability × 10; 0 for the interpreter).
+
+    float32 has one for all. GPUs not listed get the tiles of sm_80, which need less than 99 KB of shared memory.
+    """
+    if arch == 0:
+        return INTERPRETER
+    family = arch // 10 * 10
+    return CONFIGS.get((dtype.itemsize, head_dim, family)) or CONFIGS[dtype.itemsize, head_dim, 80]
+
+
+def supports(dtype: torch.dtype, head_dim: int) -> bool:
+    """Is there a kernel for it? float64 is left to the reference, float32 has products in full precision."""
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim in HEAD_DIMS
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def architecture(device: torch.device) -> int:
+    """Compute capability × 10 of a GPU; 0 in the interpreter."""
+    if INTERPRETED.value:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    slopes: Tensor,
+    scale: float,
+    plan: TilePlan | None,
+    config: Config | None = None,
+) -> Tensor:
+    """Shapes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
+
+    Without gradients, a few queries go to the decode kernel (unless a config asks for the others).
+    """
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slopes))
+    if config is None:
+        if not learning and triton_decode.fits(q, k):
+            decoded: Tensor = triton_decode.decode(q, k, v, ranges, q_position, k_position, slopes, scale)
+            return decoded
+        config = configuration(q.dtype, q.shape[-1], architecture(q.device))
+    compiling = torch.compiler.is_compiling()  # then equal calls are one in the graph
+    memo = plan.memo if plan is not None and not compiling else {}
+    mode = "" if compiling else str(torch.is_inference_mode_enabled())
+
+    def planned(tile: Tile, transpose: bool) -> tuple[Tensor, Tensor]:
+        key = f"triton {tile.m} {tile.n} {transpose} {mode}"
+        if key in memo:
+            q_seen, k_seen, table, order = memo[key]
+            if q_seen is q_position and k_seen is k_position:
+                return table, order
+        table, order = interval_plan(ranges, q_position, k_position, tile.m, tile.n, transpose)
+        memo[key] = (q_position, k_position, table, order)
+        return table, order
+
+    dq = config.dq_slopes if slopes.requires_grad else config.dq
+    rows, order = planned(config.forward, False)
+    backward_plan: list[Tensor] = []
+    if learning:
+        backward_plan = [*planned(dq, False), *planned(config.dkdv, True)]
+    tiles = [*config.forward, *dq, *config.dkdv]
+    out: Tensor = attend_fused(
+        q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles
+    )[0]
+    return out
+
+
+def constants(q: Tensor, tile: Tile) -> dict[str, int]:
+    """What an attention kernel is compiled for, and how it is launched."""
+    fast = q.dtype != torch.float32
+    return {
+        "M": tile.m, "N": tile.n, "D": q.shape[-1], "FAST": fast, "num_warps": tile.warps, "num_stages": tile.stages
+    }  # fmt: skip
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """The kernels read rows of D elements next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def heads_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor like x [B, H, L, D] that lies in memory as [B, L, H, D], as the model's projections want it."""
+    n_batch, n_heads, length, head_dim = x.shape
+    return x.new_empty(n_batch, length, n_heads, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and row of each [B, H, L, D]."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+@torch.library.custom_op("tidal::interval_attention_triton", mutates_args=())
+def attend_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    slopes: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    backward_plan: Sequence[Tensor],
+    scale: float,
+    tiles: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, D] and log Σ exp(score) [B, Hq, Lq] (base 2 if FAST; +inf without keys).
+
+    `rows` and `order` are of :func:`interval_plan` for the forward tile; `backward_plan` is the same for dq and, as
+    columns, for dkdv, or empty; `tiles` are the fields of the Tiles for forward, dq and dkdv.
+    """
+    out, lse = heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(float("inf"))
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
+    (n_batch, n_heads, n_queries, _), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
+    n_tiles = rows.shape[1]
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        triton_forward.forward_kernel[(n_batch * n_tiles * n_heads,)](
+            q, k, v, out, lse, ranges.contiguous(), q_position.contiguous(), k_position.contiguous(),
+            slopes.float().contiguous(), rows, order, *strides(q, k, v, out),
+            n_heads, n_heads // n_kv_heads, n_queries, n_keys, n_tiles, scale, **constants(q, Tile(*tiles[:4])),
+        )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("tidal::interval_attention_triton_backward", mutates_args=())
+def attend_fused_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    slopes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    backward_plan: Sequence[Tensor],
+    scale: float,
+    tiles: Sequence[int],
+    need_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, slopes (the last stays zero unless needed)."""
+    dq, dk, dv, dslopes = heads_last(q), heads_last(k), heads_last(v), torch.zeros_like(slopes)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dslopes
+    rows, rows_order, columns, columns_order = backward_plan
+    dout, q, k, v = with_rows(dout), with_rows(q), with_rows(k), with_rows(v)
+    ranges, q_position, k_position = ranges.contiguous(), q_position.contiguous(), k_position.contiguous()
+    (n_batch, n_heads, n_queries, head_dim), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
+    group, (n_query_tiles, n_key_tiles) = n_heads // n_kv_heads, (rows.shape[1], columns.shape[1])
+    delta, slopes_float = torch.empty_like(lse), slopes.float().contiguous()
+    partial = lse.new_empty(n_batch * n_query_tiles, n_heads)
+    # The heads of a group are separate programs: each writes its share, in float32, for torch to add up.
+    dk_part, dv_part = dk, dv
+    if group > 1:
+        dk_part, dv_part = lse.new_empty(2, n_batch, n_heads, n_keys, head_dim).unbind(0)
+    tile_q, tile_k = Tile(*tiles[4:8]), Tile(*tiles[8:12])
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        triton_backward.delta_kernel[(-(-n_queries // DELTA.m), n_heads, n_batch)](
+            out, dout, delta, *strides(out, dout), n_heads, n_queries, M=DELTA.m, D=head_dim, num_warps=DELTA.warps
+        )
+        triton_backward.dq_kernel[(n_batch * n_query_tiles * n_heads,)](
+            q, k, v, dout, lse, delta, dq, partial, ranges, q_position, k_position, slopes_float, rows, rows_order,
+            *strides(q, k, v, dout, dq), n_heads, group, n_queries, n_keys, n_query_tiles, scale,
+            SLOPES=need_slopes, **constants(q, tile_q),
+        )  # fmt: skip
+        triton_backward.dkdv_kernel[(n_batch * n_key_tiles * n_heads,)](
+            q, k, v, dout, lse, delta, dk_part, dv_part, ranges, q_position, k_position, slopes_float, columns,
+            columns_order, *strides(q, k, v, dout, dk_part), n_heads, group, n_queries, n_keys, n_key_tiles,
+            columns.shape[2] - HEAD.value, scale, **constants(q, tile_k),
+        )  # fmt: skip
+    if group > 1:
+        by_group = (n_batch, n_kv_heads, group, n_keys, head_dim)
+        dk.copy_(dk_part.view(by_group).sum(2))
+        dv.copy_(dv_part.view(by_group).sum(2))
+    if need_slopes:
+        dslopes.copy_(partial.sum(0))
+    return dq, dk, dv, dslopes
+
+
+@attend_fused.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attend_fused_backward.register_fake
+def _(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _r: Tensor, _qp: Tensor, _kp: Tensor, slopes: Tensor,
+      *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return heads_last(q), heads_last(k), heads_last(v), torch.zeros_like(slopes)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, _rows, _order, backward_plan, ctx.scale, ctx.tiles = inputs
+    ctx.save_for_backward(*tensors, *output, *backward_plan)
+
+
+def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
+    tensors, backward_plan = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    need_slopes = ctx.needs_input_grad[6]
+    dq, dk, dv, dslopes = attend_fused_backward(dout, *tensors, backward_plan, ctx.scale, ctx.tiles, need_slopes)
+    nothing = (None,) * 2
+    return dq, dk, dv, None, None, None, (dslopes if need_slopes else None), *nothing, [None] * 4, None, None
+
+
+attend_fused.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------- for ahead-of-time compilation
+
+
+def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
+    """The attention kernels as they are launched on an architecture (compute capability × 10)."""
+    config = configuration(dtype, head_dim, arch)
+    q = torch.empty(0, head_dim, dtype=dtype)
+    found = []
+    for name, tile, more in (
+        ("forward", config.forward, {}),
+        ("delta", DELTA, {}),
+        ("dq", config.dq, {"SLOPES": False}),
+        ("dq_dslopes", config.dq_slopes, {"SLOPES": True}),
+        ("dkdv", config.dkdv, {}),
+        ("dkdv_grouped", config.dkdv, {}),
+    ):
+        kernel = getattr(triton_forward if name == "forward" else triton_backward, name.split("_")[0] + "_kernel")
+        chosen = {**constants(q, tile), **more}
+        types = {argument: argument_type(argument, name, TRITON_NAMES[dtype]) for argument in kernel.arg_names}
+        aligned = tuple(x for x, kind in types.items() if kind[0] == "*" or x.startswith("stride"))
+        values = {x: chosen[x] for x in kernel.arg_names if x in chosen}
+        size = f"{tile.m}×{tile.n}" if tile.n else f"{tile.m}"
+        found.append(KernelSpec(name, kernel, types, values, tile.warps, tile.stages, size, aligned))
+    return found
+
+
+def argument_type(argument: str, kernel: str, dtype: str) -> str:
+    """Triton's name for the type of a kernel's argument, told by the argument's name."""
+    if argument.isupper():
+        return "constexpr"
+    if argument.startswith(("n_", "stride_")) or argument == "group":
+        return "i32"
+    if argument in ("dk", "dv"):
+        return "*fp32" if kernel == "dkdv_grouped" else "*" + dtype
+    if argument in ("q", "k", "v", "out", "dout", "dq"):
+        return "*" + dtype
+    if argument in ("ranges", "rows", "order", "columns"):
+        return "*i32"
+    return "fp32" if argument == "scale" else "*fp32"

@@ -1,0 +1,216 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Interval attention in Triton, backward: delta, dq, and dk with dv (triton_tiles.py says how it works)."""
+
+import triton
+import triton.language as tl
+
+from tidal.kernels.triton_plan import HEAD, ROW
+from tidal.kernels.triton_tiles import (
+    LENGTHS,
+    dot,
+    exponential,
+    full_tiles,
+    in_base,
+    load_ranges,
+    load_rows,
+    may_shift,
+    partial_tiles,
+    score_of,
+    segment_tile,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def delta_kernel(
+    out, dout, delta, stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl, n_heads, n_queries,
+    M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """delta = Σ_d dout · out, float32 [B, H, Lq]. One program per tile of queries, head and batch row."""
+    first, head, batch = tl.program_id(0) * M, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    n_left = n_queries - first
+    out_md = load_rows(out + batch * stride_ob + head * stride_oh, first, stride_ol, n_left, M, D, True)
+    dout_md = load_rows(dout + batch * stride_gb + head * stride_gh, first, stride_gl, n_left, M, D, True)
+    query = first + tl.arange(0, M)
+    total = tl.sum(out_md.to(tl.float32) * dout_md.to(tl.float32), 1)
+    tl.store(delta + (batch * n_heads + head) * n_queries + query, total, mask=query < n_queries)
+
+
+@triton.jit
+def dq_tile(
+    state, tile, q_md, dout_md, keys, q_position, ranges, lse, delta, reference, scale, slope,
+    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, SLOPES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. q_position, ranges, lse (shifted as the scores are), delta: [M, 1]."""
+    dq, slope_sums = state
+    k, stride_kl, v, stride_vl, k_position, n_keys = keys
+    first = tile * N
+    key = first + tl.arange(0, N)
+    k_nd = load_rows(k, first, stride_kl, n_keys - first, N, D, MASKED)
+    v_nd = load_rows(v, first, stride_vl, n_keys - first, N, D, MASKED)
+    k_position_n = tl.load(k_position + key, mask=key < n_keys) if MASKED else tl.load(k_position + key)
+    score = score_of(
+        dot(q_md, tl.trans(k_nd)),
+        q_position, k_position_n[None, :], key[None, :], ranges, reference, scale, slope, MASKED, SHIFTED,
+    )  # fmt: skip
+    dweight = dot(dout_md, tl.trans(v_nd))
+    weight = exponential(score - lse, FAST)
+    dscore = weight * (dweight - delta)
+    if SLOPES:
+        of_both, of_scores, of_weights = slope_sums
+        distance = tl.abs(q_position - k_position_n[None, :])
+        of_both += tl.sum(dscore * distance, 1)
+        of_scores += tl.sum(dscore, 1)
+        of_weights += tl.sum(weight * distance, 1)
+        slope_sums = (of_both, of_scores, of_weights)
+    return dot(dscore.to(k_nd.dtype), k_nd, dq), slope_sums
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dq_kernel(
+    q, k, v, dout, lse, delta, dq, dslopes, ranges, q_position, k_position, slopes, rows, order,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles, scale,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of queries, the longest first, and head. dslopes: float32 [B · n_tiles, H], partial sums."""
+    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    batch, first = slot // n_tiles, slot % n_tiles * M
+    local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
+    inside = local < n_left
+    row = rows + slot * ROW
+    q_position += batch * n_queries + first
+    ranges += (batch * n_queries + first) * 4
+    lse += (batch * n_heads + head) * n_queries + first
+    delta += (batch * n_heads + head) * n_queries + first
+    slope, scale_in = in_base(tl.load(slopes + head), FAST), in_base(scale, FAST)
+    q_md = load_rows(q + batch * stride_qb + head * stride_qh, first, stride_ql, n_left, M, D, True)
+    dout_md = load_rows(dout + batch * stride_gb + head * stride_gh, first, stride_gl, n_left, M, D, True)
+    lse_m1 = tl.load(lse + local, mask=inside, other=float("inf"))[:, None]
+    delta_m1 = tl.load(delta + local, mask=inside, other=0.0)[:, None]
+    k += batch * stride_kb + head // group * stride_kh
+    v += batch * stride_vb + head // group * stride_vh
+    keys = (k, stride_kl, v, stride_vl, k_position + batch * n_keys, n_keys)
+    zeros = tl.zeros([M], dtype=tl.float32)
+    state = (tl.zeros([M, D], dtype=tl.float32), (zeros, zeros, zeros))
+
+    n_full, segments = full_tiles(row)
+    if FAST and not SLOPES:  # the slopes' gradient needs distances anyway
+        q_position_m = tl.load(q_position + local, mask=inside, other=0.0)
+        shifts, reference = may_shift(q_position_m, inside, tl.load(row + 12), slope)
+        lse_shifted = lse_m1 + slope * (q_position_m - reference)[:, None]
+        for i in range(0, tl.where(shifts, n_full, 0)):
+            tile = segment_tile(i, segments)
+            state = dq_tile(
+                state, tile, q_md, dout_md, keys, 0.0, 0, lse_shifted, delta_m1, reference, scale_in, slope,
+                N, D, False, True, SLOPES, FAST,
+            )  # fmt: skip
+        n_full = tl.where(shifts, 0, n_full)
+    q_position_m1 = tl.load(q_position + local, mask=inside, other=0.0)[:, None]
+    for i in range(0, n_full):
+        tile = segment_tile(i, segments)
+        state = dq_tile(
+            state, tile, q_md, dout_md, keys, q_position_m1, 0, lse_m1, delta_m1, 0.0, scale_in, slope,
+            N, D, False, False, SLOPES, FAST,
+        )  # fmt: skip
+    n_partial, segments = partial_tiles(row)
+    bounds = load_ranges(ranges, local, n_left, n_keys, 1)
+    for i in range(0, n_partial):
+        tile = segment_tile(i, segments)
+        state = dq_tile(
+            state, tile, q_md, dout_md, keys, q_position_m1, bounds, lse_m1, delta_m1, 0.0, scale_in, slope,
+            N, D, True, False, SLOPES, FAST,
+        )  # fmt: skip
+    dq += batch * stride_ob + head * stride_oh
+    store_rows(dq, first, stride_ol, n_left, state[0] * scale, M, D)
+    if SLOPES:
+        # −Σ dscore · distance. Σ dscore should be 0 but for the rounding of delta, whose error cancels if distances
+        # are taken from their mean.
+        of_both, of_scores, of_weights = state[1]
+        tl.store(dslopes + slot * n_heads + head, tl.sum(of_scores * of_weights - of_both, 0))
+
+
+@triton.jit
+def dkdv_tile(
+    state, tile, k_nd, v_nd, queries, key, k_position, reference, scale, slope,
+    M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries; the score matrix is transposed, [N, M]. key and k_position: [N, 1]."""
+    dk, dv = state
+    q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
+    first = tile * M
+    local, n_left = tl.arange(0, M), n_queries - first
+    inside = local < n_left  # also in full tiles: the last one may be shorter
+    q_md = load_rows(q, first, stride_ql, n_left, M, D, True)
+    q_position_m = tl.load(q_position + first + local, mask=inside, other=0.0)
+    lse_m = tl.load(lse + first + local, mask=inside, other=float("inf"))
+    bounds = 0
+    if MASKED:
+        bounds = load_ranges(ranges + first.to(tl.int64) * 4, local, n_left, n_keys, 0)
+    if SHIFTED:
+        lse_m += slope * (q_position_m - reference)
+    # float32 wants the same rounding as in the forward pass
+    product = dot(k_nd, tl.trans(q_md)) if FAST else tl.trans(dot(q_md, tl.trans(k_nd)))
+    score = score_of(
+        product,
+        q_position_m[None, :], k_position, key, bounds, reference, scale, slope, MASKED, SHIFTED,
+    )  # fmt: skip
+    weight = exponential(score - lse_m[None, :], FAST)
+    dout_md = load_rows(dout, first, stride_gl, n_left, M, D, True)
+    dv = dot(weight.to(dout_md.dtype), dout_md, dv)
+    dweight = dot(v_nd, tl.trans(dout_md))
+    dscore = weight * (dweight - tl.load(delta + first + local, mask=inside, other=0.0)[None, :])
+    return dot(dscore.to(q_md.dtype), q_md, dk), dv
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, ranges, q_position, k_position, slopes, columns, order,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles,
+    n_query_tiles, scale,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of keys, the longest first, and query head; dk and dv [B, H, Lk, D] are of that head."""
+    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    batch, first = slot // n_tiles, slot % n_tiles * N
+    key, n_left = first.to(tl.int32) + tl.arange(0, N), (n_keys - first).to(tl.int32)
+    slope, scale_in = in_base(tl.load(slopes + head), FAST), in_base(scale, FAST)
+    k += batch * stride_kb + head // group * stride_kh
+    v += batch * stride_vb + head // group * stride_vh
+    k_nd = load_rows(k, first, stride_kl, n_left, N, D, True)
+    v_nd = load_rows(v, first, stride_vl, n_left, N, D, True)
+    k_position_n = tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=0.0)
+    k_position_n1, key_n1 = k_position_n[:, None], key[:, None]
+    statistics = (batch * n_heads + head) * n_queries
+    queries = (
+        q + batch * stride_qb + head * stride_qh, stride_ql, dout + batch * stride_gb + head * stride_gh, stride_gl,
+        lse + statistics, delta + statistics, q_position + batch * n_queries,
+        ranges + batch * n_queries * 4, n_queries, n_keys,
+    )  # fmt: skip
+    state = (tl.zeros([N, D], dtype=tl.float32), tl.zeros([N, D], dtype=tl.float32))
+
+    column = columns + slot * (n_query_tiles + HEAD)
+    n_full, last = tl.load(column + 1), column + HEAD + n_query_tiles - 1
+    if FAST:
+        shifts, reference = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
+        for i in range(0, tl.where(shifts, n_full, 0)):
+            state = dkdv_tile(
+                state, tl.load(last - i), k_nd, v_nd, queries, key_n1, k_position_n1, reference, scale_in, slope,
+                M, D, False, True, FAST,
+            )  # fmt: skip
+        n_full = tl.where(shifts, 0, n_full)
+    for i in range(0, n_full):
+        state = dkdv_tile(
+            state, tl.load(last - i), k_nd, v_nd, queries, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, False, False, FAST,
+        )  # fmt: skip
+    for i in range(0, tl.load(column)):
+        state = dkdv_tile(
+            state, tl.load(column + HEAD + i), k_nd, v_nd, queries, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, True, False, FAST,
+        )  # fmt: skip
+    offset = batch * stride_ob + head * stride_oh
+    store_rows(dk + offset, first, stride_ol, n_left, state[0] * scale, N, D)
+    store_rows(dv + offset, first, stride_ol, n_left, state[1], N, D)

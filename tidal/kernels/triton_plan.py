@@ -1,0 +1,181 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The tile plan on the device: which key tiles a tile of queries visits, and which query tiles a key tile.
+
+    rows      for each tile of queries, the tiles of keys in up to four segments that need the mask and two that
+              do not. No key tile is in two of them: where the two runs meet, they are merged.
+
+        keys →     ░░░░████████████████░░░░              ░░░░████████░░░░
+                   └──┘└──────────────┘└──┘              └──┘└──────┘└──┘
+                  partial    full    partial           partial full partial
+                   └──── hull of range 0 ───┘             └ hull of range 1 ┘
+
+    columns   for each tile of keys, the list of the query tiles that visit it: partial ones from the front of
+              the list, full ones from its back
+
+Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
+no absolute value (tidal/kernels/triton_kernels.py). Time and memory are O((Lq / tile) · (Lk / tile)), and nothing
+waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+ROW = tl.constexpr(16)
+"""int32 per tile of queries: (start, end) of 4 partial segments, of 2 full ones, flag; the rest is not used"""
+HEAD = tl.constexpr(4)
+"""int32 per tile of keys before its list: number of partial, number of full, flag; the rest is not used"""
+CHUNK = tl.constexpr(64)
+"""tiles that one step of a planning kernel looks at"""
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_key_tiles"])
+def rows_kernel(
+    ranges, q_position, k_high, rows, q_low, work, n_queries, n_keys, n_key_tiles,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of queries and batch row."""
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = batch * tl.num_programs(0) + tile
+    # The last tile is filled up with copies of the last query, which change nothing.
+    query = batch * n_queries + tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q), n_queries - 1)
+    low = tl.min(tl.load(q_position + query), 0)
+    lo_0, a_0, b_0, hi_0 = hull_and_core(ranges + query * 4, n_keys, n_key_tiles, TILE_K)
+    lo_1, a_1, b_1, hi_1 = hull_and_core(ranges + query * 4 + 2, n_keys, n_key_tiles, TILE_K)
+
+    # Runs that overlap or touch become one, with the cores in order; a core that is missing stands at its end.
+    merged = (lo_0 <= hi_1) & (lo_1 <= hi_0)
+    end = tl.maximum(hi_0, hi_1)
+    lo_0 = tl.where(merged, tl.minimum(lo_0, lo_1), lo_0)
+    none_0, none_1 = a_0 >= b_0, a_1 >= b_1
+    end_0, end_1 = tl.where(merged, end, hi_0), tl.where(merged, end, hi_1)
+    a_0, b_0 = tl.where(none_0, end_0, a_0), tl.where(none_0, end_0, b_0)
+    a_1, b_1 = tl.where(none_1, end_1, a_1), tl.where(none_1, end_1, b_1)
+    swap = merged & (a_1 < a_0)
+    a_0, a_1 = tl.where(swap, a_1, a_0), tl.where(swap, a_0, a_1)
+    b_0, b_1 = tl.where(swap, b_1, b_0), tl.where(swap, b_0, b_1)
+    meet = merged & (a_1 <= b_0)
+    b_0 = tl.where(meet, tl.maximum(b_0, b_1), b_0)
+    a_1, b_1 = tl.where(meet, end, a_1), tl.where(meet, end, b_1)
+
+    row = rows + slot * ROW
+    tiles = put(row, lo_0, a_0)
+    tiles += put(row + 2, b_0, tl.where(merged, a_1, hi_0))
+    tiles += put(row + 4, tl.where(merged, b_1, lo_1), tl.where(merged, end, a_1))
+    tiles += put(row + 6, b_1, tl.where(merged, b_1, hi_1))
+    tiles += put(row + 8, a_0, b_0) + put(row + 10, a_1, b_1)
+
+    high = low
+    for first in range(0, n_key_tiles, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        full = ((t >= a_0) & (t < b_0)) | ((t >= a_1) & (t < b_1))
+        high = tl.maximum(high, tl.max(tl.load(k_high + batch * n_key_tiles + t, mask=full, other=float("-inf")), 0))
+    tl.store(row + 12, (high <= low).to(tl.int32))
+    tl.store(q_low + slot, low)
+    tl.store(work + slot, tiles)
+
+
+@triton.jit
+def hull_and_core(ranges, n_keys, n_key_tiles, TILE_K: tl.constexpr):
+    """Of one range of some queries: [lo, hi) tiles that any of them sees, [a, b) tiles that all of them see whole."""
+    start = tl.maximum(tl.load(ranges), 0)
+    end = tl.minimum(tl.load(ranges + 1), n_keys)
+    seen = start < end
+    lo = tl.min(tl.where(seen, start, n_keys), 0) // TILE_K
+    hi = tl.cdiv(tl.max(tl.where(seen, end, 0), 0), TILE_K)
+    a, b = tl.cdiv(tl.max(start, 0), TILE_K), tl.maximum(tl.min(end, 0), 0) // TILE_K
+    blind = hi == 0
+    return tl.where(blind, n_key_tiles, lo), a, b, tl.where(blind, n_key_tiles, hi)
+
+
+@triton.jit
+def put(pointer, start, end):
+    """Store a segment and return its length."""
+    tl.store(pointer, start)
+    tl.store(pointer + 1, end)
+    return end - start
+
+
+@triton.jit(do_not_specialize=["n_query_tiles"])
+def columns_kernel(rows, q_low, k_high, columns, work, n_query_tiles):
+    """One program per tile of keys and batch row."""
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = batch * tl.num_programs(0) + tile
+    high = tl.load(k_high + slot)
+    column = columns + slot * (n_query_tiles + HEAD)
+    n_partial, n_full, n_ahead = 0, 0, 0
+    for first in range(0, n_query_tiles, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        inside = t < n_query_tiles
+        row = rows + (batch * n_query_tiles + t) * ROW
+        full = within(row + 8, tile, inside) | within(row + 10, tile, inside)
+        partial = within(row, tile, inside) | within(row + 2, tile, inside)
+        partial |= within(row + 4, tile, inside) | within(row + 6, tile, inside)
+        low = tl.load(q_low + batch * n_query_tiles + t, mask=inside, other=0.0)
+        n_ahead += tl.sum((full & (low < high)).to(tl.int32), 0)
+        # cumsum counts from 1
+        tl.store(column + HEAD + n_partial + tl.cumsum(partial.to(tl.int32), 0) - 1, t, mask=partial)
+        tl.store(column + HEAD + n_query_tiles - n_full - tl.cumsum(full.to(tl.int32), 0), t, mask=full)
+        n_partial += tl.sum(partial.to(tl.int32), 0)
+        n_full += tl.sum(full.to(tl.int32), 0)
+    tl.store(column, n_partial)
+    tl.store(column + 1, n_full)
+    tl.store(column + 2, tl.where(n_ahead == 0, 1, 0))
+    tl.store(work + slot, n_partial + n_full)
+
+
+@triton.jit
+def within(segment, tile, inside):
+    """Is the tile in this segment of each of some rows?"""
+    start = tl.load(segment, mask=inside, other=0)
+    return (start <= tile) & (tile < tl.load(segment + 1, mask=inside, other=0))
+
+
+@torch.library.custom_op("tidal::interval_plan", mutates_args=())
+def interval_plan(
+    ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
+) -> tuple[Tensor, Tensor]:
+    """The plan of a batch for kernels with tiles of tile_q queries and tile_k keys.
+
+    Args:
+        ranges: int32 [B, Lq, 2, 2]; ends beyond the keys are cut.
+        q_position: float32 [B, Lq].
+        k_position: float32 [B, Lk].
+        tile_q: queries per tile, a power of two.
+        tile_k: keys per tile, a power of two.
+        transpose: columns instead of rows.
+
+    Returns:
+        table: int32, rows [B, Tq, ROW] or columns [B, Tk, HEAD + Tq].
+        order: int32 [B·Tq] or [B·Tk], the indices of the rows or columns (b · T + t), longest first.
+    """
+    (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
+    n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
+    padded = F.pad(k_position, (0, n_key_tiles * tile_k - n_keys), value=float("-inf"))
+    k_high = padded.view(n_batch, n_key_tiles, tile_k).amax(2)
+    rows = ranges.new_zeros(n_batch, n_query_tiles, ROW.value)
+    q_low = q_position.new_empty(n_batch, n_query_tiles)
+    work = ranges.new_empty(n_batch * n_query_tiles)
+    with torch.cuda.device_of(ranges):  # type: ignore[no-untyped-call]
+        rows_kernel[(n_query_tiles, n_batch)](
+            ranges.contiguous(), q_position.contiguous(), k_high, rows, q_low, work, n_queries, n_keys, n_key_tiles,
+            TILE_Q=tile_q, TILE_K=tile_k,
+        )  # fmt: skip
+        table = rows
+        if transpose:
+            table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + n_query_tiles)
+            work = ranges.new_empty(n_batch * n_key_tiles)
+            columns_kernel[(n_key_tiles, n_batch)](rows, q_low, k_high, table, work, n_query_tiles)
+    return table, work.argsort(descending=True, stable=True).to(torch.int32)
+
+
+@interval_plan.register_fake
+def _(
+    ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
+) -> tuple[Tensor, Tensor]:
+    (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
+    n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
+    n_tiles, width = (n_key_tiles, HEAD.value + n_query_tiles) if transpose else (n_query_tiles, ROW.value)
+    return ranges.new_empty(n_batch, n_tiles, width), ranges.new_empty(n_batch * n_tiles)

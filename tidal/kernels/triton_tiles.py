@@ -1,0 +1,156 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Interval attention in Triton: what the forward and the backward kernels share, and how both work.
+
+    forward    a program per tile of queries and head: visits its key tiles, keeps a running softmax
+    delta      Σ_d dout · out of every query
+    dq         as forward, with the weights recomputed from log Σ exp; also the slopes' gradient
+    dkdv       a program per tile of keys and query head: visits the query tiles that see it
+
+after Dao, "FlashAttention-2" (2023). Everything that decides a visit is in the plan (triton_plan.py): tiles that
+need no mask get none, and the loops over them have no branches.
+
+FAST, for bfloat16 and float16, means two things; float32 does without, to err no more than plain PyTorch does.
+First, scores are in base 2: log2(e) is folded into scale and slopes. Second, ALiBi has two forms. In general
+
+    score[i, j] = scale · q_i·k_j − slope · |p_i − p_j|
+
+If all keys of a tile lie in the past, the absolute value goes away, and what depends on the query alone cancels
+in the softmax. With a position r near the queries,
+
+    score[i, j] + shift_i = scale · q_i·k_j + slope · (p_j − r)        shift_i = slope · (p_i − r)
+
+costs one fused multiply-add a score instead of three operations. Both forms meet in one row of the softmax, so
+the running maximum is of score + shift everywhere. The shift costs precision: half an ulp of slope · (p_j − r)
+for keys near the query, so the form is used only where slope · (spread of the queries' positions) < SPREAD.
+In dkdv the roles are exchanged: r is near the keys.
+
+Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D] with any strides but 1 for the last dimension; ranges, positions,
+lse and delta are contiguous. Offsets of tiles are 64-bit, offsets inside a tile 32-bit.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.0e30)
+"""below any score, and finite: the maximum of no scores (−inf would give NaN in differences)"""
+SPREAD = tl.constexpr(256.0)
+"""limit of the shifted form: float32 then errs by at most 2^−16 in the score of a key near the query"""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LENGTHS = ("n_heads", "group", "n_queries", "n_keys", "n_tiles", "n_query_tiles")
+"""arguments for whose values no kernel is compiled anew"""
+
+
+@triton.jit
+def exponential(x, FAST: tl.constexpr):
+    """e^x, or 2^x for scores in base 2."""
+    return tl.exp2(x) if FAST else tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def logarithm(x, FAST: tl.constexpr):
+    """The inverse of exponential."""
+    return tl.log2(x) if FAST else tl.log2(x) * LN2
+
+
+@triton.jit
+def in_base(x, FAST: tl.constexpr):
+    """A scale or slope for scores in base 2 or e."""
+    return x * LOG2E if FAST else x * 1.0
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a · b + acc in float32; float32 operands are multiplied in full precision, not as tf32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+# --------------------------------------------------------------------------------------- what a program visits
+
+
+@triton.jit
+def partial_tiles(row):
+    """Of a row of the plan: how many tiles need the mask, and where their segments lie (for segment_tile)."""
+    a_0, a_1, a_2, a_3 = tl.load(row), tl.load(row + 2), tl.load(row + 4), tl.load(row + 6)
+    n_0 = tl.load(row + 1) - a_0
+    n_1 = n_0 + tl.load(row + 3) - a_1
+    n_2 = n_1 + tl.load(row + 5) - a_2
+    n_3 = n_2 + tl.load(row + 7) - a_3
+    return n_3, (n_0, n_1, n_2, a_0, a_1 - n_0, a_2 - n_1, a_3 - n_2)
+
+
+@triton.jit
+def full_tiles(row):
+    """The same for the tiles that need no mask, of two segments."""
+    a_0, a_1 = tl.load(row + 8), tl.load(row + 10)
+    n_0 = tl.load(row + 9) - a_0
+    n_1 = n_0 + tl.load(row + 11) - a_1
+    return n_1, (n_0, n_1, n_1, a_0, a_1 - n_0, 0, 0)
+
+
+@triton.jit
+def segment_tile(i, segments):
+    """The i-th tile of up to four segments laid end to end: arithmetic instead of a list in memory."""
+    n_0, n_1, n_2, a_0, a_1, a_2, a_3 = segments
+    return i + tl.where(i < n_0, a_0, tl.where(i < n_1, a_1, tl.where(i < n_2, a_2, a_3)))
+
+
+# ------------------------------------------------------------------------------------------- loads and scores
+
+
+@triton.jit
+def load_rows(pointer, first, stride, n_left, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first … first + N of a matrix, [N, D]; zeros beyond the n_left rows that are there."""
+    local = tl.arange(0, N)[:, None]
+    pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
+    if MASKED:
+        return tl.load(pointers, mask=local < n_left, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.constexpr):
+    """The way back, in the dtype of the matrix."""
+    local = tl.arange(0, N)[:, None]
+    pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=local < n_left)
+
+
+@triton.jit
+def load_ranges(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
+    """Start and end of both ranges of some queries, cut to the keys; empty for queries that are not there."""
+    inside = local < n_left
+    start_0 = tl.load(ranges + local * 4, mask=inside, other=0)
+    end_0 = tl.minimum(tl.load(ranges + local * 4 + 1, mask=inside, other=0), n_keys)
+    start_1 = tl.load(ranges + local * 4 + 2, mask=inside, other=0)
+    end_1 = tl.minimum(tl.load(ranges + local * 4 + 3, mask=inside, other=0), n_keys)
+    return (
+        tl.expand_dims(start_0, AXIS), tl.expand_dims(end_0, AXIS),
+        tl.expand_dims(start_1, AXIS), tl.expand_dims(end_1, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def score_of(
+    product, q_position, k_position, key, ranges, reference, scale, slope,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile from its products q·k; with the shift added if SHIFTED. All arguments broadcast."""
+    if SHIFTED:
+        return product * scale + slope * (k_position - reference)
+    score = product * scale - slope * tl.abs(q_position - k_position)
+    if MASKED:
+        start_0, end_0, start_1, end_1 = ranges
+        seen = ((key >= start_0) & (key < end_0)) | ((key >= start_1) & (key < end_1))
+        score = tl.where(seen, score, float("-inf"))
+    return score
+
+
+@triton.jit
+def may_shift(positions, inside, past, slope):
+    """Does a program use the shifted form in its full tiles, and with which reference?"""
+    high = tl.max(tl.where(inside, positions, float("-inf")), 0)
+    low = tl.min(tl.where(inside, positions, float("inf")), 0)
+    return (past != 0) & (tl.abs(slope) * (high - low) < SPREAD), high
