@@ -29,7 +29,7 @@ $(VENV)/dev: $(VENV)/core
 test: dev  ## lint, types and all tests
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: dev
 	$(PY) -m ruff check .

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parent.parent
 
 SMALL = (
     "--d-model", "16", "--n-heads", "2", "--n-kv-heads", "1", "--reader-layers", "1", "--writer-layers", "1",
-    "--reader-ff", "24", "--writer-ff", "24",
+    "--reader-ff", "24", "--writer-ff", "24", "--no-doctor",
 )  # fmt: skip
-"""Flags of a tiny model."""
+"""Flags of a tiny model, and no doctor before it: its own tests are in tests/doctor."""
 SMALL_TEXT = (*SMALL, "--suffix-rows", "500", "--reader-budget", "64", "--vocab-size", "320", "--rows", "4")
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}

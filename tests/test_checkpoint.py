@@ -12,10 +12,10 @@ import torch
 
 from tidal import checkpoint
 from tidal.checkpoint import (
+    DiskFullError,
     atomic_write,
     checkpoints,
     newest_verified,
-    prepare_run_dir,
     prune,
     read_checkpoint,
     read_optimizer,
@@ -26,6 +26,8 @@ from tidal.checkpoint import (
     write_checkpoint,
 )
 from tidal.cli import UserError
+from tidal.train import disk
+from tidal.train.disk import prepare_run_dir
 
 
 class Tokenizer:
@@ -174,7 +176,8 @@ def test_a_crash_leaves_the_old_checkpoint(
     assert newest_verified(tmp_path) == again
 
 
-def test_nothing_is_named_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def named_too_early(run_dir: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str = "") -> list[str]:
+    """What was not on the disk yet when the checkpoint got its name, or not after it; `forgotten` is never synced."""
     events: list[str] = []
     real_rename, real_fsync = os.rename, checkpoint._fsync
 
@@ -183,16 +186,67 @@ def test_nothing_is_named_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: 
         real_rename(source, target)
 
     def fsync(path: Path) -> None:
-        events.append(path.name)
-        real_fsync(path)
+        if path.name != forgotten:
+            events.append(path.name)
+            real_fsync(path)
 
-    monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(checkpoint, "_fsync", fsync)
-    write(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(checkpoint, "_fsync", fsync)
+        write(run_dir)
     at = events.index("rename step-000500")
-    expected = {Path(name).name for name in FILES} | {"tokenizer", "step-000500.tmp"}
-    assert set(events[:at]) == expected
-    assert events[at + 1 :] == ["checkpoints"]
+    before, after = {Path(name).name for name in FILES} | {"tokenizer", "step-000500.tmp"}, {"checkpoints"}
+    return sorted((before - set(events[:at])) | (after - set(events[at + 1 :])))
+
+
+def test_nothing_is_named_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named_too_early(tmp_path, monkeypatch) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "tokenizer.json", "tokenizer",
+                                  "step-000500.tmp", "checkpoints"])  # fmt: skip
+def test_planted_bug_a_sync_left_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named_too_early(tmp_path, monkeypatch, name) == [name]
+
+
+def test_planted_bug_a_half_written_folder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With names that are looked at less closely, `resolve` would take the remains of a kill."""
+    write(tmp_path)
+    (tmp_path / "checkpoints" / "step-000600.tmp").mkdir()
+    assert resolve(tmp_path).name == "step-000500"
+    monkeypatch.setattr(checkpoint.re, "fullmatch", lambda pattern, name: name.startswith("step-"))
+    monkeypatch.setattr(checkpoint, "_step", lambda folder: int(folder.name[5:11]))
+    assert resolve(tmp_path).name == "step-000600.tmp"
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "pipe"])
+def test_only_plain_files_are_read(what: str, tmp_path: Path) -> None:
+    """A link may lead out of the folder, and a pipe may keep the reader waiting for ever."""
+    folder = write(tmp_path)
+    name = "tokenizer" if what == "folder" else "config.json"
+    os.rename(folder / name, tmp_path / "outside")
+    if what == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(tmp_path / "outside")
+    assert f"is damaged: {name} is {'no plain file' if what == 'pipe' else 'a link'}" in error_of(verify, folder)
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*arguments: object) -> None:
+        raise PermissionError(13, "denied")
+
+    old = write(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "free_bytes", lambda path: 99)
+        with pytest.raises(DiskFullError, match=r"it needs 0\.0 MB, 0\.0 MB are free"):
+            write(tmp_path, 600)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", denied)
+        with pytest.raises(UserError, match="denied") as raised:
+            write(tmp_path, 600)
+    assert not isinstance(raised.value, DiskFullError)
+    assert checkpoints(tmp_path) == [old]
 
 
 def test_remains_of_a_kill_are_ignored_and_cleared(tmp_path: Path) -> None:
@@ -293,7 +347,7 @@ def test_prepare_run_dir_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.
     def denied(*arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "atomic_write", denied)
+    monkeypatch.setattr(disk, "atomic_write", denied)
     assert "Permission denied" in error_of(prepare_run_dir, tmp_path / "run")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -201,23 +201,36 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     reader tokens from before it, unsupervised, as its context. Windows without supervised blocks are left out.
     """
     body = p.blocks[1:]
-    n_read = np.concatenate([[1], 1 + np.cumsum(table.n_tokens(body))])  # tokens up to block i, <bos> included
-    supervised = np.arange(1, len(p.blocks)) >= p.supervise_from
-    n_written = np.concatenate([[0], np.cumsum(table.n_targets(body) * supervised)])
-    if n_read[-1] <= reader_budget and n_written[-1] <= writer_budget:
+    n_tokens, n_steps = table.n_tokens(body), table.n_targets(body)
+    n_steps[: max(0, p.supervise_from - 1)] = 0
+    if 1 + n_tokens.sum() <= reader_budget and n_steps.sum() <= writer_budget:
         return [p]
-    cut, start, end = [], 0, 0
-    while end < len(body):
-        least = max(n_read[end] - overlap, n_read[end + 1] + 1 - reader_budget)  # room for the next block
-        start = min(int(np.searchsorted(n_read, least)), end) if end else 0
-        by_reader = np.searchsorted(n_read, n_read[start] - 1 + reader_budget, side="right") - 1
-        by_writer = np.searchsorted(n_written, n_written[end] + writer_budget, side="right") - 1
-        first, end = end, max(int(min(by_reader, by_writer)), end + 1)
+    cut = []
+    for start, first, end in spans(n_tokens, n_steps, reader_budget, writer_budget, overlap):
         supervise_from = max(first + 1, p.supervise_from) - start
         if end + 1 - start > supervise_from:
             blocks = np.concatenate([[BOS_BLOCK], body[start:end]]).astype(np.int32)
             cut.append(Passage(blocks, supervise_from, p.place_offset))
     return cut
+
+
+def spans(n_tokens: Ints, n_steps: Ints, reader_budget: int, writer_budget: int,
+          overlap: int = 0) -> Iterator[tuple[int, int, int]]:  # fmt: skip
+    """How `windows` cuts blocks of these numbers of tokens and writer steps, [n] each: (start, first, end) in order.
+
+    A span reads blocks [start, end) after a BOS_BLOCK; [first, end) were in none before it. Without `overlap`, start
+    is first, and a span depends on nothing before it: a long document can be cut piece by piece.
+    """
+    n_read = np.concatenate([[1], 1 + np.cumsum(n_tokens)])  # tokens up to block i, <bos> included
+    n_written = np.concatenate([[0], np.cumsum(n_steps)])
+    start, end = 0, 0
+    while end < len(n_tokens):
+        least = max(n_read[end] - overlap, n_read[end + 1] + 1 - reader_budget)  # room for the next block
+        start = min(int(np.searchsorted(n_read, least)), end) if end else 0
+        by_reader = np.searchsorted(n_read, n_read[start] - 1 + reader_budget, side="right") - 1
+        by_writer = np.searchsorted(n_written, n_written[end] + writer_budget, side="right") - 1
+        first, end = end, max(int(min(by_reader, by_writer)), end + 1)
+        yield start, first, end
 
 
 def fill_rows(passages: Iterable[Passage], table: BlockTable, reader_budget: int,
@@ -226,15 +239,18 @@ def fill_rows(passages: Iterable[Passage], table: BlockTable, reader_budget: int
 
     A passage over a budget on its own gets a row of its own.
     """
-    row: list[Passage] = []
+    passages = list(passages)
+    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervise_from :]).sum()))
+             for p in passages]  # fmt: skip
+    starts = [*row_starts(sizes, reader_budget, writer_budget), len(passages)]
+    yield from (passages[start:end] for start, end in pairwise(starts))
+
+
+def row_starts(sizes: Iterable[tuple[int, int]], reader_budget: int, writer_budget: int) -> Iterator[int]:
+    """At which passages of these sizes (reader tokens, writer steps) `fill_rows` begins a row."""
     tokens = steps = 0
-    for p in passages:
-        n_tokens = int(table.n_tokens(p.blocks).sum())
-        n_steps = int(table.n_targets(p.blocks[p.supervise_from :]).sum())
-        if row and (tokens + n_tokens > reader_budget or steps + n_steps > writer_budget):
-            yield row
-            row, tokens, steps = [], 0, 0
-        row.append(p)
+    for i, (n_tokens, n_steps) in enumerate(sizes):
+        if i == 0 or tokens + n_tokens > reader_budget or steps + n_steps > writer_budget:
+            yield i
+            tokens = steps = 0
         tokens, steps = tokens + n_tokens, steps + n_steps
-    if row:
-        yield row

@@ -1,7 +1,8 @@
 """Run folders and checkpoints: written whole or not at all, verified before they are read, no pickle.
 
     runs/NAME/
-      checkpoints/step-000500/   model.safetensors  config.json  tokenizer/  optimizer.safetensors
+      checkpoints/step-000500/   model.safetensors  config.json  tokenizer/
+                                 optimizer.safetensors (and the states of random generators)
                                  trainer.json  manifest.json (SHA-256 of every other file)
       latest, best               each holds the name of a checkpoint
 
@@ -11,11 +12,13 @@ Folders whose name ends in .tmp are work in progress, or the remains of a crash;
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +32,12 @@ from tidal.cli import UserError, note
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 Pointer = Literal["latest", "best"]
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk, or a share of one, is full."""
+
+
+class DiskFullError(UserError):
+    """There is no space for a checkpoint; nothing was changed, and it may be tried again."""
 
 
 class Saves(Protocol):
@@ -54,21 +63,26 @@ def write_checkpoint(
     memory (tied weights) are stored once for each name.
 
     Raises:
-        UserError: it cannot be written (disk full, no permission); what was there before is untouched.
+        DiskFullError: there is no space for it; what was there before is untouched.
+        UserError: it cannot be written for another reason (no permission); likewise.
         TypeError: `config` or `trainer` holds something that JSON cannot.
     """
     texts = {"config.json": _json(config), "trainer.json": _json(trainer)}
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    weights, moments = _storable(tensors), None if optimizer is None else _storable(optimizer)
+    sizes = [t.nbytes for some in (weights, moments or {}) for t in some.values()] + [len(t) for t in texts.values()]
+    folder = run_dir / "checkpoints" / name_of(step)
     new, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old.tmp")
     try:
         for leftover in (new, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
+        if (free := free_bytes(run_dir)) < (need := sum(sizes)):
+            raise OSError(errno.ENOSPC, f"it needs {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
         (new / "tokenizer").mkdir(parents=True)
         tokenizer.save(new / "tokenizer")
-        save_file(_storable(tensors), new / "model.safetensors")
-        if optimizer is not None:
-            save_file(_storable(optimizer), new / OPTIMIZER)
+        save_file(weights, new / "model.safetensors")
+        if moments is not None:
+            save_file(moments, new / OPTIMIZER)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8", newline="")
         (new / MANIFEST).write_text(_manifest(step, _hashes(new)), encoding="utf-8", newline="")
@@ -79,7 +93,10 @@ def write_checkpoint(
         os.rename(new, folder)
         _fsync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the checkpoint {folder}: {error}; free space, or change --out") from error
+        # safetensors tells the number only in words
+        full = any(getattr(error, "errno", None) == n or f"(os error {n})" in str(error) for n in FULL)
+        said = f"cannot write the checkpoint {folder}: {error}; free space, or change --out"
+        raise (DiskFullError if full else UserError)(said) from error
     finally:
         if old.exists() and not folder.exists():
             os.rename(old, folder)
@@ -98,23 +115,37 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if not (isinstance(config, dict) and isinstance(trainer, dict)):
+            raise ValueError("config.json and trainer.json must each be an object")
         return config, load_file(folder / "model.safetensors"), trainer
-    except (OSError, ValueError, SafetensorError) as error:  # whole, by its manifest, but not what it should be
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # though whole
         raise UserError(f"{folder} cannot be read: {error}; use another checkpoint, or train again") from error
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The optimizer tensors of a checkpoint that is verified already; None if it was written without."""
-    return load_file(folder / OPTIMIZER) if (folder / OPTIMIZER).exists() else None
+    """The optimizer tensors of a checkpoint that is verified already; None if it was written without.
+
+    Raises:
+        UserError: the file is whole, by its manifest, but holds no tensors.
+    """
+    try:
+        return load_file(folder / OPTIMIZER) if (folder / OPTIMIZER).exists() else None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / OPTIMIZER} cannot be read: {error}; use another checkpoint") from error
 
 
 def verify(folder: Path) -> None:
     """Compare every file of a checkpoint with its manifest, and the manifest with its own digest.
 
     Raises:
-        UserError: a file is missing, unexpected or changed; the message names it.
+        UserError: a file is missing, unexpected, changed, or no plain file (a link may lead anywhere); the message
+            names it.
     """
     use = "use another checkpoint, or train again"
+    for path in folder.rglob("*"):  # does not follow links
+        if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISDIR(mode):
+            what = "a link" if stat.S_ISLNK(mode) else "no plain file"
+            raise UserError(f"{folder} is damaged: {path.relative_to(folder).as_posix()} is {what}; {use}")
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is damaged: {MANIFEST} is missing; {use}")
     try:
@@ -137,7 +168,7 @@ def verify(folder: Path) -> None:
         if found[name] != expected[name]:
             raise UserError(
                 f"{folder} is damaged: {name} has SHA-256 {found[name][:16]}…, "
-                f"{MANIFEST} says {expected[name][:16]}…; {use}"
+                f"{MANIFEST} says {str(expected[name])[:16]}…; {use}"
             )
 
 
@@ -164,6 +195,11 @@ def read_pointer(run_dir: Path, pointer: Pointer) -> Path | None:
     return found
 
 
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest step first."""
     home = run_dir / "checkpoints"
@@ -183,8 +219,15 @@ def prune(run_dir: Path, keep: int = 2) -> None:
         if folder not in spared:
             # Renamed first, so that an interrupted removal does not look like a damaged checkpoint.
             os.rename(folder, folder.with_name(f"{folder.name}.old.tmp"))
+    sweep(run_dir)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed process left half-written. Only for the process that writes the run."""
     for leftover in (run_dir / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in run_dir.glob(".*.*.tmp"):  # of `atomic_write`
+        leftover.unlink()
 
 
 def newest_verified(run_dir: Path) -> Path:
@@ -232,37 +275,12 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
     )
 
 
-def check_writable(out: Path) -> None:
-    """Raise UserError where a folder cannot be made or written; nothing is created."""
-    at = out.absolute()
+def free_bytes(path: Path) -> int:
+    """Bytes that may be written below `path`, which need not exist yet."""
+    at = path.absolute()
     while not at.exists():
         at = at.parent
-    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
-        why = "is not a folder" if not at.is_dir() else "may not be written to"
-        raise UserError(f"cannot write the run folder {out}: {at} {why}; choose another one with --out")
-
-
-def prepare_run_dir(out: Path) -> Path:
-    """Create the folder of a new run; where a run already is, the first free NAME-2, NAME-3, … instead.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    wanted = out if out.name not in ("", "..") else out.resolve()
-    run_dir, n = wanted, 1
-    while checkpoints(run_dir):
-        n += 1
-        run_dir = wanted.with_name(f"{wanted.name}-{n}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(run_dir / ".write-test", b"")
-        (run_dir / ".write-test").unlink()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UserError(f"cannot write the run folder {run_dir}: {why}; choose another one with --out") from error
-    if n > 1:
-        note(f"{wanted} already holds a run; writing to {run_dir}")
-    return run_dir
+    return shutil.disk_usage(at).free
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,11 @@ class Text:
     """The data of `--recipe text`."""
 
     data: tuple[str, ...] = ()
-    """Text files, folders, globs, .jsonl ({"text"} or {"prompt", "completion"}), also gzipped."""
+    """Text files, folders, globs, .jsonl and .parquet ({"text"} or {"prompt", "completion"}), .gz; hf:DATASET."""
+    prepared: str | None = None
+    """Folder that python -m tidal.prepare made, instead of --data."""
+    cache: str = "~/.cache/tidal"
+    """Folder where data of more than 64 MB are prepared, once."""
     tokenizer: str | None = None
     """Folder of a trained tokenizer; none: train one on the data."""
     vocab_size: int = 2048
@@ -193,7 +197,43 @@ class Train:
     """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    doctor: bool = True
+    """Examine the untrained model first (seconds), and refuse to start on a finding."""
+    resume: str = "auto"
+    """auto continues an unfinished run in the folder; never starts a new one beside it; or a run, or a checkpoint."""
     model: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     addition: Addition = field(default_factory=Addition)
     text: Text = field(default_factory=Text)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """The inverse of `dataclasses.asdict`, after JSON. A setting that is missing, since the version that wrote it
+        had none, has its default. Raises ValueError on unknown keys and on values of another type.
+        """
+        return _from_json(cls(), values)
+
+
+T = TypeVar("T")
+
+
+def _from_json(default: T, values: Any) -> T:
+    """The dataclass `default` with those of its fields replaced that `values` has."""
+    kind = type(default).__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind} is {values!r:.60}; it must be an object")
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if not hasattr(default, name):
+            raise ValueError(f"{kind} has the unknown key {name!r:.60}")
+        old = getattr(default, name)
+        if dataclasses.is_dataclass(old):
+            value = _from_json(old, value)
+        elif isinstance(old, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            value = tuple(value)
+        elif isinstance(old, float) and type(value) is int:
+            value = float(value)
+        elif type(value) is not type(old) and not (None in (old, value) and isinstance(old or value or "", str)):
+            raise ValueError(f"{kind}: {name} is {value!r:.60}, which is no {type(old).__name__}")
+        given[name] = value
+    return type(default)(**given)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.tokenizer.strategies import hostile_text
 from tidal.cli import UserError
+from tidal.train import reading
 from tidal.train.documents import Document, hold_out, read_documents
 
 
@@ -52,6 +54,41 @@ def test_jsonl_is_streamed(tmp_path: Path) -> None:
     assert next(documents).completion == "first"
     with pytest.raises(UserError, match=r"d\.jsonl:2 is not JSON"):
         next(documents)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(hostile_text(max_size=12), st.integers(1, 9), st.integers(1, 9), st.booleans())
+@example("\ufeff\u3000\u3000a", 1, 1, False)
+def test_reading_in_pieces_changes_nothing(tmp_path: Path, text: str, chunk: int, part: int, packed: bool) -> None:
+    """Pieces of a few bytes cut characters and byte order marks; parts have the size asked for."""
+    text = text.replace("\0", "0")
+    path = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "CHUNK", chunk)
+        patch.setattr(reading, "PART", part)
+        parts = list(reading.read_parts([str(path)])) if text.removeprefix("\ufeff").strip() else []
+    assert "".join(p.text for p in parts) == (text.removeprefix("\ufeff") if parts else "")
+    assert all(len(p.text) == part for p in parts[:-1])
+    assert [p.ends for p in parts] == [False] * (len(parts) - 1) + [True] * bool(parts)
+
+
+def test_a_character_cut_in_two_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: the incomplete end of a piece is not kept for the next one."""
+    (tmp_path / "a.txt").write_text("今é" * 7)
+    monkeypatch.setattr(reading, "CHUNK", 4)
+    assert texts(tmp_path / "a.txt") == ["今é" * 7]
+    monkeypatch.setattr(reading, "_unfinished", lambda _: 0)
+    assert "is not text" in complaint(tmp_path / "a.txt")
+
+
+def test_a_bad_byte_is_named_wherever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bad, what in ((b"\xff", r"invalid UTF-8 \(0xff\)"), (b"\0", "NUL"), (b"\xe4\xbb", r"invalid UTF-8 \(0xe4\)")):
+        (tmp_path / "a.txt").write_bytes("今é".encode() * 7 + bad)
+        for chunk in (4, 5, 7, 1 << 20):
+            monkeypatch.setattr(reading, "CHUNK", chunk)
+            with pytest.raises(UserError, match=f"{what} at byte 35"):
+                texts(tmp_path / "a.txt")
 
 
 def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:

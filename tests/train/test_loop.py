@@ -23,10 +23,12 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import loop
-from tidal.train.loop import Metrics, model_for, train, train_step
+from tidal.train.loop import model_for, train, train_step
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.records import Metrics
+from tidal.train.resume import Saved
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
               suffix_rows=50, place_jitter=3)  # fmt: skip
@@ -216,13 +218,14 @@ def test_optimizer_state_continues_bit_for_bit(tmp_path: Path) -> None:
     optimizer = Optimizer(model, SETTINGS.optim)
     for step in range(3):
         train_step(model, optimizer, recipe, step, 1e-2, SETTINGS, CPU)
-    name = loop.save(tmp_path, 3, model, optimizer, SETTINGS, recipe.tokenizer)
+    name = loop.save(tmp_path, Saved(step=3), model, optimizer, SETTINGS, recipe, CPU)
     folder = tmp_path / "checkpoints" / name
 
     resumed = model_for(dataclasses.replace(SETTINGS, seed=5), recipe.tokenizer)
     resumed.load_state_dict(weights_of(folder))
     moments = checkpoint.read_optimizer(folder)
     assert moments is not None
+    del moments["generator.cpu"]
     assert len(moments) >= 3 * len(model.tables()) + 1
     fresh = Optimizer(resumed, SETTINGS.optim)
     fresh.load_state(moments)
@@ -258,13 +261,12 @@ def test_every_parameter_is_learnt_in_its_group() -> None:
 
 def test_metrics_are_written_anew_when_columns_appear(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    with open(path, "w", newline="") as file:
-        metrics = Metrics(file)
-        metrics.add(step=10, seconds=1.0, lr=0.5, loss=2.123456789, bits_per_byte=1.0, grad_norm=0.1)
-        metrics.add(step=20, seconds=2.0, lr=0.5, loss=1.5, bits_per_byte=1.0, grad_norm=0.1, quality=0.5)
-        metrics.add(step=30, seconds=3.0, lr=0.5, loss=1.25, bits_per_byte=1.0, grad_norm=0.1)
-        lines = path.read_text().splitlines()  # on disk at once, not only when the run ends
-        metrics.add(step=40, seconds=4.0, lr=0.5, loss=1.0, bits_per_byte=1.0, grad_norm=0.1, other=-1.0, quality=1.0)
+    metrics = Metrics(path)
+    metrics.add(step=10, seconds=1.0, lr=0.5, loss=2.123456789, bits_per_byte=1.0, grad_norm=0.1)
+    metrics.add(step=20, seconds=2.0, lr=0.5, loss=1.5, bits_per_byte=1.0, grad_norm=0.1, quality=0.5)
+    metrics.add(step=30, seconds=3.0, lr=0.5, loss=1.25, bits_per_byte=1.0, grad_norm=0.1)
+    lines = path.read_text().splitlines()  # on disk at once, not only when the run ends
+    metrics.add(step=40, seconds=4.0, lr=0.5, loss=1.0, bits_per_byte=1.0, grad_norm=0.1, other=-1.0, quality=1.0)
     assert lines[0] == "step,seconds,lr,loss,bits_per_byte,grad_norm,quality"
     assert len(lines) == 4
     with open(path, newline="") as file:

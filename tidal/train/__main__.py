@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Train
 from tidal.train.presets import PRESETS
+from tidal.train.stop import Stop, Stopped
+
+if TYPE_CHECKING:
+    from tidal.train.resume import Found
 
 DESCRIPTION = """Train a Tidal model. The default recipe, addition, needs no data; for your own text:
 python -m tidal.train --recipe text --data FILE"""
@@ -23,24 +30,80 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Least and most of the numbers; shapes are checked where they are made."""
 
 
-def run(argv: list[str]) -> None:
-    """Parse the flags, check the data, train, draw the loss."""
-    settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=PRESETS[_recipe(argv)])
+def run(argv: list[str]) -> int:
+    """Parse the flags, check the data, train or continue, draw the loss.
+
+    Returns 0, or after a signal what shells and schedulers expect of a process that it ended: 130 for SIGINT, 143 for
+    SIGTERM. The run is then saved, and the same command continues it.
+    """
+    found = None
+    if (path := _resumed(argv)) is not None:
+        from tidal.train.resume import look_in
+
+        found = look_in(path)  # its settings are the defaults
+        default = dataclasses.replace(found.settings, out=str(found.run_dir), resume=str(path))
+    else:
+        default = PRESETS[_recipe(argv)]
+    settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
     _check(settings)
+    if found is None and settings.resume not in ("auto", "never"):
+        raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
+    if found is not None and settings.out != default.out:
+        raise UserError(f"--out is {settings.out}, but --resume continues in {default.out}; leave one of them away")
+    wanted = Path(settings.out or f"runs/{settings.recipe}")
+    with Stop() as stop:
+        try:
+            _train(settings, wanted, found, stop)
+        except Stopped as stopped:
+            note(f"tidal.train: {'interrupted' if stopped.signal == signal.SIGINT else 'terminated'}")
+            return 128 + stopped.signal
+    return 0
+
+
+def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> None:
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device
+    from tidal.train.disk import check_writable, locked, patiently, prepare_run_dir
     from tidal.train.loop import make_recipe, train
     from tidal.train.plot import draw
+    from tidal.train.resume import is_finished, look_in, may_continue
 
     pick_device(settings.device)  # what can fail fails before there is a run folder
-    wanted = Path(settings.out or f"runs/{settings.recipe}")
-    checkpoint.check_writable(wanted)
-    recipe = make_recipe(settings)
-    out = checkpoint.prepare_run_dir(wanted)
-    train(settings, recipe, out)
-    draw(out)
+    check_writable(wanted)
+    pointed = found is not None
+    if settings.resume == "auto" and checkpoint.checkpoints(wanted):
+        found = look_in(wanted)
+    if found is not None and not may_continue(found, settings, pointed):
+        found = None
     example = '--prompt "54663 + 132 ="' if settings.recipe == "addition" else '--prompt "…"'
+    if found is not None and is_finished(found, settings):
+        note(f"{wanted} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never trains "
+             f"another one; try: python -m tidal.infer --checkpoint {wanted} {example}")  # fmt: skip
+        return
+    with stop.anywhere():
+        recipe = make_recipe(settings if found is None else found.with_tokenizer(settings))
+        if settings.doctor and found is None:
+            from tidal.doctor.training import examine_before_training  # downstream of the loop, which does not know it
+
+            examine_before_training(settings, recipe)
+    out = prepare_run_dir(wanted) if found is None else found.run_dir
+    with locked(out):
+        try:
+            train(settings, recipe, out, stop=stop, found=found)
+        except Stopped:
+            latest = checkpoint.read_pointer(out, "latest")
+            note("nothing was saved" if latest is None else f"saved {latest}; the same command continues it")
+            raise
+        patiently(lambda: draw(out), out, stop)
     note(f"done; try: python -m tidal.infer --checkpoint {out} {example}")
+
+
+def _resumed(argv: list[str]) -> Path | None:
+    """The run or checkpoint that --resume names."""
+    given = [joined or value for flag, value in zip(argv, [*argv, ""][1:], strict=True)
+             for name, _, joined in [flag.partition("=")] if name == "--resume"]  # fmt: skip
+    named = bool(given) and given[-1] not in ("auto", "never", "") and not {"-h", "--help"} & set(argv)
+    return Path(given[-1]) if named else None
 
 
 def _recipe(argv: list[str]) -> str:
@@ -49,7 +112,7 @@ def _recipe(argv: list[str]) -> str:
         name, _, joined = flag.partition("=")
         if name == "--recipe" and (joined or value) in PRESETS:
             return joined or value
-    return "text" if any(flag.partition("=")[0] == "--data" for flag in argv) else "addition"
+    return "text" if any(flag.partition("=")[0] in ("--data", "--prepared") for flag in argv) else "addition"
 
 
 def _check(settings: Train) -> None:
@@ -63,7 +126,7 @@ def _check(settings: Train) -> None:
     longest = settings.addition.digits + 4  # validation asks two digits more; their sum has one more, and its space
     if settings.recipe == "addition" and longest > settings.addition.max_block_units:
         raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
-    if settings.recipe == "addition" and settings.text.data:
+    if settings.recipe == "addition" and (settings.text.data or settings.text.prepared):
         raise UserError("--data goes with --recipe text; the addition recipe makes its own data")
 
 

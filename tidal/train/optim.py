@@ -56,14 +56,26 @@ class Optimizer:
         return entries
 
     def load_state(self, entries: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises ValueError for entries of another model's optimizer.
+
+        Torch itself takes whatever it is given, and starts the moments that are missing at zero.
+        """
+        left = dict(entries)
         for n, part in enumerate(self.parts):
+            params = [p for group in part.param_groups for p in group["params"]]
+            names = {"momentum_buffer": True} if isinstance(part, torch.optim.Muon) else {
+                "step": False, "exp_avg": True, "exp_avg_sq": True}  # fmt: skip
             state: dict[int, dict[str, Any]] = {}
-            for key, value in entries.items():
-                which, i, name = key.split(".", 2)
-                if int(which) == n:
-                    state.setdefault(int(i), {})[name] = value
+            for i, p in enumerate(params):
+                for name, like_p in names.items():
+                    value = left.pop(f"{n}.{i}.{name}", None)
+                    if value is None or value.shape != (p.shape if like_p else ()):
+                        shape = "missing" if value is None else list(value.shape)
+                        raise ValueError(f"the optimizer's {n}.{i}.{name} is {shape}, not {list(p.shape)}")
+                    state.setdefault(i, {})[name] = value.clone()  # torch would go on with a mapped file's memory
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+        if left:
+            raise ValueError(f"the optimizer knows nothing of {', '.join(sorted(left))[:200]}")
 
 
 def learning_rate(step: int, max_steps: int, settings: Optim) -> float:

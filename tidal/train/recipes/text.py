@@ -1,19 +1,18 @@
-"""`--recipe text`: text files, folders, globs and .jsonl, with a sentencepiece model of their own."""
+"""`--recipe text`: text files, folders, globs, .jsonl and prepared shards, with a sentencepiece model of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 
-from tidal.blocks import BlockTable, Passage, cut_at_random, fill_rows, passage, windows
-from tidal.cli import UserError, note, progress
+from tidal.blocks import BlockTable, Passage, cut_at_random
+from tidal.cli import UserError, note
 from tidal.config import Train
 from tidal.infer.score import bits_per_byte
 from tidal.model import TidalTransformer
+from tidal.prepare.corpus import Rows
+from tidal.prepare.make import prepare_for_training
+from tidal.prepare.shards import MAX_TABLE
 from tidal.streams import Batch, pack
-from tidal.tokenizer import MixedTokenizer
-from tidal.train.documents import Document, hold_out, read_documents
 
 STEPS_PER_TOKEN = 8  # writer budget for a token of the reader budget; English writes about four
 VALIDATION_ROWS = 96
@@ -21,46 +20,36 @@ PROMPT_BLOCKS = 8  # of held-out text, for samples
 
 
 class TextRecipe:
-    """Rows are packed once; an epoch is a permutation of them, so a batch is a pure function of (seed, step)."""
+    """Rows are planned once; an epoch is a permutation of them, so a batch is a pure function of (seed, step).
+
+    Whether the data were prepared before or are prepared here makes no difference to the rows. Blocks are looked up
+    when a row is used; the table is emptied when it has grown large, which no batch shows.
+    """
 
     def __init__(self, settings: Train) -> None:
         self.settings, text = settings, settings.text
-        if not text.data:
-            raise UserError("--recipe text needs --data: text files, folders, globs or .jsonl")
-        documents, held_out = hold_out(read_documents(text.data), text.hold_out, settings.seed)
-        self.tokenizer = self._tokenizer(documents)
+        if not text.data and text.prepared is None:
+            raise UserError("--recipe text needs --data: text files, folders, globs or .jsonl; or --prepared")
+        data = prepare_for_training(text, settings.seed)
+        self.tokenizer, self.digest = data.tokenizer, data.digest
         self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
-        order = np.random.default_rng([settings.seed, 1]).permutation(len(documents))
-        self.rows = self._rows(self._passages([documents[i] for i in order]))
-        self.held_out = self._rows(self._passages(held_out))[:VALIDATION_ROWS]
-        n_bytes = sum(int(self.table.n_bytes.view()[p.blocks].sum()) for row in self.rows for p in row)
-        note(f"{len(documents):,} documents, {n_bytes:,} bytes in {len(self.rows):,} rows; {len(held_out):,} held out; "
-             f"vocabulary {self.tokenizer.vocab_size:,}, {self.tokenizer.n_writable} writable")  # fmt: skip
+        training, held_out = data.training.documents, data.held_out.documents
+        budgets = text.reader_budget, text.reader_budget * STEPS_PER_TOKEN
+        order = np.random.default_rng([settings.seed, 1]).permutation(len(training))
+        self.rows = Rows(data.training, order, self.table, *budgets)
+        self._validation = Rows(data.held_out, np.arange(len(held_out)), self.table, *budgets)
+        note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows; "
+             f"{len(held_out):,} held out; vocabulary {self.tokenizer.vocab_size:,}, "
+             f"{self.tokenizer.n_writable} writable")  # fmt: skip
 
-    def _tokenizer(self, documents: Sequence[Document]) -> MixedTokenizer:
-        text = self.settings.text
-        try:
-            if text.tokenizer:
-                return MixedTokenizer.load(text.tokenizer)
-            note("training the tokenizer")
-            return MixedTokenizer.train((d.prompt + d.completion for d in documents), text.vocab_size)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def _passages(self, documents: Sequence[Document]) -> Iterator[Passage]:
-        budget = self.settings.text.reader_budget
-        with progress(sum(map(len, documents)), "read", "characters") as bar:
-            for document in documents:
-                whole = passage(self.table, document.prompt, document.completion)
-                yield from windows(whole, self.table, budget, budget * STEPS_PER_TOKEN)
-                bar.update(len(document))
-
-    def _rows(self, passages: Iterator[Passage]) -> list[list[Passage]]:
-        budget = self.settings.text.reader_budget
-        return list(fill_rows(passages, self.table, budget, budget * STEPS_PER_TOKEN))
+    @property
+    def held_out(self) -> list[list[Passage]]:
+        """The rows of validation."""
+        return self._validation[:VALIDATION_ROWS]
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, step)."""
+        self._limit_table()
         s = self.settings
         rng = np.random.default_rng([s.seed, 2, step])
         chosen = [self.rows[self._row(i)] for i in range(step * s.rows, (step + 1) * s.rows)]
@@ -76,13 +65,19 @@ class TextRecipe:
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Bits per byte of the held-out documents, cut into windows like the training data."""
+        self._limit_table()
         bits, _, _ = bits_per_byte(model, self.held_out, self.table)
         return {"quality": -bits, "held_out_bits_per_byte": bits}
 
     def sample_prompts(self, step: int) -> list[str]:
         """Of two held-out windows the prompts, or where there are none the beginnings."""
+        self._limit_table()
         rng = np.random.default_rng([self.settings.seed, 4, step])
-        rows = [self.held_out[i] for i in rng.integers(0, len(self.held_out), 2)]
+        rows = [self._validation[int(i)] for i in rng.integers(0, min(VALIDATION_ROWS, len(self._validation)), 2)]
         passages = [row[0] for row in rows]
         ends = [p.supervise_from if p.supervise_from > 1 else 1 + PROMPT_BLOCKS for p in passages]
         return ["".join(self.table.texts[i] for i in p.blocks[1:end]) for p, end in zip(passages, ends, strict=True)]
+
+    def _limit_table(self) -> None:
+        if len(self.table) > MAX_TABLE:
+            self.table.clear()

@@ -1,0 +1,136 @@
+"""A tiny run that can be stopped anywhere and continued, and what it must then be equal to."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tidal import checkpoint
+from tidal.cli import UserError
+from tidal.config import Addition, Optim, Shape, Train
+from tidal.model import TidalTransformer
+from tidal.streams import Batch
+from tidal.train.loop import Recipe, train
+from tidal.train.presets import PRESETS
+from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.resume import look_in
+from tidal.train.stop import Stop, Stopped
+
+STEPS, EVERY = 9, 3
+SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
+              suffix_rows=50, place_jitter=3)  # fmt: skip
+SETTINGS = dataclasses.replace(
+    PRESETS["addition"], max_steps=STEPS, rows=4, validate_every=EVERY, device="cpu", model=SHAPE,
+    optim=Optim(lr=1e-2, warmup_steps=2, aux_weight=0.3), addition=Addition(digits=2, max_block_units=8),
+)  # fmt: skip
+
+Hook = Callable[[str, int], None]
+"""Called as hook("batch" or "validate" or "samples", step)."""
+
+
+def nothing(what: str, step: int) -> None:
+    """A hook that does nothing."""
+
+
+class Hooked(AdditionRecipe):
+    """Sums; validation is quick, and a function of the weights."""
+
+    def __init__(self, settings: Train = SETTINGS, hook: Hook = nothing) -> None:
+        super().__init__(settings)
+        self.hook, self.step = hook, 0
+
+    def batch(self, step: int) -> Batch:
+        self.step = step // self.settings.optim.accumulate  # from 0: the step that is being computed
+        self.hook("batch", self.step)
+        return super().batch(step)
+
+    def validate(self, model: TidalTransformer) -> dict[str, float]:
+        self.hook("validate", self.step)
+        table = model.token_embedding.weight.detach()
+        return {"quality": float((1000 * table[10:20].sum()).sin()), "exact_2": float(table.std())}
+
+    def sample_prompts(self, step: int) -> list[str]:
+        self.hook("samples", self.step)
+        return ["1 + 2 ="]
+
+
+def results(out: Path) -> dict[str, Any]:
+    """All that a run has come to, but for times."""
+    last = checkpoint.checkpoints(out)[-1]
+    _, weights, trainer = checkpoint.read_checkpoint(last)
+    with open(out / "metrics.csv", newline="") as file:
+        metrics = [{**row, "seconds": ""} for row in csv.DictReader(file)]
+    lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "step": trainer["step"], "weights": _copied(weights), "moments": _copied(checkpoint.read_optimizer(last) or {}),
+        "metrics": metrics,
+        "samples": [{**json.loads(line), "seconds": 0} for line in lines],
+        "best": (out / "best").read_text(), "latest": (out / "latest").read_text(),
+    }  # fmt: skip
+
+
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Apart from the file, which safetensors only maps."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The parts of `results` in which two runs differ, in any bit."""
+    parts = []
+    for name, value in one.items():
+        if name in ("weights", "moments"):
+            same = value.keys() == other[name].keys() and all(torch.equal(value[k], other[name][k]) for k in value)
+        else:
+            same = value == other[name]
+        if not same:
+            parts.append(name)
+    return parts
+
+
+def whole(out: Path, settings: Train = SETTINGS, make: Callable[..., Recipe] = Hooked) -> dict[str, Any]:
+    """The results of the run that is left alone."""
+    out.mkdir()
+    train(settings, make(settings), out)
+    return results(out)
+
+
+def stop_at(stop: Stop, what: str, step: int) -> Hook:
+    """A hook that signals once, at the given moment."""
+
+    def hook(now: str, at: int) -> None:
+        if (now, at) == (what, step) and stop.signal is None:
+            stop._came(signal.SIGTERM, None)
+
+    return hook
+
+
+def stopped_and_continued(out: Path, what: str, step: int, settings: Train = SETTINGS,
+                          make: Callable[..., Recipe] = Hooked) -> dict[str, Any]:  # fmt: skip
+    """The results of a run that is stopped at that moment, and continued by fresh objects from what is on the disk."""
+    out.mkdir()
+    stop = Stop()
+    recipe = make(settings, stop_at(stop, what, step))
+    try:
+        train(settings, recipe, out, stop=stop)
+    except Stopped:
+        pass
+    else:
+        raise AssertionError(f"{what} {step} did not stop the run")
+    torch.rand(7)  # the process that continues has a generator in some other state
+    train(settings, make(settings), out, found=look_in(out))
+    return results(out)
+
+
+def refused(function: Callable[..., object], *arguments: object) -> str:
+    """What a call says that must raise UserError."""
+    with pytest.raises(UserError) as raised:
+        function(*arguments)
+    return str(raised.value)

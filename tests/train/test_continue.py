@@ -1,0 +1,225 @@
+"""Which run a command continues, which it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import SMALL
+from tests.train.runs import SETTINGS, refused, results, unequal
+from tidal import checkpoint
+from tidal.cli import parse
+from tidal.config import Addition, Optim, Shape, Text, Train
+from tidal.model import TidalTransformer
+from tidal.train import disk
+from tidal.train.__main__ import run
+from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.resume import HARMLESS, differences
+
+
+def flags(*more: str) -> list[str]:
+    return ["--no-doctor", "--max-steps", "4", "--validate-every", "2", "--rows", "2", "--digits", "1",
+            "--max-block-units", "8", "--device", "cpu", "--out", "run", *SMALL, *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdditionRecipe, "validate", quick)
+        assert run([*flags(), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def quick(recipe: AdditionRecipe, model: TidalTransformer) -> dict[str, float]:
+    """Validation that takes no time."""
+    return {"quality": 0.0, "exact_1": model.token_embedding.weight.std().item()}
+
+
+@pytest.fixture
+def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a finished run, `run`."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AdditionRecipe, "validate", quick)
+    return tmp_path
+
+
+def undo(folder: Path) -> None:
+    """Make a run unfinished: its last checkpoint goes."""
+    shutil.rmtree(checkpoint.checkpoints(folder)[-1])
+
+
+def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (here / "run/metrics.csv").read_bytes()
+    assert run(flags()) == 0
+    assert "run is finished: 4 steps" in capsys.readouterr().err
+    assert run(["--resume", "run"]) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert (here / "run/metrics.csv").read_bytes() == before
+    assert not (here / "run-2").exists()
+
+
+def test_a_run_that_was_killed_in_its_last_validation_is_not_finished(here: Path) -> None:
+    with open(here / "run/metrics.csv", "rb+") as file:
+        file.truncate(file.seek(0, 2) - 2)
+    assert run(flags()) == 0
+    assert (here / "run/metrics.csv").read_bytes().endswith(b"\r\n")
+
+
+def test_an_unfinished_run_is_continued(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = results(here / "run")
+    undo(here / "run")
+    assert run(flags("--threads", "1", "--keep", "5")) == 0
+    said = capsys.readouterr().err
+    assert "continuing at step 2 of 4, from step-000002" in said
+    assert "continuing with other settings: --keep 2 (now 5), --threads 0 (now 1)" in said
+    assert unequal(results(here / "run"), wanted) == []
+    undo(here / "run")
+    assert run(["--resume", "run", "--no-doctor"]) == 0  # with the run's own settings
+    assert unequal(results(here / "run"), wanted) == []
+    assert json.loads((here / "run/config.json").read_text())["max_steps"] == 4
+    assert run(["--resume", "run/checkpoints/step-000002"]) == 0
+    assert unequal(results(here / "run"), wanted) == []
+
+
+def test_another_run_is_begun_beside_it(here: Path) -> None:
+    undo(here / "run")
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    assert run(flags("--resume", "never")) == 0
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+    assert (here / "run-2/latest").read_text() == "step-000004\n"
+
+
+def test_a_finished_run_with_other_settings_is_left_alone(here: Path) -> None:
+    assert run(flags("--seed", "1")) == 0
+    assert (here / "run-2/latest").read_text() == "step-000004\n"
+
+
+def test_other_settings_are_refused(here: Path) -> None:
+    undo(here / "run")
+    said = refused(run, flags("--seed", "1", "--lr", "0.5", "--keep", "9"))
+    assert "--seed 0 (now 1), --lr 0.003 (now 0.5)." in said
+    assert "keep" not in said
+    assert "--resume run, or start a new run with --resume never" in said
+    assert "--max-steps 4 (now 5)" in refused(run, ["--resume", "run", "--max-steps", "5"])
+    assert "leave one of them away" in refused(run, ["--resume", "run", "--out", "elsewhere"])
+    assert "--recipe addition (now text)" in refused(run, ["--resume", "run", "--recipe", "text"])
+
+
+def test_more_time_continues_a_run_that_ran_out_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = flags("--max-seconds", "0.000001", "--out", "short")
+    assert run(short) == 0
+    assert Path("short/latest").read_text() == "step-000001\n"
+    assert run(short) == 0
+    assert "is finished: 1 steps" in capsys.readouterr().err
+    assert run(flags("--out", "short")) == 0
+    assert Path("short/latest").read_text() == "step-000004\n"
+
+
+def test_what_is_no_run_is_refused(here: Path) -> None:
+    assert "missing has no checkpoints" in refused(run, ["--resume", "missing"])
+    assert ". has no checkpoints" in refused(run, ["--resume", "."])
+    assert "give auto, never, a run folder" in refused(run, ["--resume", ""])
+    with disk.locked(here / "run"):
+        assert "is being trained by another process" in refused(run, flags())
+        assert "is being trained by another process" in refused(run, ["--resume", "run/checkpoints/step-000004"])
+    for folder in checkpoint.checkpoints(here / "run"):
+        (folder / "config.json").write_text("{}")
+    assert "no intact checkpoint" in refused(run, flags())
+    assert "is damaged: config.json" in refused(run, ["--resume", "run/checkpoints/step-000004"])
+
+
+def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file of a checkpoint, and its manifest with it."""
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+    step = json.loads((folder / "manifest.json").read_text())["step"]
+    (folder / "manifest.json").write_text(checkpoint._manifest(step, checkpoint._hashes(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("trainer.json", lambda v: v.pop("metrics"), "it has no metrics; the version that wrote it could not resume"),
+        ("trainer.json", lambda v: v.update(step="3"), "step is '3'"),
+        ("trainer.json", lambda v: v.update(step=3), "holds step 3"),
+        ("trainer.json", lambda v: v.update(seconds=-1.0), "seconds -1.0"),
+        ("trainer.json", lambda v: v.update(due={"step": "x"}), "its rows of metrics are none"),
+        ("trainer.json", lambda v: v.update(metrics=[7]), "its rows of metrics are none"),
+        ("trainer.json", lambda v: v["settings"].update(colour="blue"), "Train has the unknown key 'colour'"),
+        ("trainer.json", lambda v: v["settings"].update(rows="4"), "rows is '4', which is no int"),
+        ("trainer.json", lambda v: v["settings"].update(model=None), "Shape is None; it must be an object"),
+        ("trainer.json", lambda v: v["settings"]["model"].update(n_heads=3), "is not a multiple of n_heads 3"),
+        ("trainer.json", lambda v: v["settings"]["text"].update(data=[1]), "data is"),
+        ("trainer.json", lambda v: v.update(data="ab"), "--data holds other text"),
+        ("config.json", lambda v: v["shape"].update(reader_ff=25), "is of another model: shape would differ"),
+        ("config.json", lambda v: v.update(fingerprint="0" * 64), "is of another model: fingerprint would differ"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    name: str, change: Callable[[dict[str, Any]], object], said: str, here: Path
+) -> None:
+    undo(here / "run")
+    edited(here / "run/checkpoints/step-000002", name, change)
+    assert said in refused(run, ["--resume", "run"])
+
+
+def test_missing_settings_have_their_defaults() -> None:
+    values = json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
+    assert Train.from_dict(values) == SETTINGS
+    del values["resume"], values["model"]["step_stride"], values["text"]
+    assert Train.from_dict(values) == SETTINGS
+    values["optim"]["lr"] = 1  # JSON of another language may drop the point
+    assert Train.from_dict(values).optim.lr == 1.0
+
+
+def test_every_setting_is_harmless_or_refused() -> None:
+    """What is not in the table means another run; the table names only settings that there are."""
+    assert set(HARMLESS) <= {f.name for kind in (Train, Text) for f in dataclasses.fields(kind)}
+    base = Train()
+    for kind, part in ((Train, None), (Shape, "model"), (Optim, "optim"), (Addition, "addition")):
+        for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+            old = getattr(base if part is None else getattr(base, part), f.name)
+            if dataclasses.is_dataclass(old) or f.name == "recipe":
+                continue
+            new: Any = {"n_heads": 8, "n_kv_heads": 2, "d_model": 64, "writer_attention": "none"}.get(
+                f.name, not old if isinstance(old, bool) else f"{old}x" if isinstance(old, str | None) else old + 1)
+            changed = base if part else dataclasses.replace(base, **{f.name: new})
+            if part:
+                changed = dataclasses.replace(base, **{part: dataclasses.replace(getattr(base, part), **{f.name: new})})
+            assert list(differences(base, changed)) == [f.name]
+    assert differences(base, dataclasses.replace(base, text=Text(vocab_size=9))) == {}  # of another recipe
+    text = dataclasses.replace(base, recipe="text")
+    assert list(differences(text, dataclasses.replace(text, text=Text(vocab_size=9)))) == ["vocab_size"]
+
+
+def test_moved_data_may_be_continued_on_and_changed_data_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"The tide of day {i} came in and went out.\n" for i in range(60))
+    Path("a.txt").write_text(text)
+    more = ["--data", "a.txt", "--vocab-size", "300", "--reader-budget", "64", "--suffix-rows", "9", "--no-doctor"]
+    base = ["--max-steps", "2", "--validate-every", "1", "--rows", "2", "--device", "cpu", *SMALL]
+    assert run([*base, *more]) == 0
+    wanted = results(Path("runs/text"))
+    undo(Path("runs/text"))
+    Path("a.txt").rename("b.txt")
+    monkeypatch.setattr("tidal.tokenizer.MixedTokenizer.train", None)  # the run's own is taken
+    more[1] = "b.txt"
+    assert run([*base, *more]) == 0
+    assert unequal(results(Path("runs/text")), wanted) == []
+    undo(Path("runs/text"))
+    Path("b.txt").write_text(text.replace("day 59", "day 60"))
+    assert "--data holds other text" in refused(run, [*base, *more])
+
+
+def test_the_default_is_auto() -> None:
+    assert parse(Train, [], "tidal.train").resume == "auto"
+    assert parse(Train, ["--resume", "never"], "tidal.train").resume == "never"

@@ -1,0 +1,429 @@
+"""Signals, losses that are not finite, no memory, no space: training stops in order, or goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from benchmarks import faults, forgeries
+from tests.commands import ROOT, SMALL
+from tests.train.runs import SETTINGS, STEPS, Hooked, results, unequal, whole
+from tidal import checkpoint
+from tidal.cli import UserError
+from tidal.model import Losses, TidalTransformer
+from tidal.streams import Batch
+from tidal.train import disk, loop
+from tidal.train import stop as stopping
+from tidal.train.__main__ import run
+from tidal.train.disk import append, check_space, keep_lines, locked, patiently
+from tidal.train.loop import gradients, model_for, out_of_memory, train
+from tidal.train.optim import Optimizer
+from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.records import parts_of
+from tidal.train.resume import look_in
+from tidal.train.stop import Stop, Stopped
+
+CPU = torch.device("cpu")
+SHORT = ["--no-doctor", "--max-steps", "4", "--validate-every", "2", "--rows", "2", "--digits", "1",
+         "--max-block-units", "8", "--device", "cpu", "--out", "run", *SMALL]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a run that nothing happens to."""
+    return whole(tmp_path_factory.mktemp("alone") / "run")
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("what", "step", "saved"), [("batch", 3, 4), ("validate", 5, 6), ("samples", 5, 6)])
+def test_a_signal_saves_and_stops_within_one_step(
+    number: signal.Signals, what: str, step: int, saved: int, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(n) for n in stopping.SIGNALS]
+    asked: list[tuple[str, int]] = []
+
+    def hook(now: str, at: int) -> None:
+        asked.append((now, at))
+        if (now, at) == (what, step):
+            os.kill(os.getpid(), number)
+
+    with Stop() as stop, pytest.raises(Stopped) as stopped:
+        train(SETTINGS, Hooked(hook=hook), tmp_path, stop=stop)
+    assert stopped.value.signal == number
+    assert asked[-1] == (what, step)  # nothing was begun after it
+    assert look_in(tmp_path).folder.name == checkpoint.name_of(saved)
+    assert [signal.getsignal(n) for n in stopping.SIGNALS] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_data_is_prepared_leaves_nothing(
+    number: signal.Signals, code: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepare(settings: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(loop, "make_recipe", prepare)
+    assert run(SHORT) == code
+    assert list(here.iterdir()) == []
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert capsys.readouterr().err == f"tidal.train: {word}\n"
+
+
+def test_the_command_says_what_was_saved_and_continues(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = AdditionRecipe.batch
+
+    def batch(recipe: AdditionRecipe, step: int) -> Batch:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(recipe, step)
+
+    monkeypatch.setattr(AdditionRecipe, "validate", lambda recipe, model: {"quality": 0.0, "exact_1": 0.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(AdditionRecipe, "batch", batch)
+        assert run(SHORT) == 143
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == ["saved run/checkpoints/step-000003; the same command continues it", "tidal.train: terminated"]
+    assert run(SHORT) == 0
+    assert "continuing at step 3 of 4, from step-000003" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("second", stopping.SIGNALS)
+def test_a_second_signal_kills_at_once(second: signal.Signals) -> None:
+    """In a process of its own, which never looks whether it was asked to stop."""
+    code = ("from tidal.train.stop import Stop\nimport sys\nwith Stop():\n    print('ready', flush=True)\n"
+            "    for line in sys.stdin: print('alive', flush=True)\n")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "alive\n"
+        process.send_signal(second)
+        assert process.wait(60) == -second
+        assert process.stderr
+        assert "SIGTERM: saving, then stopping; once more ends it at once" in process.stderr.read()
+
+
+def test_ignored_signals_stay_ignored_and_others_come_back() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal is signal.SIGTERM
+            with pytest.raises(Stopped):
+                stop.check()
+            with pytest.raises(Stopped), stop.anywhere():
+                raise AssertionError("it went on")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ------------------------------------------------------------------------------------------ not finite
+
+
+@pytest.mark.parametrize("which", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_is_written_down(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TidalTransformer.forward
+
+    def forward(model: TidalTransformer, batch: Batch) -> Losses:
+        losses = real(model, batch)
+        if recipe.step < 4:
+            return losses
+        root = (model.token_embedding.weight * 0).sqrt().sum()  # zero, and its gradient is infinite
+        bad = losses.units * math.inf if which == "loss" else losses.units + root
+        return Losses(bad, losses.n_units, losses.next_tokens, losses.n_next)
+
+    monkeypatch.setattr(TidalTransformer, "forward", forward)
+    recipe = Hooked()
+    with pytest.raises(UserError, match=r"step 4: loss .* and gradient norm nan; .*bad-batch\.json"):
+        train(SETTINGS, recipe, tmp_path)
+    assert look_in(tmp_path).folder.name == "step-000003"
+    said = json.loads((tmp_path / "bad-batch.json").read_text())
+    assert (said["step"], said["seed"], said["grad_norm"]) == (4, 0, "nan")
+    assert (said["loss"] == "inf") == (which == "loss")
+    assert [(row["batch"], row["row"]) for row in said["rows"]] == [(4, r) for r in range(4)]
+    for row in said["rows"]:
+        a, b, c = map(int, re.fullmatch(r"(\d+) \+ (\d+) = (\d+)\n", row["text"]).groups())  # type: ignore[union-attr]
+        assert a + b == c
+        assert row["loss"] == "inf" if which == "loss" else 0 < row["loss"] < 10
+
+
+# -------------------------------------------------------------------------------------------- no memory
+
+
+def gradient(parts: int, step: int = 0) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Of one step of two batches, in float64."""
+    recipe = Hooked()
+    model = model_for(SETTINGS, recipe.tokenizer).double()
+    figures = gradients(model, Optimizer(model, SETTINGS.optim), recipe, step, SETTINGS, CPU, parts)
+    return [p.grad for p in model.parameters() if p.grad is not None], figures
+
+
+def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_parts_give_the_same_gradient(parts: int) -> None:
+    (wanted, figures), (found, its) = gradient(1), gradient(parts)
+    assert len({int(n) for n in (Hooked().batch(0).targets >= 0).sum(1)}) > 1  # rows differ in length
+    assert apart(wanted, found) < 1e-13
+    assert its == pytest.approx(figures, rel=1e-12)
+
+
+def test_planted_bug_parts_that_weigh_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = gradient(1)[0]
+
+    def equal_parts(batch: Batch, n: int) -> list[Batch]:
+        return parts_of(batch, n)[:1] * n
+
+    monkeypatch.setattr(loop, "parts_of", equal_parts)
+    assert apart(wanted, gradient(2)[0]) > 1e-6
+
+
+def memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception] = torch.OutOfMemoryError) -> None:
+    real = TidalTransformer.forward
+
+    def forward(model: TidalTransformer, batch: Batch) -> Losses:
+        if len(batch.targets) > rows:
+            real(model, batch).units.backward()  # whatever was left behind must not count
+            raise error("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        return real(model, batch)
+
+    monkeypatch.setattr(TidalTransformer, "forward", forward)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(3, 2), (1, 4)])
+def test_out_of_memory_halves_the_batch(rows: int, parts: int, tmp_path: Path, alone: dict[str, Any],
+                                        monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    memory_for(rows, monkeypatch)
+    found = whole(tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.count("OUT OF MEMORY (CUDA out of memory. Tried to allocate 2.00 GiB.)") == int(math.log2(parts))
+    assert f"batches of 4 rows are computed in {parts} parts" in said
+    assert look_in(tmp_path / "run").saved.parts == parts
+    assert unequal(found, alone) != []  # rounding
+    for row, its in zip(found["metrics"], alone["metrics"], strict=True):
+        assert float(row["loss"]) == pytest.approx(float(its["loss"]), rel=1e-3)
+
+
+def test_out_of_memory_with_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_for(0, monkeypatch)
+    with pytest.raises(UserError, match="out of memory with one row at a time"):
+        train(SETTINGS, Hooked(), tmp_path)
+
+
+def test_other_errors_are_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory_for(0, monkeypatch, RuntimeError)
+    with pytest.raises(RuntimeError, match="Tried to allocate"):
+        train(SETTINGS, Hooked(), tmp_path)
+    with pytest.raises((RuntimeError, MemoryError)) as raised:  # what the CPU says in earnest
+        torch.empty(1 << 60)
+    assert out_of_memory(raised.value)
+
+
+def test_validation_without_memory_is_left_out(tmp_path: Path, alone: dict[str, Any],
+                                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    def hook(what: str, step: int) -> None:
+        if what != "batch" and step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    train(SETTINGS, Hooked(hook=hook), tmp_path)
+    said = capsys.readouterr().err
+    assert "OUT OF MEMORY in validation (CUDA out of memory); left out" in said
+    assert "OUT OF MEMORY in sampling" in said
+    found = results(tmp_path)
+    assert set(unequal(found, alone)) <= {"metrics", "samples", "best"}
+    assert [row["exact_2"] != "" for row in found["metrics"]] == [False, True, True]
+
+
+# --------------------------------------------------------------------------------------------- no space
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No waiting; the waits are listed."""
+    waits: list[float] = []
+    sleep = SimpleNamespace(sleep=waits.append, monotonic=lambda: float(sum(waits)))
+    monkeypatch.setattr(disk, "time", sleep)
+    return waits
+
+
+def failing(real: Callable[..., Any], error: Exception, times: dict[int, int]) -> Callable[..., Any]:
+    """`real`, but its n-th calls fail as often as `times` says."""
+    left, calls = dict(times), [0]
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        if left.get(calls[0], 0):
+            left[calls[0]] -= 1
+            raise error
+        calls[0] += 1
+        return real(*arguments, **more)
+
+    return call
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "error"),
+    [(checkpoint, "save_file", SafetensorError("Error while serializing: I/O error: No space left (os error 28)")),
+     (checkpoint, "_hashes", FULL), (checkpoint, "atomic_write", OSError(errno.EDQUOT, "Disk quota exceeded")),
+     ("tidal.train.records", "append", FULL), ("tidal.train.records", "atomic_write", FULL)],
+)  # fmt: skip
+def test_a_full_disk_pauses_training(home: Any, name: str, error: Exception, tmp_path: Path, alone: dict[str, Any],
+                                     monkeypatch: pytest.MonkeyPatch, clock: list[float],
+                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    module = sys.modules[home] if isinstance(home, str) else home
+    monkeypatch.setattr(module, name, failing(getattr(module, name), error, {1: 3, 2: 1}))
+    assert unequal(whole(tmp_path / "run"), alone) == []
+    said = capsys.readouterr().err
+    assert said.count("THE DISK IS FULL, training is paused") == said.count("there is space again after") > 0
+    assert clock == [disk.POLL_S] * (3 if name == "atomic_write" and isinstance(home, str) else 4)
+
+
+def test_free_space_is_looked_at_before_each_save(tmp_path: Path, alone: dict[str, Any], clock: list[float],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Nothing is written where it would not fit."""
+    free = failing(shutil.disk_usage, ValueError(), {})
+    looks = [0]
+
+    def usage(path: Path) -> Any:
+        looks[0] += 1
+        small = looks[0] in (3, 4)  # the first look is that of the run; the second save's
+        return SimpleNamespace(free=1000) if small else free(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert unequal(whole(tmp_path / "run"), alone) == []
+    assert len(clock) == 2
+
+
+def test_a_run_that_will_not_fit_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000))
+    check_space(tmp_path / "new" / "run", 300_000)
+    with pytest.raises(UserError, match=r"not enough space .* need about 0\.8 MB, only 0\.3 MB are free"):
+        train(SETTINGS, Hooked(), tmp_path)
+
+
+def test_a_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> None:
+        raise FULL
+
+    with Stop() as stop:
+        monkeypatch.setattr(disk.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped):
+            patiently(write, tmp_path, stop)
+
+    def denied() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(UserError, match="Permission denied"):
+        patiently(denied, tmp_path, Stop())
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "one\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))  # the system writes as much as it may
+    try:
+        with pytest.raises(OSError, match=r"No space|too large"):
+            append(path, "second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"one\n"
+    append(path, "zwölf\n", sync=True)
+    assert path.read_text(encoding="utf-8") == "one\nzwölf\n"
+
+
+def test_kept_lines(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    keep_lines(path, lambda values: True)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n{"step": 2, "text": "\\u2028"}\n[]\nnonsense\n{"step": 3}\n{"step": 1}')
+    keep_lines(path, lambda values: values["step"] < 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "text": "\\u2028"}\n'
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="is being trained by another process"), locked(tmp_path):
+        raise AssertionError("locked twice")
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------- the benchmark
+
+
+def test_faults_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILLs and all the rest, in small: `benchmarks/faults.py`."""
+    out = tmp_path / "new" / "faults.json"
+    assert faults.command(["--quick", "--out", str(out)]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line == json.loads(out.read_text())
+    assert line["survived"]
+    assert line["kills"]["kills"] >= 2
+    assert line["kills"]["runs"] >= 1
+    assert line["kills"]["runs_that_differ"] == 0
+    assert (line["damage"]["flips"], line["damage"]["truncations"], line["damage"]["missed"]) == (20, 10, [])
+    assert line["forged"]["forgeries"] > 15
+    assert line["forged"]["accepted"] == []
+
+
+def test_the_benchmark_notices_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: damage that is not looked for, and links that are followed."""
+    train(SETTINGS, Hooked(), tmp_path / "run")
+    last = tmp_path / "run/checkpoints" / checkpoint.name_of(STEPS)
+    rng = np.random.default_rng(0)
+    assert forgeries.damage(last, 14, 7, rng)["missed"] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "verify", lambda folder: None)
+        missed = forgeries.damage(last, 14, 7, rng)["missed"]
+        assert len(missed) == 21
+        assert any(text.endswith("loaded") for text in missed)
+        real = forgeries.forgeries
+        patch.setattr(forgeries, "forgeries", lambda outside: {
+            name: forge for name, forge in real(outside).items() if name != "named pipe"})  # it would wait for ever
+        accepted = forgeries.forged(tmp_path, last)["accepted"]
+    assert {"name that climbs out", "link to a file outside", "link to a folder outside"} <= set(accepted)
+    assert "pickle as weights" not in accepted

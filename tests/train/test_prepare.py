@@ -1,0 +1,483 @@
+"""Prepared data give the rows and batches that the definition gives, however they were cut, stored and interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.strategies import tokenizer_names, tokenizers
+from tests.tokenizer.strategies import HOSTILE, hostile_text
+from tests.train.test_recipes import SHAPE, equal, read_text, some_text
+from tidal.blocks import BlockTable, Passage, fill_rows, passage, windows
+from tidal.cli import UserError
+from tidal.config import Text, Train
+from tidal.prepare import corpus, make, seams, shards
+from tidal.prepare.corpus import Rows
+from tidal.prepare.make import prepare, prepare_for_training
+from tidal.prepare.seams import at_seams
+from tidal.prepare.shards import Shard
+from tidal.prepare.survey import Survey, survey
+from tidal.tokenizer import MixedTokenizer
+from tidal.train import reading
+from tidal.train.documents import Document, hold_out, read_documents
+from tidal.train.presets import PRESETS
+from tidal.train.reading import Part
+from tidal.train.recipes import text as text_recipe
+from tidal.train.recipes.text import TextRecipe
+
+# --------------------------------------------------------------------------------------------- seams
+
+
+def cut(text: str, cap: int, size: int, piece: int) -> list[str]:
+    pieces = [text[i : i + piece] for i in range(0, len(text), piece)] or [""]
+    parts = [Part(p, False, i == len(pieces) - 1, "f") for i, p in enumerate(pieces)]
+    found = list(at_seams(parts, cap, size))
+    assert [part.ends for part in found] == [False] * (len(found) - 1) + [True]
+    return [part.text for part in found]
+
+
+def check_seams(text: str, tokenizer: MixedTokenizer, size: int, piece: int) -> int:
+    """The blocks of the pieces are the blocks of the whole; returns how many pieces there are."""
+    pieces = cut(text, tokenizer.max_block_units, size, piece)
+    assert "".join(pieces) == text
+    assert [block for p in pieces for block in tokenizer.split(p)] == tokenizer.split(text)
+    return len(pieces)
+
+FRAGMENTS = (*HOSTILE, *"aZ09 \n\t'’_(.\u0301\u200d今é", "don't", "f(x)=[1,2];", "  ")
+texts = st.one_of(hostile_text(), st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
+
+
+@settings(max_examples=400)
+@given(texts, tokenizer_names, st.integers(1, 12), st.integers(1, 9))
+@example("a" * 60 + "'s", "english", 9, 4)
+@example(" " * 60 + "a", "english", 9, 4)
+@example("a" * 30 + "\u0301" * 3 + "b" * 30, "digits", 8, 8)
+def test_pieces_have_the_blocks_of_the_whole(text: str, name: str, size: int, piece: int) -> None:
+    check_seams(text, tokenizers()[name], size, piece)
+
+
+LONG = {
+    "prose": "The dogs said: don't run within 12 miles, 'tis night.\n\n  " * 40,
+    "minified": "f(a,b){return(a+b[0]);}" * 100,
+    "genome": "ACGT" * 600,
+    "digits": " " + "31415926" * 300,
+    "blank": "x" + " \n" * 1200 + " y",
+    "rule": "=-" * 1200,
+    "chinese": "今天天气很好，我们去公园玩。\n" * 150,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_texts_are_cut(kind: str) -> None:
+    """In pieces whose number says that memory is bounded."""
+    for tokenizer in tokenizers().values():
+        assert check_seams(LONG[kind], tokenizer, 50, 20) > len(LONG[kind]) / 150
+
+
+def test_what_has_no_seam_is_held_until_there_is_one() -> None:
+    text = "今天天气很好我们去公园玩" * 30
+    assert cut(text + "\n" + text, 12, 50, 20) == [text, "\n" + text]
+
+
+# ---------------------------------------------------------------------------------- rows, by definition
+
+
+@contextmanager
+def small(part: int = 40, shard: int = 150, read: int = 1) -> Iterator[None]:
+    """Everything in tiny pieces, so that tiny texts fill many."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in ((reading, "PART", part), (make, "PART", part), (make, "SHARD", shard),
+                                    (make, "PER_PART", 5), (corpus, "READ_BLOCKS", read), (reading, "CHUNK", 7),
+                                    (corpus, "OPEN", 2)):  # fmt: skip
+            patch.setattr(module, name, value)
+        yield
+
+
+def by_definition(documents: Sequence[Document], table: BlockTable, budget: int, steps: int) -> list[list[Passage]]:
+    whole = [passage(table, d.prompt, d.completion) for d in documents]
+    return list(fill_rows((w for p in whole for w in windows(p, table, budget, steps)), table, budget, steps))
+
+
+def shown(rows: Sequence[list[Passage]], table: BlockTable) -> list[list[tuple[list[str], list[int], int]]]:
+    return [[([table.texts[i] for i in p.blocks], (p.blocks[p.blocks < 2]).tolist(), p.supervise_from) for p in row]
+            for row in rows]  # fmt: skip
+
+
+def check_rows(folder: Path, documents: list[dict[str, str]], tokenizer: MixedTokenizer, budget: int, steps: int,
+               fraction: float = 0.3) -> int:  # fmt: skip
+    """Rows of prepared documents, training and held out, are those of the definition; returns how many."""
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(d) + "\n" for d in documents))
+    tokenizer.save(folder / "t")
+    training, held_out = hold_out(read_documents([str(path)]), fraction, 3)
+    found = prepare_for_training(Text(data=(str(path),), tokenizer=str(folder / "t"), hold_out=fraction), 3)
+    table = BlockTable(tokenizer)
+    for some, wanted in ((found.training, training), (found.held_out, held_out)):
+        order = np.random.default_rng(len(wanted)).permutation(len(wanted))
+        rows = Rows(some, order, table, budget, steps)
+        assert shown(rows, table) == shown(by_definition([wanted[i] for i in order], table, budget, steps), table)
+    return len(rows)
+
+
+lines = st.lists(
+    st.one_of(
+        st.builds(lambda text: {"text": text}, hostile_text(max_size=20).filter(str.strip)),
+        st.builds(lambda p, c: {"prompt": p, "completion": c}, hostile_text(max_size=12), hostile_text(max_size=9)),
+    ).filter(lambda d: any(value.strip() for value in d.values())),
+    min_size=2, max_size=7,
+)  # fmt: skip
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines, tokenizer_names, st.integers(4, 60), st.integers(4, 200), st.integers(1, 60), st.integers(1, 300))
+@example([{"text": "a"}, {"prompt": "the fox " * 9, "completion": " said"}], "english", 9, 20, 7, 20)
+def test_rows_are_those_of_the_definition(tmp_path: Path, documents: list[dict[str, str]], name: str, budget: int,
+                                          steps: int, part: int, shard: int) -> None:  # fmt: skip
+    with small(part, shard):
+        try:
+            check_rows(tmp_path, documents, tokenizers()[name], budget, steps)
+        except UserError as error:
+            assert "too little data" in str(error)  # noqa: PT017
+
+
+def test_a_long_document_is_cut_and_its_tail_held_out(tmp_path: Path) -> None:
+    documents = [{"text": some_text(1, 900)}, {"prompt": some_text(2, 60), "completion": some_text(3, 60)}]
+    for fraction in (0.02, 0.1):
+        with small():
+            assert check_rows(tmp_path, documents, tokenizers()["english"], 50, 400, fraction) > 2
+
+
+# ------------------------------------------------------------------------------- however they were made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of several sizes and pairs: eight shards of `small`."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(some_text(i, 20 + 30 * i))
+    pairs = [{"prompt": f"{i} sea", "completion": f" goes {i}\n"} for i in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tokenizers()["english"].save(folder / ".tokenizer")
+    return folder
+
+
+def wanting(folder: Path, **text: object) -> Train:
+    given: dict[str, object] = {"data": (str(folder),), "tokenizer": str(folder / ".tokenizer"), "reader_budget": 64}
+    return dataclasses.replace(PRESETS["text"], rows=3, model=SHAPE, text=Text(**{**given, **text}))  # type: ignore[arg-type]
+
+
+def surveyed(folder: Path) -> Survey:
+    return survey([str(folder)], Text.hold_out, 0)
+
+
+def check_same(made: TextRecipe, wanted: TextRecipe) -> None:
+    """Same rows, same batches, bit for bit."""
+    assert made.digest == wanted.digest
+    assert shown(made.rows, made.table) == shown(wanted.rows, wanted.table)
+    assert shown(made.held_out, made.table) == shown(wanted.held_out, wanted.table)
+    for step in (0, 1, 7):
+        assert equal(made.batch(step), wanted.batch(step))
+    assert made.sample_prompts(5) == wanted.sample_prompts(5)
+
+
+def test_shards_memory_and_cache_train_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = TextRecipe(wanting(folder))  # in memory, in one shard
+    with small():
+        prepare(surveyed(folder), tokenizers()["english"], tmp_path / "two", workers=2)
+        assert len(list((tmp_path / "two").glob("shard-*"))) > 7
+    prepare(surveyed(folder), tokenizers()["english"], tmp_path / "one", workers=1)
+    monkeypatch.setattr(make, "IN_MEMORY", 100)
+    cached = wanting(folder, cache=str(tmp_path / "cache"))
+    made = [TextRecipe(cached), TextRecipe(cached)]
+    for name in ("one", "two"):
+        made.append(TextRecipe(wanting(folder, data=(), tokenizer=None, prepared=str(tmp_path / name))))
+    monkeypatch.setattr(text_recipe, "MAX_TABLE", 3)
+    for recipe in made:
+        check_same(recipe, wanted)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C, or worse."""
+
+
+def check_goes_on(folder: Path, out: Path, seed: int = 0) -> None:
+    """Interrupted again and again, a preparation ends as if it had not been."""
+    where = random.Random(seed)
+    tokenizer = tokenizers()["english"]
+    with small():
+        prepare(surveyed(folder), tokenizer, out / "whole", workers=1)
+        made = 0
+        saved = np.save
+
+        def save(file: object, array: object, **options: bool) -> None:
+            nonlocal made
+            made += 1
+            if where.random() < 0.15:
+                raise Interrupted
+            saved(file, array, **options)  # type: ignore[call-overload]
+
+        for _ in range(200):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(np, "save", save)
+                try:
+                    prepare(surveyed(folder), tokenizer, out / "torn", workers=1)
+                    break
+                except Interrupted:
+                    assert not (out / "torn" / make.MANIFEST).exists()
+        assert made > 3 + 3 * len(list((out / "whole").glob("shard-*"))), "it was never interrupted inside a shard"
+        assert files(out / "torn") == files(out / "whole")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_interrupted_preparation_goes_on(folder: Path, tmp_path: Path, seed: int) -> None:
+    check_goes_on(folder, tmp_path, seed)
+
+
+def check_keeps(folder: Path, out: Path) -> None:
+    """Intact shards stay, damaged and missing ones and remains are replaced, and the result is the same."""
+    tokenizer = tokenizers()["english"]
+    with small():
+        prepare(surveyed(folder), tokenizer, out, workers=1)
+        before = files(out)
+        inodes = {p: p.stat().st_ino for p in out.glob("shard-*/*.npy")}
+        (out / make.MANIFEST).unlink()
+        (out / "shard-000001.77.tmp").mkdir()
+        damaged = out / "shard-000002" / "text.npy"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+        prepare(surveyed(folder), tokenizer, out, workers=1)
+        assert files(out) == before
+        changed = {p.parent.name for p, inode in inodes.items() if p.stat().st_ino != inode}
+        assert changed <= {"shard-000002"}
+
+
+def test_intact_shards_stay_and_damaged_ones_are_made_again(folder: Path, tmp_path: Path) -> None:
+    check_keeps(folder, tmp_path / "out")
+
+
+def check_damage_is_found(folder: Path, out: Path) -> None:
+    """One flipped bit in any file, a missing file or a truncated one: an error that names the place."""
+    with small():
+        prepare(surveyed(folder), tokenizers()["english"], out, workers=1)
+    where = random.Random(0)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[where.randrange(len(whole))] ^= 1 << where.randrange(8)
+        for data in (bytes(flipped), whole[: len(whole) // 2], None):
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+            try:
+                found = make.load(out)
+            except UserError as error:
+                assert str(out) in str(error)  # noqa: PT017
+            else:
+                assert path.name == make.PLAN, path  # names, of no account to the shards
+                assert "paths" in json.loads(data or b"{}") or found.digest != json.loads(whole)["data"]
+        path.write_bytes(whole)
+    make.load(out)
+
+
+def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
+    check_damage_is_found(folder, tmp_path / "out")
+
+
+def test_other_data_or_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(surveyed(folder), tokenizers()["english"], out, workers=1)
+    before = files(out)
+    with pytest.raises(UserError, match="prepared from another tokenizer"):
+        prepare(surveyed(folder), tokenizers()["digits"], out, workers=1)
+    with pytest.raises(UserError, match="prepared from another data"):
+        prepare(survey([str(folder)], Text.hold_out, 1), tokenizers()["english"], out, workers=1)
+    tokenizers()["digits"].save(tmp_path / "t")
+    with pytest.raises(UserError, match="with another tokenizer than"):
+        TextRecipe(wanting(folder, data=(), prepared=str(out), tokenizer=str(tmp_path / "t")))
+    with pytest.raises(UserError, match="leave --data away"):
+        TextRecipe(wanting(folder, prepared=str(out)))
+    with pytest.raises(UserError, match="holds something else"):
+        prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)
+    assert files(out) == before
+
+
+def check_changes_are_noticed(folder: Path) -> None:
+    """Data that change between the two readings stop the preparation, and leave nothing that looks finished."""
+    path = folder / "a.txt"
+    path.write_text(some_text(1, 300))
+    with small():
+        data = surveyed(folder)
+        path.write_text(some_text(2, 300))
+        with pytest.raises(UserError, match="changed while it was read"):
+            prepare(data, tokenizers()["english"], folder / "out", workers=1)
+        with pytest.raises(UserError, match="not finished"):
+            make.load(folder / "out")
+
+
+def test_data_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
+    check_changes_are_noticed(tmp_path)
+
+
+# -------------------------------------------------------------------------------------- planted bugs
+
+
+def all_seams() -> None:
+    for text in LONG.values():
+        check_seams(text, tokenizers()["english"], 53, 20)
+    check_seams("don't (a'b) 'tis said" * 20, tokenizers()["english"], 12, 5)
+
+
+def run_cut_anywhere(patch: pytest.MonkeyPatch) -> None:
+    right = seams.seam
+    patch.setattr(seams, "seam", lambda text, cap: right(text, 1))
+
+
+def after_the_space(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(seams, "seam", lambda text, _: text.rfind(" ", 0, -1) + 1)
+
+
+def end_of_text(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(seams, "seam", lambda text, _: len(text) - 1)
+
+
+def last_window_kept(patch: pytest.MonkeyPatch) -> None:
+    """The last window of a stretch, into which more would fit, is taken as it is."""
+    right = corpus.spans
+
+    def spans(tokens: np.ndarray, *rest: int) -> Iterator[tuple[int, int, int]]:  # type: ignore[type-arg]
+        found = list(right(tokens, *rest))
+        return iter([*found, found[-1]])
+
+    patch.setattr(corpus, "spans", spans)
+
+
+def prompts_are_learnt(patch: pytest.MonkeyPatch) -> None:
+    right = Shard.encode
+
+    def encode(parts: Sequence[Part], table: BlockTable) -> Shard:
+        shard = right(parts, table)
+        shard.parts[:, 1] = 0
+        return shard
+
+    patch.setattr(Shard, "encode", encode)
+
+
+def one_document_more(patch: pytest.MonkeyPatch) -> None:
+    """Documents that span shards are taken for two."""
+    right = Shard.encode
+
+    def encode(parts: Sequence[Part], table: BlockTable) -> Shard:
+        shard = right(parts, table)
+        shard.parts[-1, 5] = 1
+        return shard
+
+    patch.setattr(Shard, "encode", encode)
+
+
+def shard_named_first(patch: pytest.MonkeyPatch) -> None:
+    """A shard has its name before its files are complete."""
+
+    def write(self: Shard, folder: Path) -> str:
+        folder.mkdir()
+        for name in shards.ARRAYS:
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.save(file, getattr(self, name), allow_pickle=False)
+        shards.write_durably(folder / shards.SUMMARY, json.dumps(
+            {name: shards._sha256(folder / f"{name}.npy") for name in shards.ARRAYS}, indent=2) + "\n")  # fmt: skip
+        return shards._sha256(folder / shards.SUMMARY)
+
+    patch.setattr(Shard, "write", write)
+    patch.setattr(make, "_intact", lambda folder: shards._sha256(folder / shards.SUMMARY) if folder.exists() else None)
+
+
+def everything_again(patch: pytest.MonkeyPatch) -> None:
+    """What is intact is made again."""
+
+    def remove(folder: Path) -> None:
+        shards.shutil.rmtree(folder, ignore_errors=True)
+
+    patch.setattr(make, "_intact", remove)
+
+
+def damaged_is_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(make, "_intact", lambda folder: shards._sha256(folder / shards.SUMMARY) if folder.exists() else None)
+
+
+def unverified(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(make, "verify", lambda *_: "")
+
+
+def not_compared(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tidal.prepare.survey._Content.hexdigest", lambda _: "")
+
+
+def table_emptied_late(patch: pytest.MonkeyPatch) -> None:
+    """The table is emptied between the rows of a batch."""
+    right = Rows._passage
+
+    def _passage(self: Rows, *window: int) -> Passage:
+        self.table.clear()
+        return right(self, *window)
+
+    patch.setattr(Rows, "_passage", _passage)
+
+
+def on_rows(folder: Path) -> None:
+    with small():
+        check_rows(folder, [{"text": some_text(1, 900)}, {"prompt": some_text(2, 60), "completion": some_text(3, 60)}],
+                   tokenizers()["english"], 50, 400)  # fmt: skip
+
+
+def on_batches(folder: Path) -> None:
+    """What batches read are documents, whole ones here."""
+    texts = [some_text(i, 12) for i in range(30)]
+    tokenizers()["english"].save(folder / "t")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = TextRecipe(wanting(folder / "a.jsonl", tokenizer=str(folder / "t"), reader_budget=400))
+    for step in range(3):
+        batch = recipe.batch(step)
+        found = [text for row in range(len(batch.targets)) for text in read_text(batch, row, recipe.tokenizer)]
+        assert len(found) > 3 and set(found) <= set(texts)  # noqa: PT018
+
+
+Check = Callable[[Path], object]
+PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], Check]] = [
+    (run_cut_anywhere, lambda _: all_seams()),
+    (after_the_space, lambda _: all_seams()),
+    (end_of_text, lambda _: all_seams()),
+    (last_window_kept, on_rows),
+    (prompts_are_learnt, on_rows),
+    (one_document_more, on_rows),
+    (table_emptied_late, on_batches),
+    (damaged_is_kept, lambda folder: check_keeps(DATA[0], folder / "out")),
+    (everything_again, lambda folder: check_keeps(DATA[0], folder / "out")),
+    (shard_named_first, lambda folder: check_goes_on(DATA[0], folder)),
+    (unverified, lambda folder: check_damage_is_found(DATA[0], folder / "out")),
+    (not_compared, check_changes_are_noticed),
+]
+DATA: list[Path] = []
+
+
+@pytest.mark.parametrize(("plant", "check"), PLANTED, ids=[plant.__name__ for plant, _ in PLANTED])
+def test_planted_bugs_are_noticed(plant: Callable[[pytest.MonkeyPatch], None], check: Check, folder: Path,
+                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    DATA[:] = [folder]
+    (tmp_path / "well").mkdir()
+    check(tmp_path / "well")
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, UserError, ValueError, IndexError, OSError, pytest.fail.Exception)):
+        check(tmp_path)

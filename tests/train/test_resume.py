@@ -1,0 +1,255 @@
+"""A run that was stopped and continued equals the run that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.runs import (
+    EVERY,
+    SETTINGS,
+    STEPS,
+    Hook,
+    Hooked,
+    nothing,
+    refused,
+    results,
+    stopped_and_continued,
+    unequal,
+    whole,
+)
+from tidal import checkpoint
+from tidal.config import Text, Train
+from tidal.model import TidalTransformer
+from tidal.streams import Batch
+from tidal.train import loop, resume
+from tidal.train.loop import train
+from tidal.train.optim import Optimizer
+from tidal.train.recipes.text import TextRecipe
+from tidal.train.records import Metrics
+from tidal.train.resume import Saved, look_in
+
+TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
+
+
+@pytest.fixture(autouse=True)
+def rows_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+
+
+# ------------------------------------------------------------------------------------------ bit for bit
+
+
+@pytest.mark.parametrize(("settings", "steps"), [(SETTINGS, range(STEPS)), (TWICE, (0, 4, 5))],
+                         ids=["one batch", "accumulated"])  # fmt: skip
+def test_from_every_step(settings: Train, steps: Sequence[int], tmp_path: Path) -> None:
+    wanted = whole(tmp_path / "whole", settings)
+    assert [row["step"] for row in wanted["metrics"]] == ["2", "3", "4", "6", "8", "9"]
+    for step in steps:
+        assert unequal(stopped_and_continued(tmp_path / str(step), "batch", step, settings), wanted) == [], step
+
+
+@pytest.mark.parametrize("what", ["validate", "samples"])
+def test_from_the_middle_of_an_examination(what: str, tmp_path: Path) -> None:
+    wanted = whole(tmp_path / "whole")
+    for step in range(EVERY - 1, STEPS, EVERY):
+        out = tmp_path / str(step)
+        assert unequal(stopped_and_continued(out, what, step), wanted) == [], step
+
+
+class Sea(TextRecipe):
+    """Text; an epoch is a few batches."""
+
+    def __init__(self, settings: Train, hook: Hook = nothing) -> None:
+        super().__init__(settings)
+        self.hook = hook
+
+    def batch(self, step: int) -> Batch:
+        self.hook("batch", step)
+        return super().batch(step)
+
+    def sample_prompts(self, step: int) -> list[str]:
+        return ["the"]
+
+
+def test_in_the_middle_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    lines = [f"the sea comes in and goes out again on day {i} of the year, and so it goes on\n" for i in range(12)]
+    (tmp_path / "sea.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    text = Text(data=(str(tmp_path / "sea.jsonl"),), vocab_size=300, reader_budget=64)
+    settings = dataclasses.replace(SETTINGS, recipe="text", text=text, rows=7, max_steps=8, validate_every=8)
+    wanted = whole(tmp_path / "whole", settings, Sea)
+    epoch = len(Sea(settings).rows) / settings.rows
+    steps = sorted({0, round(epoch) - 1, round(epoch), round(2 * epoch) - 1})
+    assert steps[-1] < settings.max_steps - 1  # an epoch and its end lie inside the run
+    for step in steps:
+        assert unequal(stopped_and_continued(tmp_path / str(step), "batch", step, settings, Sea), wanted) == [], step
+
+
+@pytest.mark.parametrize("attention", ["memory", "block", "none"])
+def test_every_shape_can_continue(attention: Any, tmp_path: Path) -> None:
+    """Every parameter has its moments, or loading them would complain."""
+    model = dataclasses.replace(SETTINGS.model, writer_attention=attention, suffix_rows=0, qk_norm=False)
+    settings = dataclasses.replace(SETTINGS, model=model, max_steps=2,
+                                   optim=dataclasses.replace(SETTINGS.optim, aux_weight=0.0))  # fmt: skip
+    wanted = whole(tmp_path / "whole", settings)
+    assert unequal(stopped_and_continued(tmp_path / "other", "batch", 0, settings), wanted) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = whole(tmp_path / "run")
+    out = tmp_path / "run"
+    last = out / "checkpoints" / checkpoint.name_of(STEPS)
+    data = bytearray((last / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (last / "optimizer.safetensors").write_bytes(data)
+    (out / "checkpoints" / "step-000007.tmp").mkdir()
+    (out / ".latest.123.tmp").touch()
+    with open(out / "samples.jsonl", "a") as file:
+        file.write('{"step": 9, "torn')
+    capsys.readouterr()
+    found = look_in(out)
+    said = capsys.readouterr().err
+    assert found.folder.name == "step-000006"
+    assert "step-000009 is damaged: optimizer.safetensors has SHA-256" in said
+    assert "falling back to step-000006" in said
+    train(SETTINGS, Hooked(), out, found=found)
+    assert unequal(results(out), wanted) == []
+    assert not list(out.rglob("*.tmp"))
+    assert "is damaged: optimizer" not in refused(look_in, tmp_path)
+
+
+def test_the_best_checkpoint_is_remembered(tmp_path: Path) -> None:
+    out, qualities = tmp_path / "run", iter([0.9, 0.2, 0.1])
+    out.mkdir()
+
+    class Falling(Hooked):
+        def validate(self, model: TidalTransformer) -> dict[str, float]:
+            return {"quality": next(qualities)}
+
+    train(dataclasses.replace(SETTINGS, keep=1), Falling(), out)
+    assert (out / "best").read_text() == "step-000003\n"
+    (out / "best").write_text("step-000009\n")  # of a future that is undone
+    qualities = iter([0.1])
+    train(SETTINGS, Falling(), out, found=look_in(out))
+    assert (out / "best").read_text() == "step-000003\n"
+    shutil.rmtree(out / "checkpoints" / "step-000003")
+    qualities = iter([0.1])
+    train(SETTINGS, Falling(), out, found=look_in(out))
+    assert (out / "best").read_text() == "step-000009\n"
+
+
+# -------------------------------------------------------------------------------------------- planted bugs
+
+
+def forgets_moments(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Optimizer, "load_state", lambda self, entries: None)
+
+
+def changing(name: str, change: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        real = Saved.from_dict.__func__  # type: ignore[attr-defined]
+
+        def from_dict(cls: type[Saved], values: dict[str, Any]) -> Saved:
+            saved: Saved = real(cls, values)
+            setattr(saved, name, change(getattr(saved, name)))
+            return saved
+
+        patch.setattr(Saved, "from_dict", classmethod(from_dict))
+
+    return plant
+
+
+def one_step_further(patch: pytest.MonkeyPatch) -> None:
+    real = resume.Found.read
+
+    def read(self: resume.Found, *arguments: Any) -> Any:
+        weights, moments, saved = real(self, *arguments)
+        return weights, moments, dataclasses.replace(saved, step=saved.step + 1)
+
+    patch.setattr(resume.Found, "read", read)
+
+
+def forgets_generators(patch: pytest.MonkeyPatch) -> None:
+    def drop(entries: dict[str, torch.Tensor], device: torch.device) -> None:
+        entries.pop("generator.cpu")
+
+    patch.setattr(loop, "set_generators", drop)
+
+
+def keeps_later_samples(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "keep_lines", lambda path, keep: None)
+
+
+def keeps_later_rows(patch: pytest.MonkeyPatch) -> None:
+    class Keeping(Metrics):
+        def __init__(self, path: Path, rows: Any = ()) -> None:
+            super().__init__(path, [*rows, *rows[-1:]])
+
+    patch.setattr(loop, "Metrics", Keeping)
+
+
+def counts_its_batches(patch: pytest.MonkeyPatch) -> None:
+    """The order of the data depends on how many batches this process has made."""
+    counts = dict[int, int]()
+
+    def batch(self: Hooked, step: int) -> Batch:
+        counts[id(self)] = counts.get(id(self), -1) + 1
+        self.hook("batch", step)
+        return super(Hooked, self).batch(counts[id(self)])
+
+    patch.setattr(Hooked, "batch", batch)
+
+
+def noisy(patch: pytest.MonkeyPatch) -> None:
+    """Not a bug: a model that draws numbers in training, as one with dropout does."""
+    real = TidalTransformer.forward
+
+    def forward(self: TidalTransformer, batch: Batch) -> Any:
+        losses = real(self, batch)
+        return dataclasses.replace(losses, units=losses.units * (0.5 + torch.rand(())))
+
+    patch.setattr(TidalTransformer, "forward", forward)
+
+
+BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
+    "moments not restored": (forgets_moments, "batch", "weights"),
+    "one step too far": (one_step_further, "batch", "weights"),
+    "generators not restored": (forgets_generators, "batch", "weights"),
+    "samples twice": (keeps_later_samples, "batch after samples", "samples"),
+    "a row twice": (keeps_later_rows, "batch", "metrics"),
+    "rows forgotten": (changing("metrics", lambda rows: []), "batch", "metrics"),
+    "validation left out": (changing("due", lambda row: None), "validate", "metrics"),
+    "data in the order of the process": (counts_its_batches, "batch", "weights"),
+}
+
+
+def disagreement(tmp_path: Path, patch: Callable[[pytest.MonkeyPatch], None], what: str,
+                 monkeypatch: pytest.MonkeyPatch) -> list[str]:  # fmt: skip
+    noisy(monkeypatch)
+    wanted = whole(tmp_path / "whole")
+    patch(monkeypatch)
+    out = tmp_path / "stopped"
+    if what != "batch after samples":
+        return unequal(stopped_and_continued(out, what, 5 if what == "validate" else 4), wanted)
+    shutil.copytree(tmp_path / "whole", out)
+    shutil.rmtree(checkpoint.checkpoints(out)[-1])
+    train(SETTINGS, Hooked(), out, found=look_in(out))
+    return unequal(results(out), wanted)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_noticed(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, what, part = BUGS[bug]
+    assert part in disagreement(tmp_path, plant, what, monkeypatch)
+
+
+@pytest.mark.parametrize("what", ["batch", "validate", "batch after samples"])
+def test_without_a_bug_even_a_noisy_model_agrees(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disagreement(tmp_path, lambda patch: None, what, monkeypatch) == []

@@ -1,0 +1,54 @@
+"""`python -m tidal.prepare`: data once, training often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tidal.cli import UserError, main, note, parse
+from tidal.config import Text
+
+DESCRIPTION = """Split, tokenize and count data into a folder of shards that training maps into memory. Interrupted, the
+same command goes on where it stopped. Then: python -m tidal.train --prepared OUT"""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Settings of `python -m tidal.prepare`."""
+
+    out: str
+    """Folder of the shards; new, or one that was begun with the same settings."""
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs, .jsonl and .parquet ({"text"} or {"prompt", "completion"}), .gz; hf:DATASET."""
+    tokenizer: str | None = None
+    """Folder of a trained tokenizer; none: train one on the data."""
+    vocab_size: int = Text.vocab_size
+    """Size of the sentencepiece vocabulary to train."""
+    hold_out: float = Text.hold_out
+    """Part of the documents kept for validation."""
+    seed: int = 0
+    """Chooses the documents held out."""
+    workers: int = 0
+    """Processes; 0: one for every core."""
+
+
+def run(argv: list[str]) -> None:
+    """Parse the flags, look through the data, write what is missing."""
+    settings = parse(Prepare, argv, "tidal.prepare", DESCRIPTION)
+    for name, least in (("workers", 0), ("seed", 0), ("vocab_size", 288)):
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {least}")
+    from tidal.prepare.make import prepare, tokenizer_for
+    from tidal.prepare.survey import survey
+
+    data = survey(settings.data, settings.hold_out, settings.seed)
+    tokenizer = tokenizer_for(settings.tokenizer, settings.vocab_size, data.training_texts())
+    found = prepare(data, tokenizer, Path(settings.out), settings.workers)
+    n, held_out = len(found.training.documents), len(found.held_out.documents)
+    print(f"{settings.out}: {n:,} documents, {data.n_bytes:,} bytes; {held_out:,} held out; vocabulary "
+          f"{tokenizer.vocab_size:,}, {tokenizer.n_writable} writable")  # fmt: skip
+    note(f"done; try: python -m tidal.train --prepared {settings.out}")
+
+
+if __name__ == "__main__":
+    main(run, "tidal.prepare")

@@ -1,0 +1,116 @@
+"""A first reading of the data: whether it can be used, what it is, and what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tidal.cli import UserError, progress
+from tidal.train.documents import Division, divide
+from tidal.train.reading import PART, Part, read_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What there is, before anything is written."""
+
+    paths: Sequence[str]
+    division: Division
+    tail_start: int
+    """Where the tail of document `division.cut` begins, in characters; 0 where none is cut."""
+    n_bytes: int
+    """Of UTF-8, training and validation."""
+    content: str
+    """SHA-256 (hex) of all texts in their order."""
+    digest: str
+    """SHA-256 (hex) of that and of what is held out: equal ones, with equal tokenizers, train alike."""
+
+    def parts(self) -> Iterator[tuple[bool, Part]]:
+        """Read the data once more, parts of training (False) and held-out (True) documents in their order.
+
+        Raises UserError at the end where the data is not what it was.
+        """
+        content, i, at = _Content(), 0, 0
+        for part in read_parts(self.paths):
+            content.add(part)
+            if i >= len(self.division.held_out):
+                break
+            head = self.tail_start - at
+            if i != self.division.cut:
+                yield bool(self.division.held_out[i]), part
+            elif 0 <= head < len(part.text):
+                yield False, part._replace(text=part.text[:head], ends=True)
+                yield True, part._replace(text=part.text[head:])
+            else:
+                yield head < 0, part
+            at += len(part.text)
+            if part.ends:
+                i, at = i + 1, 0
+        if content.hexdigest() != self.content:
+            raise UserError("the data changed while it was read; start again when it is complete")
+
+    def training_texts(self) -> Iterator[str]:
+        """Texts of the training documents, to train a tokenizer on; long ones in pieces of PART characters."""
+        buffer = ""
+        for held_out, part in self.parts():
+            if not held_out:
+                buffer += part.text
+                while len(buffer) >= PART or (part.ends and buffer):
+                    yield buffer[:PART]
+                    buffer = buffer[PART:]
+
+
+def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
+    """Read all data, hold a `fraction` out as `hold_out` does. Raises UserError for whatever cannot be used."""
+    content, sizes, prompts = _Content(), array("q"), array("b")
+    size, has_prompt = 0, False
+    with progress(None, "look through", "characters") as bar:
+        for part in read_parts(paths):
+            content.add(part)
+            size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
+            bar.update(len(part.text))
+            if part.ends:
+                sizes.append(size)
+                prompts.append(has_prompt)
+                size, has_prompt = 0, False
+    division = divide(np.frombuffer(sizes, np.int64), np.frombuffer(prompts, np.bool_), fraction, seed)
+    start = division.tail_start(_stretch(read_parts(paths), division)) if division.cut >= 0 else 0
+    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}".encode()).hexdigest()
+    return Survey(paths, division, start, content.n_bytes, content.hexdigest(), digest)
+
+
+def _stretch(parts: Iterable[Part], division: Division) -> str:
+    """The characters that decide where the tail of a document begins."""
+    i, at, found = 0, 0, ""
+    low, high = division.reach
+    for part in parts:
+        if i == division.cut:
+            found += part.text[max(0, low - at) : max(0, high - at)]
+            at += len(part.text)
+        i += part.ends
+        if i > division.cut:
+            break
+    return found
+
+
+class _Content:
+    """A running digest of documents, however they are cut into parts."""
+
+    def __init__(self) -> None:
+        self._hash, self._sides, self.n_bytes = hashlib.sha256(), [0, 0], 0
+
+    def add(self, part: Part) -> None:
+        data = part.text.encode()
+        self._hash.update(data)
+        self.n_bytes += len(data)
+        self._sides[part.is_prompt] += len(data)
+        if part.ends:
+            self._hash.update(b" %d %d " % (self._sides[0], self._sides[1]))
+            self._sides = [0, 0]
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

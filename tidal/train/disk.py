@@ -1,0 +1,143 @@
+"""The disk under a run: enough space, patience while it is full, and one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tidal.checkpoint import FULL, DiskFullError, atomic_write, checkpoints, free_bytes
+from tidal.cli import UserError, note
+from tidal.train.stop import Stop
+
+T = TypeVar("T")
+POLL_S = 5.0
+"""Seconds between two looks at a full disk."""
+REMIND_S = 300.0
+"""Seconds between two notes about it."""
+
+
+def check_space(out: Path, n_bytes: int) -> None:
+    """Raise UserError where a run that will need `n_bytes` for its checkpoints has not so many."""
+    if (free := free_bytes(out)) < n_bytes:
+        raise UserError(f"not enough space for {out}: its checkpoints need about {n_bytes / 1e6:,.1f} MB, only "
+                        f"{free / 1e6:,.1f} MB are free; make room, or choose another --out")  # fmt: skip
+
+
+def check_writable(out: Path) -> None:
+    """Raise UserError where a folder cannot be made or written; nothing is created."""
+    at = out.absolute()
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        why = "is not a folder" if not at.is_dir() else "may not be written to"
+        raise UserError(f"cannot write the run folder {out}: {at} {why}; choose another one with --out")
+
+
+def prepare_run_dir(out: Path) -> Path:
+    """Create the folder of a new run; where a run already is, the first free NAME-2, NAME-3, … instead.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    wanted = out if out.name not in ("", "..") else out.resolve()
+    run_dir, n = wanted, 1
+    while checkpoints(run_dir):
+        n += 1
+        run_dir = wanted.with_name(f"{wanted.name}-{n}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(run_dir / ".write-test", b"")
+        (run_dir / ".write-test").unlink()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(f"cannot write the run folder {run_dir}: {why}; choose another one with --out") from error
+    if n > 1:
+        note(f"{wanted} already holds a run; writing to {run_dir}")
+    return run_dir
+
+
+def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
+    """The result of `write`, which is tried again and again, loudly, as long as the disk is full.
+
+    `write` must leave everything as it was where it fails. Raises Stopped if a signal ends the wait, and UserError
+    for errors that waiting cannot mend.
+    """
+    began = reminded = None
+    while True:
+        try:
+            done = write()
+        except DiskFullError as error:
+            said = str(error)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise UserError(f"cannot write to {out}: {error}") from error
+            said = f"cannot write to {out}: {error.strerror}"
+        else:
+            if began is not None:
+                note(f"there is space again after {time.monotonic() - began:.0f} s; training goes on")
+            return done
+        now = time.monotonic()
+        began = now if began is None else began
+        if reminded is None or now - reminded >= REMIND_S:
+            reminded = now
+            note(f"THE DISK IS FULL, training is paused: {said}. It goes on by itself when there is space "
+                 f"(looking every {POLL_S:g} s); Ctrl-C ends it at the last checkpoint")  # fmt: skip
+        with stop.anywhere():
+            time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder alone; the kernel releases it when the process ends, however it ends.
+
+    The lock is on the folder itself and leaves no file. Raises UserError where another process holds it.
+    """
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir} is being trained by another process; wait for it, or choose another "
+                            "--out") from error  # fmt: skip
+        except OSError as error:  # some network file systems have no locks
+            note(f"{run_dir} cannot be locked ({error.strerror}); train it in one process only")
+        yield
+    finally:
+        os.close(folder)
+
+
+def append(path: Path, text: str, *, sync: bool = False) -> None:
+    """Add lines to a file, all or none. Raises OSError, and the file is as it was."""
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only those lines of a .jsonl file that `keep` approves of; a line torn by a kill goes as well."""
+    if not path.exists():
+        return
+    lines: Sequence[bytes] = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if line.endswith(b"\n") and isinstance(values, dict) and keep(values):
+                kept.append(line)
+    if kept != lines:
+        atomic_write(path, b"".join(kept))

@@ -1,0 +1,218 @@
+"""Continuing a run: which checkpoint, whether it may be, and the state it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tidal import checkpoint
+from tidal.cli import UserError, note
+from tidal.config import TidalConfig, Train
+from tidal.train.disk import locked
+from tidal.train.records import last_step
+
+HARMLESS = {
+    "out": "where it lies",
+    "resume": "how it came to be continued",
+    "doctor": "looks before the first step only",
+    "data": "what is in it is compared, not where it is",
+    "prepared": "likewise",
+    "cache": "likewise",
+    "tokenizer": "likewise, by its fingerprint",
+    "max_seconds": "when it ends, not how it gets there",
+    "validate_every": "validation leaves no trace in the weights",
+    "keep": "what is kept, not what is learnt",
+    "threads": "the same sums in another order: equal but for rounding",
+    "device": "likewise",
+}
+"""Settings that may change when a run is continued, and why. All others mean another run: the model, the data, their
+order, the tokenizer's rules, the optimizer and its schedule (so also `max_steps`, over which the rate is planned)."""
+
+NEW = "start a new run with --resume never"
+
+
+@dataclass
+class Saved:
+    """What a run is, besides weights, moments and generators; goes into trainer.json."""
+
+    step: int = 0
+    """Updates done."""
+    seconds: float = 0.0
+    """Of training, in all processes; what was lost after the last checkpoint is not in it."""
+    parts: int = 1
+    """In which a batch is computed, after running out of memory."""
+    best: float | None = None
+    """Highest quality so far, and the checkpoint that had it."""
+    best_name: str | None = None
+    due: dict[str, float] | None = None
+    """The row of a step whose validation is still to come."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """All rows of metrics.csv."""
+
+    def ended(self, settings: Train) -> bool:
+        """Whether all steps are done, or the time is over."""
+        late = 0 < settings.max_seconds <= self.seconds
+        return self.step >= settings.max_steps or late
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; other keys are ignored. Raises ValueError for a missing one or a wrong type."""
+        kinds: dict[str, Any] = {"step": int, "seconds": float, "parts": int, "best": float | None,
+                                 "best_name": str | None, "due": dict | None, "metrics": list}  # fmt: skip
+        for name, kind in kinds.items():
+            if name not in values:
+                raise ValueError(f"it has no {name}; the version that wrote it could not resume")
+            if not isinstance(values[name], kind) or isinstance(values[name], bool):
+                raise ValueError(f"{name} is {values[name]!r:.60}")
+        saved = cls(**{name: values[name] for name in kinds})
+        if saved.step < 1 or saved.parts < 1 or not 0 <= saved.seconds < math.inf:
+            raise ValueError(f"step {saved.step}, parts {saved.parts}, seconds {saved.seconds}")
+        numbers = [*(saved.due or {}).values(), *(row.get("step") if isinstance(row, dict) else None
+                                                  for row in saved.metrics)]  # fmt: skip
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its rows of metrics are none")
+        return saved
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to continue from: verified, and its trainer.json read."""
+
+    folder: Path
+    trainer: dict[str, Any]
+    settings: Train
+    saved: Saved
+
+    @property
+    def run_dir(self) -> Path:
+        """The run it belongs to."""
+        return self.folder.parent.parent
+
+    def with_tokenizer(self, settings: Train) -> Train:
+        """The settings to make the recipe with: the run's own tokenizer, instead of training it once more."""
+        if settings.recipe == "addition" or settings.text.tokenizer:
+            return settings
+        text = dataclasses.replace(settings.text, tokenizer=str(self.folder / "tokenizer"))
+        return dataclasses.replace(settings, text=text)
+
+    def read(self, config: TidalConfig, digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Saved]:
+        """Weights, moments (with generators) and state. Raises UserError for another model, other data, or damage."""
+        values, tensors, _ = checkpoint.read_checkpoint(self.folder)
+        if values != json.loads(json.dumps(config.to_dict())):
+            ours = {name: value for name, value in config.to_dict().items() if values.get(name) != value}
+            raise UserError(f"{self.folder} is of another model: {', '.join(ours)} would differ; {NEW}")
+        if self.trainer.get("data") != digest:
+            raise UserError(f"--data holds other text than {self.run_dir} was trained on; give the same, or {NEW}")
+        moments = checkpoint.read_optimizer(self.folder)
+        if moments is None:
+            raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
+        return tensors, moments, self.saved
+
+
+def look_in(path: Path) -> Found:
+    """The checkpoint `path`, or the newest intact one of the run `path`.
+
+    A damaged one is passed over, with a note that names the damage, for the one before; not so where it is named
+    itself. Raises UserError where there is none, or none that a run can be continued from.
+    """
+    is_checkpoint = path.absolute().parent.name == "checkpoints" and (path / checkpoint.MANIFEST).exists()
+    if not is_checkpoint and not checkpoint.checkpoints(path):
+        raise UserError(f"nothing to resume: {path} has no checkpoints; give a run folder, or a checkpoint in one")
+    with locked(path.absolute().parent.parent if is_checkpoint else path):
+        return _read(path.absolute() if is_checkpoint else path, is_checkpoint)
+
+
+def _read(path: Path, is_checkpoint: bool) -> Found:
+    if is_checkpoint:
+        checkpoint.verify(folder := path)
+    else:
+        folder = checkpoint.newest_verified(path)
+        if folder != (newest := checkpoint.checkpoints(path)[-1]):
+            note(f"falling back to {folder.name}: {newest.name} is damaged")
+    try:
+        trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if not isinstance(trainer, dict):
+            raise ValueError("it is no object")
+        saved, settings = Saved.from_dict(trainer), Train.from_dict(trainer.get("settings"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'trainer.json'} cannot be resumed from: {error}; {NEW}") from error
+    if checkpoint.name_of(saved.step) != folder.name:
+        raise UserError(f"{folder} holds step {saved.step}; give it its name back, or {NEW}")
+    return Found(folder, trainer, settings, saved)
+
+
+def may_continue(found: Found, settings: Train, path_given: bool) -> bool:
+    """Whether a run with these settings continues `found`; if not, it begins anew, beside it.
+
+    Only a finished run that nobody pointed to is passed over. Otherwise settings of another meaning raise UserError,
+    which lists them; harmless ones are noted.
+    """
+    changed = differences(found.settings, settings)
+    meant = [text for name, text in changed.items() if name not in HARMLESS]
+    if meant and not path_given and is_finished(found, found.settings):
+        return False
+    if meant:
+        raise UserError(f"{found.run_dir} was begun with other settings: {', '.join(meant)}. Repeat them, continue "
+                        f"with its own by --resume {found.run_dir}, or {NEW}")  # fmt: skip
+    quiet = ("out", "resume", "data", "prepared", "cache", "tokenizer")
+    shown = [text for name, text in changed.items() if name not in quiet]
+    if shown:
+        note(f"continuing with other settings: {', '.join(shown)}")
+    return True
+
+
+def is_finished(found: Found, settings: Train) -> bool:
+    """Whether nothing is left to do: all steps, and the last validation with its samples."""
+    step = found.saved.step if found.saved.due is not None else 0
+    return found.saved.ended(settings) and step <= (last_step(found.run_dir / "metrics.csv") or 0)
+
+
+def differences(then: Train, now: Train) -> dict[str, str]:
+    """Settings that differ, by name, as `--rows 32 (now 64)`; those of another recipe do not count."""
+    unused = "text" if now.recipe == "addition" else "addition"
+    old, new = (_flat(dataclasses.asdict(s), unused) for s in (then, now))
+    return {name: f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
+            for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
+
+
+def _flat(values: Mapping[str, Any], unused: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name != unused:
+            flat |= _flat(value, unused) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's random generators, uint8 [n]: of the CPU, and of the GPU that trains.
+
+    Nothing draws from them after the weights are made (batches and samples have generators of their own, seeded by
+    step), but a model with dropout would.
+    """
+    states = {"generator.cpu": torch.get_rng_state()}
+    return states | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generators(entries: dict[str, Tensor], device: torch.device) -> None:
+    """Take the states of `generators` out of `entries` and put them back; that of a GPU only where one trains now.
+
+    Raises RuntimeError or ValueError for what is no state.
+    """
+    states = {name: entries.pop(name) for name in list(entries) if name.startswith("generator.")}
+    if "generator.cpu" not in states:
+        raise ValueError("the state of torch's generator is missing")
+    torch.set_rng_state(states["generator.cpu"])
+    if device.type == "cuda" and "generator.cuda" in states:
+        torch.cuda.set_rng_state(states["generator.cuda"], device)
