@@ -63,7 +63,7 @@ def test_reading_in_pieces_changes_nothing(tmp_path: Path, text: str, chunk: int
     """Pieces of a few bytes cut characters and byte order marks; parts have the size asked for."""
     text = text.replace("\0", "0")
     path = tmp_path / ("a.txt.gz" if packed else "a.txt")
-    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if packed else text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK", chunk)
         patch.setattr(reading, "PART", part)
@@ -103,7 +103,7 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
         "sub/empty.txt",
     ):
         data = b"" if "empty" in name else b"\x89PNG" if "png" in name else name.encode()
-        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     assert texts(tmp_path) == ["a.MD", "b.txt", "sub/c.txt.gz"]
     assert texts(tmp_path / "*.txt", tmp_path) == ["b.txt", "a.MD", "sub/c.txt.gz"]  # nothing is read twice
     assert texts(tmp_path / "**" / "*.txt*") == ["b.txt", "sub/c.txt.gz"]
@@ -133,7 +133,7 @@ def test_a_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
         ("b.txt", b"abc\0def", ["b.txt is not text: NUL at byte 3"]),
         ("b.txt", b"abc\xff\n", ["b.txt is not text: invalid UTF-8 (0xff) at byte 3"]),
         ("b.txt", "ab".encode("utf-16"), ["b.txt", "UTF-16"]),
-        ("b.txt", gzip.compress(b"ab"), ["b.txt", "name it .gz"]),
+        ("b.txt", gzip.compress(b"ab", mtime=0), ["b.txt", "name it .gz"]),
         ("b.txt", b"\xed\xa0\x80", ["b.txt", "at byte 0"]),
         ("b.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["b.jsonl:2", "byte 24"]),
         ("b.jsonl", b'{"text": "a"}\n{"text": "a\n', ["b.jsonl:2 is not JSON", "column"]),
@@ -148,11 +148,11 @@ def test_a_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
         ("b.jsonl", b'{"text": "ab\\ud800"}', ["b.jsonl:1: 'text'", "\\ud800", "character 2"]),
         ("b.jsonl", b'{"prompt": "\\udc00x", "completion": ""}', ["b.jsonl:1: 'prompt'", "\\udc00"]),
         ("b.gz", b"not gzip", ["b.gz is not intact gzip"]),
-        ("b.gz", gzip.compress(bytes(range(1, 100)) * 9)[:-9], ["b.gz is not intact gzip"]),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:30], ["b.jsonl.gz is not intact gzip"]),
+        ("b.gz", gzip.compress(bytes(range(1, 100)) * 9, mtime=0)[:-9], ["b.gz is not intact gzip"]),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:30], ["b.jsonl.gz is not intact gzip"]),
         (
             "b.gz",
-            gzip.compress(b"abcdefgh")[:12] + b"\xff\xff" + gzip.compress(b"abcdefgh")[14:],
+            gzip.compress(b"abcdefgh", mtime=0)[:12] + b"\xff\xff" + gzip.compress(b"abcdefgh", mtime=0)[14:],
             ["b.gz is not"],
         ),
         ("bad\nname.txt", b"\0", ["bad name.txt is not text"]),
