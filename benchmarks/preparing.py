@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=200)
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--no-training", action="store_true")
     args = parser.parse_args()
     results: dict[str, object] = {"benchmark": "preparing", "workers": args.workers}
     with tempfile.TemporaryDirectory() as name:
@@ -81,12 +82,14 @@ def main() -> None:
             prepare = watched(["tidal.prepare", "--data", kind, "--out", f"{kind}.shards", "--workers",
                                str(args.workers)], folder)  # fmt: skip
             on_disk = sum(p.stat().st_size for p in (folder / f"{kind}.shards").rglob("*") if p.is_file())
-            train = watched(["tidal.train", "--prepared", f"{kind}.shards", "--max-steps", "20", "--no-doctor", "--out",
-                             f"run-{kind}"], folder)  # fmt: skip
+            train: dict[str, float | list[int]] = {}
+            if not args.no_training:
+                train = watched(["tidal.train", "--prepared", f"{kind}.shards", "--max-steps", "20", "--no-doctor",
+                                 "--out", f"run-{kind}"], folder)  # fmt: skip
             results[kind] = {"bytes": size, "shards_bytes": on_disk, "prepare": prepare, "train": train}
             print(f"{kind}: {size / 1e6:.1f} MB, shards {on_disk / 1e6:.1f} MB; prepared in {prepare['seconds']} s, "
-                  f"MB of each process {prepare['peak_mb']}; training {train['peak_mb']}, not file pages "
-                  f"{train['anonymous_mb']}", flush=True)  # fmt: skip
+                  f"MB of each process {prepare['peak_mb']}; training {train.get('peak_mb')}, not file "
+                  f"pages {train.get('anonymous_mb')}", flush=True)  # fmt: skip
     print(json.dumps(results))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,15 +16,14 @@ from hypothesis import strategies as st
 
 from tests.strategies import tokenizer_names, tokenizers
 from tests.tokenizer.strategies import HOSTILE, hostile_text
-from tests.train.test_recipes import SHAPE, equal, read_text, some_text
+from tests.train.test_recipes import SHAPE, equal, some_text
 from tidal.blocks import BlockTable, Passage, fill_rows, passage, windows
 from tidal.cli import UserError
 from tidal.config import Text, Train
-from tidal.prepare import corpus, make, seams, shards
+from tidal.prepare import corpus, make
 from tidal.prepare.corpus import Rows
 from tidal.prepare.make import prepare, prepare_for_training
 from tidal.prepare.seams import at_seams
-from tidal.prepare.shards import Shard
 from tidal.prepare.survey import Survey, survey
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import reading
@@ -159,15 +158,20 @@ def test_a_long_document_is_cut_and_its_tail_held_out(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- however they were made
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of several sizes and pairs: eight shards of `small`."""
-    folder = tmp_path_factory.mktemp("data")
+def write_data(folder: Path) -> None:
+    """Texts of several sizes and pairs: eight shards of `small` and more."""
+    folder.mkdir(exist_ok=True)
     for i in range(6):
         (folder / f"{i}.txt").write_text(some_text(i, 20 + 30 * i))
     pairs = [{"prompt": f"{i} sea", "completion": f" goes {i}\n"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tokenizers()["english"].save(folder / ".tokenizer")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
     return folder
 
 
@@ -330,154 +334,3 @@ def check_changes_are_noticed(folder: Path) -> None:
 
 def test_data_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
     check_changes_are_noticed(tmp_path)
-
-
-# -------------------------------------------------------------------------------------- planted bugs
-
-
-def all_seams() -> None:
-    for text in LONG.values():
-        check_seams(text, tokenizers()["english"], 53, 20)
-    check_seams("don't (a'b) 'tis said" * 20, tokenizers()["english"], 12, 5)
-
-
-def run_cut_anywhere(patch: pytest.MonkeyPatch) -> None:
-    right = seams.seam
-    patch.setattr(seams, "seam", lambda text, cap: right(text, 1))
-
-
-def after_the_space(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(seams, "seam", lambda text, _: text.rfind(" ", 0, -1) + 1)
-
-
-def end_of_text(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(seams, "seam", lambda text, _: len(text) - 1)
-
-
-def last_window_kept(patch: pytest.MonkeyPatch) -> None:
-    """The last window of a stretch, into which more would fit, is taken as it is."""
-    right = corpus.spans
-
-    def spans(tokens: np.ndarray, *rest: int) -> Iterator[tuple[int, int, int]]:  # type: ignore[type-arg]
-        found = list(right(tokens, *rest))
-        return iter([*found, found[-1]])
-
-    patch.setattr(corpus, "spans", spans)
-
-
-def prompts_are_learnt(patch: pytest.MonkeyPatch) -> None:
-    right = Shard.encode
-
-    def encode(parts: Sequence[Part], table: BlockTable) -> Shard:
-        shard = right(parts, table)
-        shard.parts[:, 1] = 0
-        return shard
-
-    patch.setattr(Shard, "encode", encode)
-
-
-def one_document_more(patch: pytest.MonkeyPatch) -> None:
-    """Documents that span shards are taken for two."""
-    right = Shard.encode
-
-    def encode(parts: Sequence[Part], table: BlockTable) -> Shard:
-        shard = right(parts, table)
-        shard.parts[-1, 5] = 1
-        return shard
-
-    patch.setattr(Shard, "encode", encode)
-
-
-def shard_named_first(patch: pytest.MonkeyPatch) -> None:
-    """A shard has its name before its files are complete."""
-
-    def write(self: Shard, folder: Path) -> str:
-        folder.mkdir()
-        for name in shards.ARRAYS:
-            with open(folder / f"{name}.npy", "wb") as file:
-                np.save(file, getattr(self, name), allow_pickle=False)
-        shards.write_durably(folder / shards.SUMMARY, json.dumps(
-            {name: shards._sha256(folder / f"{name}.npy") for name in shards.ARRAYS}, indent=2) + "\n")  # fmt: skip
-        return shards._sha256(folder / shards.SUMMARY)
-
-    patch.setattr(Shard, "write", write)
-    patch.setattr(make, "_intact", lambda folder: shards._sha256(folder / shards.SUMMARY) if folder.exists() else None)
-
-
-def everything_again(patch: pytest.MonkeyPatch) -> None:
-    """What is intact is made again."""
-
-    def remove(folder: Path) -> None:
-        shards.shutil.rmtree(folder, ignore_errors=True)
-
-    patch.setattr(make, "_intact", remove)
-
-
-def damaged_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(make, "_intact", lambda folder: shards._sha256(folder / shards.SUMMARY) if folder.exists() else None)
-
-
-def unverified(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(make, "verify", lambda *_: "")
-
-
-def not_compared(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tidal.prepare.survey._Content.hexdigest", lambda _: "")
-
-
-def table_emptied_late(patch: pytest.MonkeyPatch) -> None:
-    """The table is emptied between the rows of a batch."""
-    right = Rows._passage
-
-    def _passage(self: Rows, *window: int) -> Passage:
-        self.table.clear()
-        return right(self, *window)
-
-    patch.setattr(Rows, "_passage", _passage)
-
-
-def on_rows(folder: Path) -> None:
-    with small():
-        check_rows(folder, [{"text": some_text(1, 900)}, {"prompt": some_text(2, 60), "completion": some_text(3, 60)}],
-                   tokenizers()["english"], 50, 400)  # fmt: skip
-
-
-def on_batches(folder: Path) -> None:
-    """What batches read are documents, whole ones here."""
-    texts = [some_text(i, 12) for i in range(30)]
-    tokenizers()["english"].save(folder / "t")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    recipe = TextRecipe(wanting(folder / "a.jsonl", tokenizer=str(folder / "t"), reader_budget=400))
-    for step in range(3):
-        batch = recipe.batch(step)
-        found = [text for row in range(len(batch.targets)) for text in read_text(batch, row, recipe.tokenizer)]
-        assert len(found) > 3 and set(found) <= set(texts)  # noqa: PT018
-
-
-Check = Callable[[Path], object]
-PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], Check]] = [
-    (run_cut_anywhere, lambda _: all_seams()),
-    (after_the_space, lambda _: all_seams()),
-    (end_of_text, lambda _: all_seams()),
-    (last_window_kept, on_rows),
-    (prompts_are_learnt, on_rows),
-    (one_document_more, on_rows),
-    (table_emptied_late, on_batches),
-    (damaged_is_kept, lambda folder: check_keeps(DATA[0], folder / "out")),
-    (everything_again, lambda folder: check_keeps(DATA[0], folder / "out")),
-    (shard_named_first, lambda folder: check_goes_on(DATA[0], folder)),
-    (unverified, lambda folder: check_damage_is_found(DATA[0], folder / "out")),
-    (not_compared, check_changes_are_noticed),
-]
-DATA: list[Path] = []
-
-
-@pytest.mark.parametrize(("plant", "check"), PLANTED, ids=[plant.__name__ for plant, _ in PLANTED])
-def test_planted_bugs_are_noticed(plant: Callable[[pytest.MonkeyPatch], None], check: Check, folder: Path,
-                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    DATA[:] = [folder]
-    (tmp_path / "well").mkdir()
-    check(tmp_path / "well")
-    plant(monkeypatch)
-    with pytest.raises((AssertionError, UserError, ValueError, IndexError, OSError, pytest.fail.Exception)):
-        check(tmp_path)

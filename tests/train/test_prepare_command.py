@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -171,6 +172,15 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, content: bytes
     assert words in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
     assert tree(tmp_path) == before
+
+
+def test_the_benchmark_runs(home: Path) -> None:
+    done = run([sys.executable, "-m", "benchmarks.preparing", "--text", str(home / "sea.txt"), "--mb", "0.1", "--lines",
+                "50", "--no-training"], ROOT)  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.lines[-1])
+    assert 100_000 <= found["one.txt"]["bytes"] < 101_000
+    assert found["many.jsonl"]["prepare"]["peak_mb"][0] > 5
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:

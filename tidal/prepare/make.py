@@ -122,8 +122,11 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
     """
     plan = {"version": VERSION, "data": data.digest, "tokenizer": tokenizer.fingerprint, "shard": SHARD}
     try:
-        _begin_folder(out, plan, data)
+        if not (out / PLAN).exists():
+            _check_space(out, data)
+            out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            _begin_folder(out, plan, data)
             if not (out / MANIFEST).exists():
                 for leftover in sorted(out.rglob("*.tmp"), reverse=True):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -141,22 +144,27 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
 
 
 def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:
-    """Make the folder and its plan.json, or see that it has the same one. Raises UserError, OSError."""
+    """Write plan.json into an empty folder, or see that it is the same. Raises UserError, OSError."""
     if (out / PLAN).exists():
         found = _json(out / PLAN)
         if changed := [name for name in plan if found.get(name) != plan[name]]:
             raise UserError(f"{out} was prepared from another {' and '.join(changed)} (or with another --seed or "
                             "--hold-out); choose another --out, or remove it")  # fmt: skip
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(not path.name.endswith(".tmp") for path in out.iterdir()):
         raise UserError(f"{out} is there already and holds something else; choose another --out")
+    write_durably(out / PLAN, json.dumps({**plan, "paths": list(data.paths), "bytes": data.n_bytes}, indent=2) + "\n")
+
+
+def _check_space(out: Path, data: Survey) -> None:
+    """Raise UserError where the folder `out` cannot be, or has not the space it will need."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is there already and holds something else; choose another --out")
     free, need = shutil.disk_usage(there).free, BYTES_PER_BYTE * data.n_bytes
     if free < need:
         raise UserError(f"not enough space in {out}: up to {need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are "
                         "free; free space, or choose another folder")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / PLAN, json.dumps({**plan, "paths": list(data.paths), "bytes": data.n_bytes}, indent=2) + "\n")
 
 
 def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int) -> dict[str, str]:
