@@ -247,14 +247,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(total: int | None, what: str, unit: str = "steps", done: int = 0) -> Iterator[Progress]:
+def progress(total: int | None, what: str, unit: str = "steps", done: int = 0, last_line: bool = True) -> Iterator[Progress]:
     """Show a loop's progress on stderr: a bar on a terminal, elsewhere a plain line now and then.
 
         with progress(1000, "train", done=200) as bar:
             bar.update(loss=2.31)
 
     `done` is where a resumed loop begins. In plain form there is at most one line every `LINE_EVERY_S`
-    seconds, and one at the end.
+    seconds, and, with `last_line`, one at the end.
     """
     bar = None
     if sys.stderr.isatty():
@@ -265,7 +265,8 @@ def progress(total: int | None, what: str, unit: str = "steps", done: int = 0) -
     try:
         yield shown
     finally:
-        shown.close()
+        if last_line or bar is not None:
+            shown.close()
 
 
 def note(message: str) -> None:

@@ -68,7 +68,7 @@ def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
     """Read all data, hold a `fraction` out as `hold_out` does. Raises UserError for whatever cannot be used."""
     content, sizes, prompts = _Content(), array("q"), array("b")
     size, has_prompt = 0, False
-    with progress(None, "look through", "characters") as bar:
+    with progress(None, "look through", "characters", last_line=False) as bar:
         for part in read_parts(paths):
             content.add(part)
             size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
