@@ -8,6 +8,7 @@ Examples are random on a person's machine, where a rare failure is a find, and f
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `from tests.… import`, however pytest is started
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in jobs that a script runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile(
     "tidal", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
