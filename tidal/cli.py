@@ -247,7 +247,8 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(total: int | None, what: str, unit: str = "steps", done: int = 0, last_line: bool = True) -> Iterator[Progress]:
+def progress(total: int | None, what: str, unit: str = "steps", done: int = 0, *,
+             last_line: bool = True) -> Iterator[Progress]:  # fmt: skip
     """Show a loop's progress on stderr: a bar on a terminal, elsewhere a plain line now and then.
 
         with progress(1000, "train", done=200) as bar:
