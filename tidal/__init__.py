@@ -9,8 +9,9 @@ Names are imported on first use, so that the command lines answer before torch i
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tidal.lazy import exports
 
 if TYPE_CHECKING:
     from tidal.config import Shape as Shape
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+__getattr__, __dir__ = exports(__name__, {
     "Completion": "tidal.infer.engine",
     "MixedTokenizer": "tidal.tokenizer",
     "Shape": "tidal.config",
@@ -35,14 +36,4 @@ _HOMES = {
     "interval_attention": "tidal.kernels",
     "load": "tidal.infer.load",
     "score": "tidal.infer.score",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'tidal' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+})

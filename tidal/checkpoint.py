@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tidal.cli import UserError, note
+from tidal.files import free_bytes
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -273,14 +274,6 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
         f"{path} is not a run or checkpoint folder (no {MANIFEST} or checkpoints/ in it); "
         "give a run folder such as runs/NAME, or one of its checkpoints"
     )
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that may be written below `path`, which need not exist yet."""
-    at = path.absolute()
-    while not at.exists():
-        at = at.parent
-    return shutil.disk_usage(at).free
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

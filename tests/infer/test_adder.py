@@ -11,12 +11,13 @@ import torch
 
 from tests.infer.test_beam import check_beams, check_greedy
 from tests.infer.test_engine import check_batch
+from tests.train.runs import train_step
 from tidal.config import Addition
 from tidal.infer.beam import beam_search
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.loop import model_for, train_step
+from tidal.train.loop import model_for
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe, prompt_of, random_sums

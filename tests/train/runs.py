@@ -18,7 +18,8 @@ from tidal.cli import UserError
 from tidal.config import Addition, Optim, Shape, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
-from tidal.train.loop import Recipe, train
+from tidal.train.loop import Recipe, gradients, train
+from tidal.train.optim import Optimizer
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
@@ -134,3 +135,11 @@ def refused(function: Callable[..., object], *arguments: object) -> str:
     with pytest.raises(UserError) as raised:
         function(*arguments)
     return str(raised.value)
+
+
+def train_step(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, rate: float,
+               settings: Train, device: torch.device) -> dict[str, float]:  # fmt: skip
+    """One step by hand: `gradients`, and the update."""
+    figures = gradients(model, optimizer, recipe, step, settings, device)
+    optimizer.step(rate)
+    return figures

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.train.runs import train_step
 from tidal import checkpoint
 from tidal.blocks import BlockTable, Passage, passage
 from tidal.cli import UserError
@@ -23,7 +24,7 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import loop
-from tidal.train.loop import model_for, train, train_step
+from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe

@@ -13,8 +13,9 @@ report.py     measures, verdicts, the table      checks_*.py   the checks, by nu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tidal.lazy import exports
 
 if TYPE_CHECKING:
     from tidal.doctor.examine import examine_checkpoint as examine_checkpoint
@@ -24,21 +25,11 @@ if TYPE_CHECKING:
     from tidal.doctor.report import Result as Result
     from tidal.doctor.report import Where as Where
 
-_HOMES = {
+__getattr__, __dir__ = exports(__name__, {
     "Document": "tidal.doctor.patient",
     "Report": "tidal.doctor.report",
     "Result": "tidal.doctor.report",
     "Where": "tidal.doctor.report",
     "examine_checkpoint": "tidal.doctor.examine",
     "run": "tidal.doctor.examine",
-}
-
-
-def __getattr__(name: str) -> Any:  # on first use, so that --help answers before torch is loaded
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'tidal.doctor' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+})

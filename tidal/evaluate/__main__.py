@@ -21,7 +21,19 @@ All take --checkpoint (none: the newest run) and --json; see python -m tidal.eva
 
 
 @dataclass(frozen=True)
-class Sums:
+class Asked:
+    """What all figures are asked with."""
+
+    checkpoint: str | None = None
+    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Sums(Asked):
     """Settings of `python -m tidal.evaluate addition`."""
 
     digits: int = 5
@@ -32,16 +44,10 @@ class Sums:
     """Of the sums."""
     batch_size: int = 256
     """Sums answered side by side."""
-    checkpoint: str | None = None
-    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)
-class Boundary:
+class Boundary(Asked):
     """Settings of `python -m tidal.evaluate boundary`."""
 
     data: tuple[str, ...] = ()
@@ -54,16 +60,10 @@ class Boundary:
     """Characters of the text that follows it."""
     seed: int = 0
     """Of the cuts."""
-    checkpoint: str | None = None
-    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Asked):
     """Settings of `python -m tidal.evaluate samples`."""
 
     data: tuple[str, ...] = ()
@@ -78,28 +78,16 @@ class Samples:
     """0 takes the likeliest unit; 1 samples from the model as it is."""
     seed: int = 0
     """Of prompts and samples."""
-    checkpoint: str | None = None
-    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
 
 @dataclass(frozen=True)
-class Bits:
+class Bits(Asked):
     """Settings of `python -m tidal.evaluate bits-per-byte`."""
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs or .jsonl, also gzipped."""
     context: int = 512
     """Reader tokens in a window; each has half of them as its context."""
-    checkpoint: str | None = None
-    """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
 
 def run(argv: list[str]) -> None:

@@ -13,8 +13,9 @@ Names are imported on first use, so that commands in here answer before torch is
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tidal.lazy import exports
 
 if TYPE_CHECKING:
     from tidal.kernels.api import BACKENDS as BACKENDS
@@ -23,20 +24,10 @@ if TYPE_CHECKING:
     from tidal.kernels.api import interval_attention as interval_attention
     from tidal.kernels.plan import TilePlan as TilePlan
 
-_HOMES = {
+__getattr__, __dir__ = exports(__name__, {
     "BACKENDS": "tidal.kernels.api",
     "TilePlan": "tidal.kernels.plan",
     "alibi_slopes": "tidal.kernels.api",
     "available_backends": "tidal.kernels.api",
     "interval_attention": "tidal.kernels.api",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'tidal.kernels' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+})

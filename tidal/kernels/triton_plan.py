@@ -13,7 +13,7 @@
               the list, full ones from its back
 
 Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
-no absolute value (tidal/kernels/triton_kernels.py). Time and memory are O((Lq / tile) · (Lk / tile)), and nothing
+no absolute value (tidal/kernels/triton_tiles.py). Time and memory are O((Lq / tile) · (Lk / tile)), and nothing
 waits for the device.
 """
 

@@ -20,6 +20,7 @@ from typing import Any
 from tidal.blocks import BlockTable
 from tidal.cli import UserError, note, progress
 from tidal.config import Text
+from tidal.files import existing, free_bytes
 from tidal.prepare.corpus import Corpus
 from tidal.prepare.seams import at_seams
 from tidal.prepare.shards import BYTES_PER_BYTE, SHARD, Shard, sync, verify, write_durably
@@ -158,10 +159,9 @@ def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:
 
 def _check_space(out: Path, data: Survey) -> None:
     """Raise UserError where the folder `out` cannot be, or has not the space it will need."""
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not there.is_dir():
+    if not (there := existing(out)).is_dir():
         raise UserError(f"{there} is there already and holds something else; choose another --out")
-    free, need = shutil.disk_usage(there).free, BYTES_PER_BYTE * data.n_bytes
+    free, need = free_bytes(out), BYTES_PER_BYTE * data.n_bytes
     if free < need:
         raise UserError(f"not enough space in {out}: up to {need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are "
                         "free; free space, or choose another folder")  # fmt: skip

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tidal.checkpoint import FULL, DiskFullError, atomic_write, checkpoints, free_bytes
+from tidal.checkpoint import FULL, DiskFullError, atomic_write, checkpoints
 from tidal.cli import UserError, note
+from tidal.files import existing, free_bytes
 from tidal.train.stop import Stop
 
 T = TypeVar("T")
@@ -32,9 +33,7 @@ def check_space(out: Path, n_bytes: int) -> None:
 
 def check_writable(out: Path) -> None:
     """Raise UserError where a folder cannot be made or written; nothing is created."""
-    at = out.absolute()
-    while not at.exists():
-        at = at.parent
+    at = existing(out)
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         why = "is not a folder" if not at.is_dir() else "may not be written to"
         raise UserError(f"cannot write the run folder {out}: {at} {why}; choose another one with --out")

@@ -246,14 +246,6 @@ class NotFiniteError(UserError):
         self.loss, self.norm = loss, norm
 
 
-def train_step(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, rate: float,
-               settings: Train, device: torch.device) -> dict[str, float]:  # fmt: skip
-    """One step over `accumulate` batches: `gradients`, and the update."""
-    figures = gradients(model, optimizer, recipe, step, settings, device)
-    optimizer.step(rate)
-    return figures
-
-
 def gradients(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, settings: Train,
               device: torch.device, parts: int = 1) -> dict[str, float]:  # fmt: skip
     """Leave the clipped gradients of a step; returns the loss (nats a unit), bits per byte and the gradient's norm.
