@@ -4,11 +4,20 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo install dev test lint format clean
+.PHONY: demo text-demo install dev test lint format clean
 
 demo: install  ## learn to add, then add
 	$(PY) -m tidal.train --recipe addition --out runs/demo
 	$(PY) -m tidal.infer --prompt "54663 + 132 ="
+
+# About ten minutes on two cores; the learning rate is planned over the steps.
+TEXT_STEPS ?= 1000
+
+text-demo: install  ## learn to write as the King James Bible does
+	$(PY) -m tidal.corpora kjv --out corpora/kjv
+	$(PY) -m tidal.train --recipe text --data corpora/kjv/train --out runs/text-demo --max-steps $(TEXT_STEPS)
+	$(PY) -m tidal.evaluate bits-per-byte --checkpoint runs/text-demo --data corpora/kjv/held-out
+	$(PY) -m tidal.infer --checkpoint runs/text-demo --prompt "And it came to pass" "The king said"
 
 install: $(VENV)/core  ## the package alone
 dev: $(VENV)/dev  ## and what tests, lint and pictures need

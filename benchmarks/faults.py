@@ -47,6 +47,7 @@ from tidal.train import disk
 from tidal.train.__main__ import run as train_command
 from tidal.train.loop import LOG_EVERY, Run, make_recipe
 from tidal.train.presets import PRESETS
+from tidal.train.records import COLUMNS, MEASURED
 from tidal.train.stop import Stop
 
 FLAGS = ["--no-doctor", "--validate-every", "10", "--rows", "4", "--digits", "1",
@@ -118,7 +119,7 @@ def results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: hashlib.sha256((last / name).read_bytes()).hexdigest()
                              for name in ("model.safetensors", checkpoint.OPTIMIZER)}  # fmt: skip
     with open(out / "metrics.csv", newline="") as file:
-        found["metrics"] = [{**row, "seconds": ""} for row in csv.DictReader(file)]
+        found["metrics"] = [{**row, **dict.fromkeys(MEASURED, "")} for row in csv.DictReader(file)]
     lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     found["samples"] = [{**json.loads(line), "seconds": 0} for line in lines]
     found |= {name: (out / name).read_text() for name in ("best", "latest")}
@@ -254,7 +255,7 @@ def overhead(home: Path, scale: Scale) -> dict[str, Any]:
     home.mkdir()
     run = Run(settings, make_recipe(settings), home, Stop())
     run.open(None)
-    row = dict.fromkeys(("step", "seconds", "lr", "loss", "bits_per_byte", "grad_norm"), 0.123456789)
+    row = dict.fromkeys(COLUMNS, 0.123456789)
     took: dict[str, list[float]] = {"step": [], "save": [], "row": []}
 
     def step() -> None:

@@ -66,7 +66,8 @@ def test_training_writes_a_whole_run_folder(home: Path) -> None:
     tokenizer = {"tokenizer/tokenizer.json", "tokenizer/tokenizer.model"}
     inside = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json", "manifest.json", *tokenizer}
     steps = {f"checkpoints/step-0000{n}/{name}" for n in (15, 30) for name in inside}
-    files = {"config.json", "metrics.csv", "samples.jsonl", "loss.png", "latest", "best"} | tokenizer | steps
+    written = {"config.json", "metrics.csv", "samples.jsonl", "report.html", "loss.png", "latest", "best"}
+    files = written | tokenizer | steps
     assert {name for name, digest in tree(out).items() if digest} == files
     for n in (15, 30):
         checkpoint.verify(out / "checkpoints" / f"step-0000{n}")
@@ -75,6 +76,9 @@ def test_training_writes_a_whole_run_folder(home: Path) -> None:
     assert (out / "latest").read_text() == "step-000030\n"
     assert (out / "best").read_text() in ("step-000015\n", "step-000030\n")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "recipe addition · step 30 of 30" in report
+    assert report.count("<svg") == 7
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"], config["max_steps"], config["rows"]) == ("addition", 30, 8)
     assert config["model"]["d_model"] == 16
@@ -298,6 +302,8 @@ def test_ten_kilobytes_need_no_other_flags(name: str, tmp_path: Path) -> None:
     done = tidal("train", "--recipe", "text", "--data", "file", "--max-steps", "2", cwd=tmp_path)
     assert done.out == ""
     assert (tmp_path / "runs/text/latest").read_text() == "step-000002\n"
+    assert json.loads((tmp_path / "runs/text/doctor.json").read_text(encoding="utf-8"))["ok"]
+    assert "Before training: all well" in re.sub("<.*?>", "", (tmp_path / "runs/text/report.html").read_text())
     samples = objects((tmp_path / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
     for sample in samples:
         assert str(sample["prompt"]) in SMALL_FILES[name]

@@ -25,7 +25,7 @@ DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("
 ADAPTED = {
     r"\bFILE\b": "file.txt",
     r"\bOTHER_FILE\b": "other.txt",
-    r"(python -m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 10 --rows 4",
+    r"(-m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 10 --rows 4",
     r"(python -m tidal\.doctor .*)": r"\1 --quick --checks 1 13 14 16 19",
 }
 """All that is changed in a command before it is run: names in capitals, how long it trains, and that what has been
@@ -65,7 +65,9 @@ def home(tmp_path: Path) -> Path:
     (tmp_path / "other.txt").write_text("Once upon a time the sea went out, and never came in.\n" * 90)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "bin/python").chmod(0o755)
+    (tmp_path / "bin/torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    for program in (tmp_path / "bin").iterdir():
+        program.chmod(0o755)
     return tmp_path
 
 
@@ -119,9 +121,9 @@ def test_links_and_paths_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_and_extras_exist(name: str) -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     shown = [line for block in fences("console", DOCUMENTS[name]) for line in block.splitlines()]
-    made = [re.match(r"(?:\$ )?make ([a-z]+)", code) for code in (*shown, *code_spans(DOCUMENTS[name]))]
+    made = [re.match(r"(?:\$ )?make ([a-z-]+)", code) for code in (*shown, *code_spans(DOCUMENTS[name]))]
     assert {found[1] for found in made if found} <= set(targets)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra for some in re.findall(r"\.\[([\w,]+)\]", DOCUMENTS[name]) for extra in some.split(",")}
@@ -131,7 +133,8 @@ def test_make_targets_and_extras_exist(name: str) -> None:
 @pytest.fixture(scope="module")
 def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Every flag that some command's help names."""
-    modules = [f"tidal.{name}" for name in ("train", "infer", "doctor", "corpora", "prepare", "kernels.picture")]
+    names = ("train", "infer", "doctor", "corpora", "prepare", "report", "sizes", "kernels.picture")
+    modules = [f"tidal.{name}" for name in names]
     modules += [f"tidal.evaluate {figure}" for figure in ("addition", "bits-per-byte", "boundary", "samples")]
     modules += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if path.stem != "__init__"]
     helps = [run([sys.executable, "-m", *module.split(), "--help"], ROOT) for module in modules]
@@ -142,6 +145,7 @@ def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_flags_exist(name: str, known_flags: set[str]) -> None:
     """Every flag that is mentioned is in the help of a command; those of other people's programs are not ours."""
-    lines = [re.sub(r"\b(pip3?|pytest|git|ruff|mypy|uv)\b[^`\n]*", "", line) for line in DOCUMENTS[name].splitlines()]
+    theirs = r"\b(pip3?|pytest|git|ruff|mypy|uv)\b[^`\n]*|\btorchrun --nproc-per-node\b"
+    lines = [re.sub(theirs, "", line) for line in DOCUMENTS[name].splitlines()]
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(lines)))
     assert mentioned <= known_flags | {"--help"}

@@ -147,8 +147,27 @@ class Addition:
 
     digits: int = 5
     """Most digits of an operand in training; one run sees all lengths up to it."""
+    lengths: Literal["uniform", "equal", "numbers"] = "uniform"
+    """Each length as often for each operand; the same for all operands of a problem; or numbers below 10^digits, each
+    as often."""
+    samples: int = 0
+    """Learn from so many different problems, drawn once; 0: from new ones all the time."""
+    operations: str = "+"
+    """Of these, each as often: + - * (of a product the second number has one digit)."""
+    terms: int = 2
+    """Most numbers of a sum; it has two at least."""
+    problems: int = 1
+    """Most problems of a document, of which the last is learnt and the others are its context."""
     max_block_units: int = 128
     """Longest number that can be written, in characters."""
+
+
+@dataclass(frozen=True)
+class Characters:
+    """The data of `--recipe characters`."""
+
+    word_vocab_size: int = 640
+    """Size of the vocabulary that words are read in, of which the longer tokens are all but about 360."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +196,12 @@ class Text:
 class Train:
     """Settings of `python -m tidal.train`."""
 
-    recipe: Literal["addition", "text"] = "addition"
-    """What to learn: `addition` makes its own data, `text` reads --data."""
+    recipe: Literal["addition", "characters", "text"] = "addition"
+    """What to learn: `addition` and `characters` make their own data, `text` reads --data."""
     out: str | None = None
     """Folder of the run; none: runs/RECIPE."""
+    model_size: str | None = None
+    """With --recipe text: tiny, mini, small, medium, large, xl or 1.3b give other flags their defaults."""
     max_steps: int = 1000
     """Optimizer steps; the learning rate is planned over them."""
     max_seconds: float = 0.0
@@ -197,6 +218,18 @@ class Train:
     """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With torchrun: each process has the whole model, or (fsdp) a share of every tensor, which takes less memory."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of products in training (autocast); weights, moments and validation are float32 in any case."""
+    compile: bool = False
+    """Compile the layers with torch.compile: a slow start, then faster steps."""
+    checkpoint_activations: bool = False
+    """Compute layers again in the backward pass rather than remember them: less memory, about a third more time."""
+    parts: int = 1
+    """Compute each batch in so many parts; more of them take less memory."""
+    tensorboard: bool = False
+    """Also write the figures for TensorBoard, which must be installed."""
     doctor: bool = True
     """Examine the untrained model first (seconds), and refuse to start on a finding."""
     resume: str = "auto"
@@ -204,6 +237,7 @@ class Train:
     model: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     addition: Addition = field(default_factory=Addition)
+    characters: Characters = field(default_factory=Characters)
     text: Text = field(default_factory=Text)
 
     @classmethod

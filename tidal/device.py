@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tidal import ranks
 from tidal.cli import UserError
 
 WIDE = 128
@@ -11,9 +12,16 @@ WIDE = 128
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU where there is one. Raises UserError for one that is not there."""
+    """The device called `name`; `auto` is a GPU where there is one, of several processes each takes its own.
+
+    Raises UserError for one that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device is {name}, but each of several processes takes its own GPU; give --device cuda")
+        name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

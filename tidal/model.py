@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
@@ -87,22 +89,22 @@ class Layer(nn.Module):
         """Keys and values [B, H_kv, K, D] of normalized states."""
         kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.norm_key(k), v
+        return self.norm_key(k.to(x_bkd.dtype)).to(v.dtype), v  # under autocast products are bfloat16, norms are not
 
     def forward(self, x_bld: Tensor, view: View) -> Tensor:
         if self.attends:
             h = self.norm_attention(x_bld)
-            q_bhld = self.norm_query(self.query(h).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2))
+            q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
             k_bhkd, v_bhkd = view.extend(*self.keys_values(h))
+            q_bhld = self.norm_query(q_bhld).to(v_bhkd.dtype)
             a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
                                         self.slopes, plan=view.plan)  # fmt: skip
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
         return x_bld + mlp_bld
 
-@dataclass(frozen=True)
-class Losses:
-    """Sums over units of one batch, in nats; divide by the counts."""
+class Losses(NamedTuple):
+    """Sums over units of one batch, in nats; divide by the counts. (A tuple, in which FSDP finds the tensors.)"""
 
     units: Tensor
     """[] loss of the written units"""
@@ -117,6 +119,8 @@ class TidalTransformer(nn.Module):
     head_mask: Tensor
     place_table: Tensor
     """[n_places, D], one for reader and writer: digits line up by content alone"""
+    recompute = False
+    """Whether layers are computed again in the backward pass, instead of being remembered."""
 
     def __init__(self, config: TidalConfig) -> None:
         super().__init__()
@@ -153,6 +157,11 @@ class TidalTransformer(nn.Module):
         if self.config.shape.suffix_rows:  # strings never met add nothing
             nn.init.zeros_(self.suffix_embedding.weight)
 
+    def _layer(self, layer: nn.Module, x_bld: Tensor, view: View) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x_bld, view, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x_bld, view)  # type: ignore[no-any-return]
+
     def memory(self, states_bid: Tensor) -> KeysValues:
         """The first writer layer's keys and values of the reader's states."""
         first = self.writer[0]
@@ -172,7 +181,7 @@ class TidalTransformer(nn.Module):
         """Read tokens: ids and places int64 [B, I], one view a reader layer; returns states [B, I, D]."""
         x_bid = self.token_embedding(ids) + self.place_table[places]
         for layer, view in zip(self.reader, views, strict=True):
-            x_bid = layer(x_bid, view)
+            x_bid = self._layer(layer, x_bid, view)
         states: Tensor = self.reader_norm(x_bid)
         return states
 
@@ -186,15 +195,16 @@ class TidalTransformer(nn.Module):
         x_bsd = self.unit_embedding(ids) + self.place_table[places] + context_bsd
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
-            x_bsd = x_bsd + self.suffix_embedding(rows).sum(-2)
+            summed = F.embedding_bag(rows.flatten(0, 1), self.suffix_embedding.weight, mode="sum", padding_idx=0)
+            x_bsd = x_bsd + summed.view_as(x_bsd)
         for layer, view in zip(self.writer, views, strict=True):
-            x_bsd = layer(x_bsd, view)
+            x_bsd = self._layer(layer, x_bsd, view)
         states: Tensor = self.writer_norm(x_bsd)
         return states
 
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., n_head] over units; columns that are no writable id are -inf."""
-        return states @ self.unit_embedding.weight.T + self.head_mask
+        return F.linear(states, self.unit_embedding.weight, self.head_mask)
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""
@@ -214,7 +224,9 @@ class TidalTransformer(nn.Module):
                 ranges, batch.writer_positions, k_position,
                 lambda k, v: (torch.cat([k_memory, k], 2), torch.cat([v_memory, v], 2)),
             )  # fmt: skip
-        context_bsd = self.context(reader_brd).gather(1, batch.context[..., None].expand(-1, -1, reader_brd.shape[-1]))
+        n_rows, n_tokens, _ = reader_brd.shape
+        first_b1 = n_tokens * torch.arange(n_rows, device=reader_brd.device)[:, None]
+        context_bsd = F.embedding(batch.context + first_b1, self.context(reader_brd).flatten(0, 1))
         return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views)
 
     def forward(self, batch: Batch) -> Losses:

@@ -18,10 +18,12 @@ from tidal.cli import UserError
 from tidal.config import Addition, Optim, Shape, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
-from tidal.train.loop import Recipe, gradients, train
+from tidal.train.gradient import gradients
+from tidal.train.loop import Recipe, train
 from tidal.train.optim import Optimizer
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.records import MEASURED
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
@@ -48,10 +50,10 @@ class Hooked(AdditionRecipe):
         super().__init__(settings)
         self.hook, self.step = hook, 0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         self.step = step // self.settings.optim.accumulate  # from 0: the step that is being computed
         self.hook("batch", self.step)
-        return super().batch(step)
+        return super().batch(step, share)
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         self.hook("validate", self.step)
@@ -68,7 +70,7 @@ def results(out: Path) -> dict[str, Any]:
     last = checkpoint.checkpoints(out)[-1]
     _, weights, trainer = checkpoint.read_checkpoint(last)
     with open(out / "metrics.csv", newline="") as file:
-        metrics = [{**row, "seconds": ""} for row in csv.DictReader(file)]
+        metrics = [{**row, **dict.fromkeys(MEASURED, "")} for row in csv.DictReader(file)]
     lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "step": trainer["step"], "weights": _copied(weights), "moments": _copied(checkpoint.read_optimizer(last) or {}),

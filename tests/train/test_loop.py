@@ -28,8 +28,8 @@ from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
-from tidal.train.records import Metrics
-from tidal.train.resume import Saved
+from tidal.train.records import COLUMNS, Metrics
+from tidal.train.resume import Saved, generators
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
               suffix_rows=50, place_jitter=3)  # fmt: skip
@@ -219,7 +219,8 @@ def test_optimizer_state_continues_bit_for_bit(tmp_path: Path) -> None:
     optimizer = Optimizer(model, SETTINGS.optim)
     for step in range(3):
         train_step(model, optimizer, recipe, step, 1e-2, SETTINGS, CPU)
-    name = loop.save(tmp_path, Saved(step=3), model, optimizer, SETTINGS, recipe, CPU)
+    name = loop.save(tmp_path, Saved(step=3), model.config, model.state_dict(),
+                     {**optimizer.state(), **generators(CPU)}, SETTINGS, recipe)  # fmt: skip
     folder = tmp_path / "checkpoints" / name
 
     resumed = model_for(dataclasses.replace(SETTINGS, seed=5), recipe.tokenizer)
@@ -268,7 +269,7 @@ def test_metrics_are_written_anew_when_columns_appear(tmp_path: Path) -> None:
     metrics.add(step=30, seconds=3.0, lr=0.5, loss=1.25, bits_per_byte=1.0, grad_norm=0.1)
     lines = path.read_text().splitlines()  # on disk at once, not only when the run ends
     metrics.add(step=40, seconds=4.0, lr=0.5, loss=1.0, bits_per_byte=1.0, grad_norm=0.1, other=-1.0, quality=1.0)
-    assert lines[0] == "step,seconds,lr,loss,bits_per_byte,grad_norm,quality"
+    assert lines[0] == ",".join([*COLUMNS, "quality"])
     assert len(lines) == 4
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))

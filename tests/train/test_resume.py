@@ -213,7 +213,7 @@ def noisy(patch: pytest.MonkeyPatch) -> None:
 
     def forward(self: TidalTransformer, batch: Batch) -> Any:
         losses = real(self, batch)
-        return dataclasses.replace(losses, units=losses.units * (0.5 + torch.rand(())))
+        return losses._replace(units=losses.units * (0.5 + torch.rand(())))
 
     patch.setattr(TidalTransformer, "forward", forward)
 

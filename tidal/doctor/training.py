@@ -6,10 +6,11 @@ from tidal.cli import UserError, note
 from tidal.config import Train
 from tidal.device import set_threads
 from tidal.doctor.examine import run
+from tidal.doctor.report import Report
 from tidal.train.loop import Recipe, model_for
 
 
-def examine_before_training(settings: Train, recipe: Recipe) -> None:
+def examine_before_training(settings: Train, recipe: Recipe) -> Report:
     """Quick checks on the model, tokenizer and first batch that these settings give, on the CPU.
 
     The model is made anew and thrown away; the training that follows is the same, bit for bit, as without.
@@ -26,3 +27,4 @@ def examine_before_training(settings: Train, recipe: Recipe) -> None:
         raise UserError(f"the doctor has findings, checks {found}; see docs/doctor.md, or train with --no-doctor")
     n_well = sum(result.verdict == "well" for result in report.results)
     note(f"doctor: {n_well} checks well, {report.seconds:.1f} s (--no-doctor leaves them out)")
+    return report

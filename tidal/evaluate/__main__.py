@@ -1,4 +1,4 @@
-"""`python -m tidal.evaluate addition | bits-per-byte | boundary | samples`."""
+"""`python -m tidal.evaluate addition | bits-per-byte | boundary | characters | samples`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from tidal.cli import UserError, main, note, parse
 
-USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,samples} [flags]
+USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,characters,samples} [flags]
 
   addition        exact match on random sums          --digits N --count M
   bits-per-byte   of documents the model never saw    --data FILE …
   boundary        what a prompt cut inside a block costs    --data FILE …
+  characters      exact match on letters of words     --count M
   samples         empty, repeating and endless output       --data FILE …
 
 All take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
@@ -63,6 +64,18 @@ class Boundary(Asked):
 
 
 @dataclass(frozen=True)
+class Characters(Asked):
+    """Settings of `python -m tidal.evaluate characters`."""
+
+    count: int = 1000
+    """How many questions of every task."""
+    seed: int = 1234
+    """Of the questions."""
+    batch_size: int = 256
+    """Questions answered side by side."""
+
+
+@dataclass(frozen=True)
 class Samples(Asked):
     """Settings of `python -m tidal.evaluate samples`."""
 
@@ -96,6 +109,7 @@ def run(argv: list[str]) -> None:
         "addition": (addition, Sums, "Exact match on random sums."),
         "bits-per-byte": (bits_per_byte, Bits, "Bits per byte; every unit is charged."),
         "boundary": (boundary, Boundary, "The cost of a prompt that ends inside a block."),
+        "characters": (characters, Characters, "Exact match on the letters of words not trained on."),
         "samples": (samples, Samples, "Shares of empty, repeating and endless output."),
     }
     if not argv:
@@ -183,6 +197,29 @@ def boundary(settings: Boundary) -> None:
     except ValueError as error:
         raise UserError(f"{error}; check --data and the other flags") from error
     _report(figures, settings.json)
+
+
+def characters(settings: Characters) -> None:
+    """Exact match on spelling, editing and searching held-out words."""
+    if settings.count < 1 or settings.batch_size < 1:
+        raise UserError("--count and --batch-size must be at least 1")
+    if settings.seed < 0:
+        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
+    from tidal.device import pick_device, set_threads
+    from tidal.evaluate.characters import characters as measure
+    from tidal.infer.load import load
+
+    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
+    began = time.perf_counter()
+    try:
+        figures, wrong = measure(model, tokenizer, count=settings.count, seed=settings.seed,
+                                 batch_size=settings.batch_size)  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}; see --checkpoint") from error
+    for question, c in {question.task: (question, c) for question, c in wrong}.values():
+        note(f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}")
+    _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
 
 
 def samples(settings: Samples) -> None:

@@ -112,6 +112,9 @@ def interval_attention(
     attend = BACKENDS[choose_backend(q, backend)]
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(q.device.type):  # a backend says itself what it computes in which precision
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
     return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
 
 

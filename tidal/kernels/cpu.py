@@ -71,7 +71,7 @@ def tile_geometry(
     start_0, end_0, start_1, end_1 = ranges.flatten(2).unsqueeze(-1).unbind(2)
     seen_bqk = (index_k >= start_0).logical_and_(index_k < end_0)
     seen_bqk.logical_or_((index_k >= start_1).logical_and_(index_k < end_1))
-    mask_bqk = torch.zeros_like(distance_bqk).masked_fill_(seen_bqk.logical_not_(), float("-inf"))
+    mask_bqk = torch.where(seen_bqk, 0.0, float("-inf")).to(dtype)
     return distance_bqk[:, None, None], mask_bqk[:, None, None]
 
 

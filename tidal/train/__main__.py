@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import math
 import signal
 from pathlib import Path
@@ -10,22 +12,26 @@ from typing import TYPE_CHECKING
 
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Train
-from tidal.train.presets import PRESETS
+from tidal.ranks import one_voice, size
+from tidal.train.presets import PRESETS, SIZES, sized
 from tidal.train.stop import Stop, Stopped
 
 if TYPE_CHECKING:
+    from tidal.train.loop import Recipe
+    from tidal.train.parallel import Parallel
     from tidal.train.resume import Found
 
 DESCRIPTION = """Train a Tidal model. The default recipe, addition, needs no data; for your own text:
 python -m tidal.train --recipe text --data FILE"""
 
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("max_steps", "rows", "validate_every", "keep", "accumulate", "digits"), (1, math.inf)),
-    **dict.fromkeys(("threads", "max_seconds", "seed", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("max_steps", "rows", "parts", "validate_every", "keep", "accumulate", "digits", "problems"),
+                    (1, math.inf)),
+    **dict.fromkeys(("threads", "max_seconds", "seed", "warmup_steps", "samples"), (0, math.inf)),
     **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "clip", "aux_weight", "step_stride"), (0, 1e6)),
     **dict.fromkeys(("decay_fraction", "cut_probability"), (0, 1)),
-    "beta2": (0, 0.999999), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
-    "vocab_size": (288, math.inf),
+    "beta2": (0, 0.999999), "terms": (2, 99), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
+    "vocab_size": (288, math.inf), "word_vocab_size": (288, math.inf),
 }  # fmt: skip
 """Least and most of the numbers; shapes are checked where they are made."""
 
@@ -36,6 +42,11 @@ def run(argv: list[str]) -> int:
     Returns 0, or after a signal what shells and schedulers expect of a process that it ended: 130 for SIGINT, 143 for
     SIGTERM. The run is then saved, and the same command continues it.
     """
+    with one_voice():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     found = None
     if (path := _resumed(argv)) is not None:
         from tidal.train.resume import look_in
@@ -44,6 +55,10 @@ def run(argv: list[str]) -> int:
         default = dataclasses.replace(found.settings, out=str(found.run_dir), resume=str(path))
     else:
         default = PRESETS[_recipe(argv)]
+    if (name := _given(argv, "--model-size")) is not None:
+        if name not in SIZES or default.recipe != "text":
+            raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
+        default = sized(default, name)
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
     _check(settings)
     if found is None and settings.resume not in ("auto", "never"):
@@ -63,71 +78,113 @@ def run(argv: list[str]) -> int:
 def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> None:
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device
-    from tidal.train.disk import check_writable, locked, patiently, prepare_run_dir
-    from tidal.train.loop import make_recipe, train
-    from tidal.train.plot import draw
+    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
+    from tidal.report.page import Pages
+    from tidal.train.disk import check_writable, locked, patiently
+    from tidal.train.loop import train
+    from tidal.train.parallel import joined
     from tidal.train.resume import is_finished, look_in, may_continue
 
-    pick_device(settings.device)  # what can fail fails before there is a run folder
+    device = pick_device(settings.device)  # what can fail fails before there is a run folder
     check_writable(wanted)
     pointed = found is not None
     if settings.resume == "auto" and checkpoint.checkpoints(wanted):
         found = look_in(wanted)
     if found is not None and not may_continue(found, settings, pointed):
         found = None
-    example = '--prompt "54663 + 132 ="' if settings.recipe == "addition" else '--prompt "…"'
+    prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
+    example = f'--prompt "{prompt}"'
     if found is not None and is_finished(found, settings):
         note(f"{wanted} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never trains "
              f"another one; try: python -m tidal.infer --checkpoint {wanted} {example}")  # fmt: skip
         return
-    with stop.anywhere():
-        recipe = make_recipe(settings if found is None else found.with_tokenizer(settings))
-        if settings.doctor and found is None:
-            from tidal.doctor.training import examine_before_training  # downstream of the loop, which does not know it
-
-            examine_before_training(settings, recipe)
-    out = prepare_run_dir(wanted) if found is None else found.run_dir
-    with locked(out):
-        try:
-            train(settings, recipe, out, stop=stop, found=found)
-        except Stopped:
-            latest = checkpoint.read_pointer(out, "latest")
-            note("nothing was saved" if latest is None else f"saved {latest}; the same command continues it")
-            raise
-        patiently(lambda: draw(out), out, stop)
+    pages = Pages()
+    with joined(settings.parallel, device) as parallel:
+        recipe, out = _ready(settings, wanted, found, stop, parallel)
+        with locked(out):
+            try:
+                train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
+                      examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
+            except Stopped:
+                latest = checkpoint.read_pointer(out, "latest")
+                note("nothing was saved" if latest is None else f"saved {latest}; the same command continues it")
+                raise
+            if parallel.leads:
+                patiently(lambda: draw(out), out, stop)
+                patiently(lambda: pages.write(out, last=True), out, stop)
     note(f"done; try: python -m tidal.infer --checkpoint {out} {example}")
+
+
+def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel) -> tuple[Recipe, Path]:
+    """The data, the tokenizer and the run's folder. The first process makes them; the others wait, and find them."""
+    from tidal.checkpoint import atomic_write
+    from tidal.train.disk import patiently, prepare_run_dir
+    from tidal.train.loop import make_recipe
+    from tidal.train.resume import with_tokenizer
+
+    with stop.anywhere():
+        if parallel.leads:
+            recipe = make_recipe(settings if found is None else with_tokenizer(settings, found.folder))
+            verdict = None
+            if settings.doctor and found is None:
+                from tidal.doctor.training import examine_before_training  # downstream of the loop
+
+                verdict = examine_before_training(settings, recipe).to_dict()
+            out = prepare_run_dir(wanted) if found is None else found.run_dir
+            if verdict is not None:
+                text = json.dumps(verdict, indent=1, ensure_ascii=False) + "\n"
+                patiently(lambda: atomic_write(out / "doctor.json", text), out, stop)
+            if parallel.size > 1 and found is None:
+                patiently(lambda: recipe.tokenizer.save(out / "tokenizer"), out, stop)
+            parallel.told(str(out))
+        else:
+            out = Path(parallel.told(""))
+            recipe = make_recipe(with_tokenizer(settings, out if found is None else found.folder))
+        parallel.check_same(f"{recipe.digest} {recipe.tokenizer.fingerprint} {found and found.folder}")
+    return recipe, out
 
 
 def _resumed(argv: list[str]) -> Path | None:
     """The run or checkpoint that --resume names."""
-    given = [joined or value for flag, value in zip(argv, [*argv, ""][1:], strict=True)
-             for name, _, joined in [flag.partition("=")] if name == "--resume"]  # fmt: skip
-    named = bool(given) and given[-1] not in ("auto", "never", "") and not {"-h", "--help"} & set(argv)
-    return Path(given[-1]) if named else None
+    given = _given(argv, "--resume")
+    named = given not in (None, "auto", "never", "") and not {"-h", "--help"} & set(argv)
+    return Path(str(given)) if named else None
 
 
 def _recipe(argv: list[str]) -> str:
     """The recipe asked for; its preset gives the other flags their defaults."""
-    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
-        name, _, joined = flag.partition("=")
-        if name == "--recipe" and (joined or value) in PRESETS:
-            return joined or value
+    if (given := _given(argv, "--recipe")) in PRESETS:
+        return str(given)
     return "text" if any(flag.partition("=")[0] in ("--data", "--prepared") for flag in argv) else "addition"
+
+
+def _given(argv: list[str], flag: str) -> str | None:
+    """The value of a flag that must be known before the others can be read, if it is given."""
+    found = None
+    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
+        name, equals, joined = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = joined if equals else value
+    return found
 
 
 def _check(settings: Train) -> None:
     """Raise UserError for settings that make no sense."""
-    for part in (settings, settings.model, settings.optim, settings.addition, settings.text):
+    for part in (settings, settings.model, settings.optim, settings.addition, settings.characters, settings.text):
         for name, (least, most) in LIMITS.items():
             value = vars(part).get(name, least)
             if not least <= value <= most:  # nan neither
                 wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError('--tensorboard needs the package tensorboard: pip install -e ".[tensorboard]"')
+    if settings.rows % size():
+        raise UserError(f"--rows is {settings.rows}; it must be a multiple of {size()}, the number of processes")
     longest = settings.addition.digits + 4  # validation asks two digits more; their sum has one more, and its space
     if settings.recipe == "addition" and longest > settings.addition.max_block_units:
         raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
-    if settings.recipe == "addition" and (settings.text.data or settings.text.prepared):
-        raise UserError("--data goes with --recipe text; the addition recipe makes its own data")
+    if settings.recipe != "text" and (settings.text.data or settings.text.prepared):
+        raise UserError(f"--data goes with --recipe text; the {settings.recipe} recipe makes its own data")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tidal.checkpoint import FULL, DiskFullError, atomic_write, checkpoints
 from tidal.cli import UserError, note
 from tidal.files import existing, free_bytes
+from tidal.ranks import leads
 from tidal.train.stop import Stop
 
 T = TypeVar("T")
@@ -96,8 +97,12 @@ def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold a run folder alone; the kernel releases it when the process ends, however it ends.
 
-    The lock is on the folder itself and leaves no file. Raises UserError where another process holds it.
+    The lock is on the folder itself and leaves no file. Of processes that train together the first one holds it.
+    Raises UserError where another process does.
     """
+    if not leads():
+        yield
+        return
     folder = os.open(run_dir, os.O_RDONLY)
     try:
         try:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from tidal import checkpoint
-from tidal.blocks import NOTHING
 from tidal.cli import UserError, note, progress
 from tidal.config import TidalConfig, Train
 from tidal.device import pick_device, set_threads
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
+from tidal.ranks import OwnError
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import check_space, keep_lines, patiently
+from tidal.train.gradient import NotFiniteError, gradients
+from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
+from tidal.train.parallel import Parallel
 from tidal.train.presets import GREEDY
-from tidal.train.records import Metrics, bad_batch, parts_of, show_samples, write_samples
+from tidal.train.records import Metrics, bad_batch, show_samples, write_samples
 from tidal.train.resume import Found, Saved, generators, set_generators
-from tidal.train.stop import Stop
+from tidal.train.stop import Stop, Stopped
+from tidal.train.watch import Watch
 
 LOG_EVERY = 10
 T = TypeVar("T")
@@ -39,8 +46,8 @@ class Recipe(Protocol):
     digest: str
     """Of the data, where they come from outside: a run is continued on the same ones only."""
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, a pure function of seed and step."""
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a step, a pure function of seed and step; for the share (i, n), the i-th n-th of its rows."""
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Figures on held-out data; `quality` (higher is better) chooses the best checkpoint."""
@@ -55,6 +62,10 @@ def make_recipe(settings: Train) -> Recipe:
         from tidal.train.recipes.addition import AdditionRecipe
 
         return AdditionRecipe(settings)
+    if settings.recipe == "characters":
+        from tidal.train.recipes.characters import CharactersRecipe
+
+        return CharactersRecipe(settings)
     from tidal.train.recipes.text import TextRecipe
 
     return TextRecipe(settings)
@@ -69,18 +80,24 @@ def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
     )
 
 
-def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None) -> Path:
+def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None,
+          examined: Callable[[Path], None] = lambda out: None, parallel: Parallel | None = None) -> Path:  # fmt: skip
     """Train into the run folder `out`, from scratch or from the checkpoint `found`; returns the folder.
+
+    `examined` is called with it after every validation. With `parallel`, all its processes call this function alike.
 
     Raises:
         UserError: a loss or gradient that is not finite, no memory even for one row, `found` does not fit.
         Stopped: `stop` was signalled. A checkpoint of the last step is saved.
     """
-    run = Run(settings, recipe, out, stop or Stop())
+    run = Run(settings, recipe, out, stop or Stop(), examined, parallel)
     if found is not None:
         run.restore(found)
     run.open(found)
-    run.to_the_end()
+    try:
+        run.to_the_end()
+    finally:
+        run.watch.close()
     return out
 
 
@@ -91,19 +108,25 @@ class Run:
                        (every validate_every)                    after `save`, the resumed run validates first
     """
 
-    def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop) -> None:
-        self.settings, self.recipe, self.out, self.stop = settings, recipe, out, stop
+    def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop,
+                 examined: Callable[[Path], None] = lambda out: None,
+                 parallel: Parallel | None = None) -> None:  # fmt: skip
+        self.settings, self.recipe, self.out, self.stop, self.examined = settings, recipe, out, stop, examined
+        self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
         self.device = pick_device(settings.device)
-        self.model = model_for(settings, recipe.tokenizer).to(self.device)
-        self.optimizer = Optimizer(self.model, settings.optim)
-        self.saved = Saved()
+        with memory_for("the weights and the optimizer's moments; try a smaller model"):
+            self.model = model_for(settings, recipe.tokenizer).to(self.device)
+            self.wrapped = self.parallel.wrap(self.model, settings)
+            self.optimizer = Optimizer(self.model, settings.optim)
+        self.saved = Saved(parts=settings.parts)
 
     def restore(self, found: Found) -> None:
         """Go back to a checkpoint. Raises UserError where it does not fit the settings, the data or the model."""
         tensors, moments, self.saved = found.read(self.model.config, self.recipe.digest)
+        self.saved.parts = max(self.saved.parts, self.settings.parts)
         try:
-            self.model.load_state_dict(tensors)
+            self.parallel.load(self.model, tensors)
             set_generators(moments, self.device)
             self.optimizer.load_state(moments)
         except (RuntimeError, ValueError) as error:
@@ -114,9 +137,13 @@ class Run:
         out, saved = self.out, self.saved
         sizes = self.model.n_parameters()
         note(f"{out}: {sizes['total']:,} parameters ({sizes['tables']:,} in tables), {self.settings.recipe}, "
-             f"on {self.device}, {torch.get_num_threads()} CPU threads")  # fmt: skip
+             f"on {self.device}, {self.parallel}{torch.get_num_threads()} CPU threads")  # fmt: skip
         if found is not None:
             note(f"continuing at step {saved.step} of {self.settings.max_steps}, from {found.folder.name}")
+        if not self.parallel.leads:
+            self.watch = Watch(out, dataclasses.replace(self.settings, tensorboard=False), self.recipe.tokenizer,
+                               self.device, [])  # fmt: skip
+            return
         checkpoint.sweep(out)
         one = 3 * sum(t.nbytes for t in self.model.state_dict().values())  # weights and at most two moments
         check_space(out, one * max(1, self.settings.keep + 2 - len(checkpoint.checkpoints(out))))
@@ -124,6 +151,7 @@ class Run:
         config = json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n"
         self._write(lambda: checkpoint.atomic_write(out / "config.json", config))
         self.metrics = self._write(lambda: Metrics(out / "metrics.csv", saved.metrics))
+        self.watch = Watch(out, self.settings, self.recipe.tokenizer, self.device, self.metrics.rows)
         first = saved.step + (saved.due is None)  # whose samples are still to come
         self._write(lambda: keep_lines(out / "samples.jsonl", lambda values: values.get("step", first) < first))
         if found is not None:
@@ -143,51 +171,76 @@ class Run:
                 self._examine(saved.due)
             while not saved.ended(s):
                 rate = learning_rate(saved.step, s.max_steps, s.optim)
-                figures = self._step(rate)
+                figures = self.watch.timed(self._step, rate)
                 saved.step += 1
-                saved.seconds = time.monotonic() - began
+                asked = self._agree(time.monotonic() - began)
                 row = {"step": saved.step, "seconds": saved.seconds, "lr": rate, **figures}
                 if saved.ended(s) or saved.step % s.validate_every == 0:
                     saved.due = row
-                elif saved.step % LOG_EVERY == 0:
-                    self._write(lambda row=row: self.metrics.add(**row))  # type: ignore[misc]
-                if saved.due is not None or self.stop.signal is not None:
+                elif saved.step % LOG_EVERY == 0 and self.parallel.leads:
+                    self._record(row)
+                if saved.due is not None or asked:
                     self._save()
-                self.stop.check()
                 if saved.due is not None:
                     self._examine(saved.due)
                 bar.update(loss=figures["loss"])
 
     def _step(self, rate: float) -> dict[str, float]:
         """One step; where memory is short, with batches cut into more and more parts."""
-        saved, rows = self.saved, self.settings.rows
+        saved, rows = self.saved, self.settings.rows // self.parallel.size
         while True:
             try:
-                figures = gradients(self.model, self.optimizer, self.recipe, saved.step, self.settings, self.device,
-                                    saved.parts)  # fmt: skip
+                figures = gradients(self.wrapped, self.optimizer, self.recipe, saved.step, self.settings, self.device,
+                                    saved.parts, self.parallel)  # fmt: skip
                 break
             except NotFiniteError as error:
                 raise self._explained(error) from error
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                said = _first_line(error)
+                said = first_line(error)
             # Here, not above: the error's traceback holds on to the tensors.
             self.optimizer.zero_grad()
-            _empty_cache(self.device)
+            empty_cache(self.device)
             if saved.parts >= rows:
                 raise UserError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
             saved.parts = min(2 * saved.parts, rows)
+            if self.parallel.size > 1:
+                raise OwnError(f"process {self.parallel.rank} is out of memory ({said}) in the middle of a step, which "
+                               f"the others wait for; the same command with --parts {saved.parts} goes on from the "
+                               "last checkpoint")  # fmt: skip
             note(f"step {saved.step}: OUT OF MEMORY ({said}); from now on batches of {rows} rows are computed in "
                  f"{saved.parts} parts, which is slower and gives the same gradient")  # fmt: skip
-        self.optimizer.step(rate)
+        with memory_for("the optimizer's update: weights that are half updated are not saved, the last checkpoint is "
+                        "intact; try a smaller model"):  # fmt: skip
+            self.optimizer.step(rate)
         return figures
+
+    def _agree(self, seconds: float = 0.0) -> signal.Signals | None:
+        """Let all processes have the same clock, and know of a signal that came to any of them."""
+        seconds, number = self.parallel.most([seconds, self.stop.signal or 0])
+        self.saved.seconds = seconds or self.saved.seconds
+        if not number:
+            return None
+        self.stop.signal = signal.Signals(int(number))
+        return self.stop.signal
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what only the first process does: the others come to its end and wait there. A signal stops all."""
+        with contextlib.suppress(Stopped):
+            yield
+        if asked := self._agree():
+            raise Stopped(asked)
 
     def _explained(self, error: NotFiniteError) -> UserError:
         """Write down the batches that gave no finite loss or gradient."""
         step, n = self.saved.step, self.settings.optim.accumulate
+        model = self.parallel.plain(self.model)
+        if not self.parallel.leads:
+            return error
         batches = {i: self.recipe.batch(i) for i in range(step * n, (step + 1) * n)}
-        content = bad_batch(self.model, self.recipe.tokenizer, batches, step=step, seed=self.settings.seed,
+        content = bad_batch(model, self.recipe.tokenizer, batches, step=step, seed=self.settings.seed,
                             loss=str(error.loss), grad_norm=str(error.norm))  # fmt: skip
         path = self.out / "bad-batch.json"
         self._write(lambda: checkpoint.atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
@@ -195,22 +248,38 @@ class Run:
 
     def _save(self) -> None:
         """Write a checkpoint and point `latest` to it."""
-        self.saved.metrics = self.metrics.rows
-        name = self._write(lambda: save(self.out, self.saved, self.model, self.optimizer, self.settings, self.recipe,
-                                        self.device))  # fmt: skip
-        self._write(lambda: checkpoint.set_pointer(self.out, "latest", name))
+        tensors = self.parallel.gathered(self.model.state_dict())
+        moments = self.parallel.gathered({**self.optimizer.state(), **generators(self.device)})
+        with self._alone():
+            if self.parallel.leads:
+                self.saved.metrics = self.metrics.rows
+                name = self._write(lambda: save(self.out, self.saved, self.model.config, tensors, moments,
+                                                self.settings, self.recipe))  # fmt: skip
+                self._write(lambda: checkpoint.set_pointer(self.out, "latest", name))
 
     def _examine(self, row: dict[str, float]) -> None:
         """Validate, show samples, choose the best checkpoint, remove old ones; at last the row in metrics.csv, whose
         presence says that all of this is done.
+
+        The first process does it, in float32, with a model that it can use alone: its own under DDP (not DDP's wrapper,
+        whose `forward` would wait for the others), a whole copy under FSDP.
         """
+        model = self.parallel.plain(self.model)
+        with self._alone(), eager(self.settings.compile):
+            if self.parallel.leads:
+                self._look(model, row)
+        self.saved.due = None
+
+    def _look(self, model: TidalTransformer, row: dict[str, float]) -> None:
         saved, step = self.saved, self.saved.step
         with self.stop.anywhere():
-            held_out = self._if_memory("validation", lambda: self.recipe.validate(self.model)) or {}
+            held_out = self._if_memory("validation", lambda: self.recipe.validate(model)) or {}
+            batch = self.recipe.batch((step - 1) * self.settings.optim.accumulate)
+            probes = self._if_memory("probing", lambda: self.watch.probes(model, batch, saved.parts)) or {}
             note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
             temperature = 0.0 if self.settings.recipe in GREEDY else 0.8
             completions = self._if_memory("sampling", lambda: generate(
-                self.model, self.recipe.tokenizer, self.recipe.sample_prompts(step), temperature=temperature,
+                model, self.recipe.tokenizer, self.recipe.sample_prompts(step), temperature=temperature,
                 seed=step)) or []  # fmt: skip
             show_samples(completions)
         if held_out.get("quality", -math.inf) >= (-math.inf if saved.best is None else saved.best):
@@ -218,8 +287,14 @@ class Run:
             self._write(lambda: checkpoint.set_pointer(self.out, "best", checkpoint.name_of(step)))  # which knows more
         checkpoint.prune(self.out, self.settings.keep)
         self._write(lambda: write_samples(self.out / "samples.jsonl", step, completions))
-        self._write(lambda: self.metrics.add(**row, **held_out))
-        saved.due = None
+        self._record({**row, **held_out, **probes})
+        self.watch.show(step, (c.text for c in completions))
+        self.examined(self.out)
+
+    def _record(self, row: Mapping[str, float]) -> None:
+        """One more row of metrics.csv."""
+        self._write(lambda: self.metrics.add(**row))
+        self.watch.see(self.metrics.rows[-1])
 
     def _if_memory(self, what: str, do: Callable[[], T]) -> T | None:
         """Validation and sampling are left out where there is no memory for them: the run is worth more."""
@@ -228,8 +303,8 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            said = _first_line(error)
-        _empty_cache(self.device)
+            said = first_line(error)
+        empty_cache(self.device)
         note(f"step {self.saved.step}: OUT OF MEMORY in {what} ({said}); left out, training goes on")
         return None
 
@@ -237,59 +312,14 @@ class Run:
         return patiently(write, self.out, self.stop)
 
 
-class NotFiniteError(UserError):
-    """A loss or a gradient that is not finite."""
-
-    def __init__(self, step: int, loss: float, norm: float) -> None:
-        super().__init__(f"step {step}: loss {loss} and gradient norm {norm}; weights were left as they were, "
-                         "and so were the checkpoints; try a smaller --lr")  # fmt: skip
-        self.loss, self.norm = loss, norm
+def eager(compiled: bool) -> contextlib.AbstractContextManager[object]:
+    """Where compiled layers are called as they are written: decoding has too many shapes to compile for each."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def gradients(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, settings: Train,
-              device: torch.device, parts: int = 1) -> dict[str, float]:  # fmt: skip
-    """Leave the clipped gradients of a step; returns the loss (nats a unit), bits per byte and the gradient's norm.
-
-    Each batch is computed in `parts`, whose sums are divided by the units of the whole batch: the gradient is the
-    same whatever their number, but for rounding. Raises NotFiniteError.
-    """
-    optimizer.zero_grad()
-    n = settings.optim.accumulate
-    nats, n_units, n_bytes = 0.0, 0, 0
-    for batch in [recipe.batch(step * n + i) for i in range(n)]:
-        n_next = int((batch.next_tokens != NOTHING).sum())
-        for part in parts_of(batch, parts):
-            losses = model(part.to(device))
-            loss = losses.units / batch.n_units
-            if settings.optim.aux_weight:
-                loss = loss + settings.optim.aux_weight * losses.next_tokens / max(1, n_next)
-            (loss / n).backward()
-            nats += losses.units.item()
-        n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip).item()
-    if not (math.isfinite(nats) and math.isfinite(norm)):
-        raise NotFiniteError(step, nats / n_units, norm)
-    return {"loss": nats / n_units, "bits_per_byte": nats / math.log(2) / max(1, n_bytes), "grad_norm": norm}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory: CUDA has a class for it, the CPU's allocator only words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def save(out: Path, saved: Saved, model: TidalTransformer, optimizer: Optimizer, settings: Train,
-         recipe: Recipe, device: torch.device) -> str:  # fmt: skip
+def save(out: Path, saved: Saved, config: TidalConfig, tensors: dict[str, Tensor], moments: dict[str, Tensor],
+         settings: Train, recipe: Recipe) -> str:  # fmt: skip
     """Write a checkpoint; returns its name. Raises UserError as `write_checkpoint`."""
     trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest, **saved.to_dict()}
-    return checkpoint.write_checkpoint(
-        out, saved.step, tensors=model.state_dict(), config=model.config.to_dict(), trainer=trainer,
-        tokenizer=recipe.tokenizer, optimizer={**optimizer.state(), **generators(device)}).name  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:160] or type(error).__name__
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return checkpoint.write_checkpoint(out, saved.step, tensors=tensors, config=config.to_dict(), trainer=trainer,
+                                       tokenizer=recipe.tokenizer, optimizer=moments).name  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tidal.config import Optim
 from tidal.model import TidalTransformer
+from tidal.train.parallel import is_sharded, like, whole
 
 
 class Optimizer:
@@ -25,7 +26,7 @@ class Optimizer:
         gains = [p for p in others if p.ndim < 2]
         matrices = [p for p in others if p.ndim == 2]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
+            (ShardedMuon if is_sharded(matrices[0]) else torch.optim.Muon)(
                 [{"params": matrices, "scale": 1.0}],
                 lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw",
             ),
@@ -34,6 +35,10 @@ class Optimizer:
                 lr=settings.lr, weight_decay=0.0, betas=(0.9, settings.beta2), fused=True,
             ),
         ]  # fmt: skip
+        for part in self.parts:  # now, not in the first update, where running out of memory could not be mended
+            for p in (p for group in part.param_groups for p in group["params"]):
+                part.state[p] = {name: torch.zeros_like(p) if like_p else torch.zeros((), device=p.device)
+                                 for name, like_p in moments_of(part).items()}  # fmt: skip
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -63,19 +68,45 @@ class Optimizer:
         left = dict(entries)
         for n, part in enumerate(self.parts):
             params = [p for group in part.param_groups for p in group["params"]]
-            names = {"momentum_buffer": True} if isinstance(part, torch.optim.Muon) else {
-                "step": False, "exp_avg": True, "exp_avg_sq": True}  # fmt: skip
             state: dict[int, dict[str, Any]] = {}
             for i, p in enumerate(params):
-                for name, like_p in names.items():
+                for name, like_p in moments_of(part).items():
                     value = left.pop(f"{n}.{i}.{name}", None)
                     if value is None or value.shape != (p.shape if like_p else ()):
                         shape = "missing" if value is None else list(value.shape)
                         raise ValueError(f"the optimizer's {n}.{i}.{name} is {shape}, not {list(p.shape)}")
-                    state.setdefault(i, {})[name] = value.clone()  # torch would go on with a mapped file's memory
+                    own = value.clone()  # torch would go on with a mapped file's memory
+                    state.setdefault(i, {})[name] = like(p, own) if like_p else own
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
         if left:
             raise ValueError(f"the optimizer knows nothing of {', '.join(sorted(left))[:200]}")
+
+
+def moments_of(part: torch.optim.Optimizer) -> dict[str, bool]:
+    """What an optimizer keeps for each parameter: names, and whether that is shaped like it (or a number)."""
+    if isinstance(part, torch.optim.Muon):
+        return {"momentum_buffer": True}
+    return {"step": False, "exp_avg": True, "exp_avg_sq": True}
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon for matrices that FSDP has cut up by rows: moments stay cut up, each matrix is put together for its update.
+
+    Torch's own takes DTensors, too, but multiplies the pieces: Newton-Schulz, in bfloat16, then rounds otherwise than
+    with whole matrices (1 to 3% of an update), and a matrix of fewer rows than processes is an error.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all matrices; to be called by all processes."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = torch.nn.Parameter(torch.zeros(p.shape, device=p.device))
+                update.grad = whole(p.grad.lerp(buffer, group["momentum"]))
+                torch.optim.Muon([update], lr=group["lr"], weight_decay=0.0, momentum=0.0, nesterov=False,
+                                 adjust_lr_fn=group["adjust_lr_fn"]).step()  # type: ignore[no-untyped-call]  # fmt: skip
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(p, update.detach()))
 
 
 def learning_rate(step: int, max_steps: int, settings: Optim) -> float:

@@ -1,10 +1,12 @@
-"""The defaults of each recipe; no torch here, `--help` shows them."""
+"""The defaults of each recipe, and named sizes of models; no torch here, `--help` shows them."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from tidal.config import Optim, Shape, Train
 
-GREEDY = frozenset({"addition"})
+GREEDY = frozenset({"addition", "characters"})
 """Recipes with one right answer."""
 
 PRESETS: dict[str, Train] = {
@@ -17,5 +19,47 @@ PRESETS: dict[str, Train] = {
                     suffix_rows=0, place_jitter=20),
         optim=Optim(lr=3e-3, table_lr_scale=4.0, weight_decay=0.3, decay_fraction=0.4, aux_weight=0.0),
     ),
+    "characters": Train(
+        recipe="characters",
+        max_steps=3000,
+        rows=16,
+        validate_every=500,
+        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=3, writer_layers=2, reader_ff=192, writer_ff=192,
+                    suffix_rows=0),
+        optim=Optim(lr=8e-3, table_lr_scale=4.0, aux_weight=0.0),
+    ),
     "text": Train(recipe="text", max_steps=1000, rows=8, validate_every=200),
 }  # fmt: skip
+
+
+def _size(d: int, heads: int, kv_heads: int, layers: tuple[int, int], suffix_rows: int, vocab: int, budget: int,
+          rows: int, lr: float) -> Train:  # fmt: skip
+    """Defaults for text with a model of this size; `layers`: of the reader and of the writer."""
+    text = PRESETS["text"]
+    return dataclasses.replace(
+        text, rows=rows, optim=dataclasses.replace(text.optim, lr=lr),
+        text=dataclasses.replace(text.text, vocab_size=vocab, reader_budget=budget),
+        model=Shape(d_model=d, n_heads=heads, n_kv_heads=kv_heads, reader_layers=layers[0], writer_layers=layers[1],
+                    reader_ff=3 * d, writer_ff=3 * d, suffix_rows=suffix_rows),
+    )  # fmt: skip
+
+
+SIZES: dict[str, Train] = {
+    "tiny": PRESETS["text"],
+    "mini": _size(256, 4, 4, (5, 1), 32768, 4096, 256, 8, 2e-3),
+    "small": _size(512, 8, 4, (8, 2), 32768, 8192, 512, 16, 1e-3),
+    "medium": _size(768, 12, 4, (12, 2), 65536, 16384, 1024, 16, 8e-4),
+    "large": _size(1024, 16, 4, (22, 2), 65536, 16384, 1024, 32, 6e-4),
+    "xl": _size(1536, 12, 4, (24, 3), 65536, 32768, 2048, 32, 4e-4),
+    "1.3b": _size(2048, 16, 4, (20, 3), 65536, 32768, 2048, 32, 3e-4),
+}
+"""`--model-size`: shape, vocabulary, length of a row, rows in a batch, learning rate. Those above tiny follow the usual
+proportions (heads of 64 and 128, which the kernels have; a rate that falls with the width); they are not tuned."""
+
+
+def sized(settings: Train, name: str) -> Train:
+    """The settings with all that a size stands for."""
+    size = SIZES[name]
+    text = dataclasses.replace(settings.text, vocab_size=size.text.vocab_size, reader_budget=size.text.reader_budget)
+    optim = dataclasses.replace(settings.optim, lr=size.optim.lr)
+    return dataclasses.replace(settings, model=size.model, rows=size.rows, text=text, optim=optim)

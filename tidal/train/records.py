@@ -23,6 +23,10 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import append
 
 EXCERPT = 300  # characters of a row that are shown
+MEASURED = ("seconds", "units_per_second", "memory_mib")
+"""Columns of metrics.csv that tell of the machine; all others are the same in a run that was stopped and continued."""
+COLUMNS = ("step", "seconds", "loss", "bits_per_byte", "grad_norm", "lr", "units_per_second", "memory_mib")
+"""Of every row; those of validation come after them."""
 
 
 class Metrics:
@@ -32,7 +36,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.path, self.names = path, ["step", "seconds", "lr", "loss", "bits_per_byte", "grad_norm"]
+        self.path, self.names = path, list(COLUMNS)
         self.rows: list[dict[str, Any]] = []
         for row in rows:
             self._take(row)
@@ -113,9 +117,11 @@ def parts_of(batch: Batch, n: int) -> list[Batch]:
     """A batch cut by rows into at most `n` parts of about as many; bytes, which cannot be told apart, count as 0."""
     if n == 1:
         return [batch]
-    parts = []
-    for rows in torch.arange(len(batch.targets)).tensor_split(min(n, len(batch.targets))):
-        cut: dict[str, Any] = {f.name: value[rows[0] : rows[-1] + 1] for f in dataclasses.fields(batch)
-                               if isinstance(value := getattr(batch, f.name), torch.Tensor)}  # fmt: skip
-        parts.append(dataclasses.replace(batch, **cut, n_units=int((cut["targets"] != NOTHING).sum()), n_bytes=0))
-    return parts
+    return [take(batch, rows) for rows in torch.arange(len(batch.targets)).tensor_split(min(n, len(batch.targets)))]
+
+
+def take(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Rows of a batch that follow each other, by their numbers; bytes, which cannot be told apart, count as 0."""
+    part: dict[str, Any] = {f.name: value[rows[0] : rows[-1] + 1] for f in dataclasses.fields(batch)
+                            if isinstance(value := getattr(batch, f.name), torch.Tensor)}  # fmt: skip
+    return dataclasses.replace(batch, **part, n_units=int((part["targets"] != NOTHING).sum()), n_bytes=0)

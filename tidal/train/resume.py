@@ -22,7 +22,9 @@ from tidal.train.records import last_step
 HARMLESS = {
     "out": "where it lies",
     "resume": "how it came to be continued",
+    "model_size": "a name; what it stands for is compared",
     "doctor": "looks before the first step only",
+    "tensorboard": "looks on",
     "data": "what is in it is compared, not where it is",
     "prepared": "likewise",
     "cache": "likewise",
@@ -32,6 +34,10 @@ HARMLESS = {
     "keep": "what is kept, not what is learnt",
     "threads": "the same sums in another order: equal but for rounding",
     "device": "likewise",
+    "parallel": "likewise, as the number of processes, which is no setting",
+    "parts": "likewise",
+    "compile": "likewise",
+    "checkpoint_activations": "the same sums, done twice",
 }
 """Settings that may change when a run is continued, and why. All others mean another run: the model, the data, their
 order, the tokenizer's rules, the optimizer and its schedule (so also `max_steps`, over which the rate is planned)."""
@@ -100,13 +106,6 @@ class Found:
         """The run it belongs to."""
         return self.folder.parent.parent
 
-    def with_tokenizer(self, settings: Train) -> Train:
-        """The settings to make the recipe with: the run's own tokenizer, instead of training it once more."""
-        if settings.recipe == "addition" or settings.text.tokenizer:
-            return settings
-        text = dataclasses.replace(settings.text, tokenizer=str(self.folder / "tokenizer"))
-        return dataclasses.replace(settings, text=text)
-
     def read(self, config: TidalConfig, digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Saved]:
         """Weights, moments (with generators) and state. Raises UserError for another model, other data, or damage."""
         values, tensors, _ = checkpoint.read_checkpoint(self.folder)
@@ -119,6 +118,14 @@ class Found:
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
         return tensors, moments, self.saved
+
+
+def with_tokenizer(settings: Train, folder: Path) -> Train:
+    """The settings to make the recipe with: the tokenizer of a run or checkpoint, instead of training it once more."""
+    if settings.recipe != "text" or settings.text.tokenizer:
+        return settings
+    text = dataclasses.replace(settings.text, tokenizer=str(folder / "tokenizer"))
+    return dataclasses.replace(settings, text=text)
 
 
 def look_in(path: Path) -> Found:
@@ -181,16 +188,16 @@ def is_finished(found: Found, settings: Train) -> bool:
 
 def differences(then: Train, now: Train) -> dict[str, str]:
     """Settings that differ, by name, as `--rows 32 (now 64)`; those of another recipe do not count."""
-    unused = "text" if now.recipe == "addition" else "addition"
+    unused = {"addition", "characters", "text"} - {now.recipe}
     old, new = (_flat(dataclasses.asdict(s), unused) for s in (then, now))
     return {name: f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
             for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
 
 
-def _flat(values: Mapping[str, Any], unused: str) -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], unused: set[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if name != unused:
+        if name not in unused:
             flat |= _flat(value, unused) if isinstance(value, dict) else {name: value}
     return flat
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from tidal.ranks import leads
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -57,6 +59,8 @@ class Stop:
         self.signal = signal.Signals(number)
         if self._raises:
             raise Stopped(self.signal)
+        if not leads():
+            return
         with contextlib.suppress(OSError):  # print() may be what was interrupted
             os.write(2, f"\n{self.signal.name}: saving, then stopping; once more ends it at once\n".encode())
 

@@ -1,1 +1,1 @@
-"""What there is to learn: `addition` makes its own data, `text` reads files."""
+"""What there is to learn: `addition` and `characters` make their own data, `text` reads files."""

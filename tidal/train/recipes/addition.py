@@ -1,30 +1,40 @@
-"""`--recipe addition`: documents `a + b = c\\n`, with the prompt `a + b =` and the completion ` c\\n`."""
+"""`--recipe addition`: documents `a + b = c\\n`, with the prompt `a + b =` and the completion ` c\\n`.
+
+Also differences, products with a number of one digit, sums of several numbers, and documents of several problems;
+endless new ones, or a finite set of them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tidal.blocks import BlockTable, passage
-from tidal.config import Train
+from tidal.cli import UserError
+from tidal.config import Addition, Train
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
+from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 
 Sum = tuple[int, int]
+Problem = tuple[str, str]
+"""A prompt, and its answer."""
 MAX_TABLE = 300_000  # distinct blocks remembered before the table is emptied
 
 
-def prompt_of(a: int, b: int) -> str:
+def prompt_of(*numbers: int, operation: str = "+") -> str:
     """`a + b =`"""
-    return f"{a} + {b} ="
+    return f" {operation} ".join(map(str, numbers)) + " ="
 
 
-def answer_of(a: int, b: int) -> str:
-    """` c\\n`"""
-    return f" {a + b}\n"
+def answer_of(*numbers: int, operation: str = "+") -> str:
+    """` c\\n`; of `+`, `-` and `*`."""
+    results = {"+": sum(numbers), "-": 2 * numbers[0] - sum(numbers), "*": math.prod(numbers)}
+    return f" {results[operation]}\n"
 
 
 def random_operand(rng: np.random.Generator, digits: int) -> int:
@@ -38,50 +48,130 @@ def random_sums(rng: np.random.Generator, digits: int, count: int) -> list[Sum]:
     return [(random_operand(rng, digits), random_operand(rng, digits)) for _ in range(count)]
 
 
+def random_problem(rng: np.random.Generator, settings: Addition, operation: str, digits: int | None = None) -> Problem:
+    """A new problem, its operands as long as the settings say, or all of exactly so many `digits`.
+
+    A difference has the larger number first; the second number of a product has one digit.
+    """
+    count = int(rng.integers(2, settings.terms + 1)) if operation == "+" else 2
+    most = settings.digits
+    if digits is not None:
+        lengths = [digits] * count
+    elif settings.lengths == "numbers":  # of the numbers below 10^n, nine tenths have n digits
+        lengths = [max(1, most + 1 - n) for n in rng.geometric(0.9, count).tolist()]
+    else:
+        lengths = rng.integers(1, most + 1, count).tolist()
+        lengths = lengths if settings.lengths == "uniform" else lengths[:1] * count
+    if operation == "*":
+        lengths[1] = 1
+    numbers = [random_operand(rng, n) for n in lengths]
+    if operation == "-":
+        numbers.sort(reverse=True)
+    return prompt_of(*numbers, operation=operation), answer_of(*numbers, operation=operation)
+
+
 def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, sums: Sequence[Sum],
                 batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
     """Share of sums answered exactly (greedy), and the wrong answers."""
-    prompts = [prompt_of(a, b) for a, b in sums]
-    longest = max(len(answer_of(a, b)) for a, b in sums)
-    answers = generate(model, tokenizer, prompts, max_new_units=2 * longest + 8, batch_size=batch_size)
-    wrong = [c for c, (a, b) in zip(answers, sums, strict=True)
-             if c.completion != answer_of(a, b) or c.stop_reason != "eos"]  # fmt: skip
-    return (len(sums) - len(wrong)) / len(sums), wrong
+    return exact(model, tokenizer, [(prompt_of(*s), answer_of(*s)) for s in sums], batch_size)
+
+
+def exact(model: TidalTransformer, tokenizer: MixedTokenizer, problems: Sequence[Problem],
+          batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
+    """Share of problems answered exactly (greedy), and the wrong answers."""
+    longest = max(len(answer) for _, answer in problems)
+    answers = generate(model, tokenizer, [prompt for prompt, _ in problems], max_new_units=2 * longest + 8,
+                       batch_size=batch_size)  # fmt: skip
+    wrong = [c for c, (_, answer) in zip(answers, problems, strict=True)
+             if c.completion != answer or c.stop_reason != "eos"]  # fmt: skip
+    return (len(problems) - len(wrong)) / len(problems), wrong
 
 
 class AdditionRecipe:
-    """Operands of 1 to `digits` digits, each length as often; places are jittered, so longer sums work too."""
+    """Operands of 1 to `digits` digits; places are jittered, so longer sums work too."""
 
     digest = ""  # no data from outside
 
     def __init__(self, settings: Train) -> None:
-        self.settings, self.digits = settings, settings.addition.digits
+        """Raises UserError for operations that there are not, and for more samples than there are problems."""
+        self.settings, self.own = settings, settings.addition
+        if not self.own.operations or set(self.own.operations) - set("+-*"):
+            raise UserError(f"--operations is {self.own.operations!r}; give one or several of + - *, such as '+-'")
         rng = np.random.default_rng(0)  # only the characters matter, and these are the same for every seed
-        texts = [prompt_of(a, b) + answer_of(a, b) for a, b in random_sums(rng, 5, 200)]
-        self.tokenizer = MixedTokenizer.train(texts, max_block_units=settings.addition.max_block_units)
+        plain = random_sums(rng, 5, 200)
+        texts = [prompt_of(*pair, operation=o) + answer_of(*pair) for o in self.own.operations for pair in plain]
+        self.tokenizer = MixedTokenizer.train(texts, max_block_units=self.own.max_block_units)
         self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
+        self.samples = self._samples(np.random.default_rng([settings.seed, 3])) if self.own.samples else []
+        self._epoch, self._order = -1, list[int]()
         rng = np.random.default_rng([settings.seed, 1])
-        lengths = (self.digits, self.digits + 1, self.digits + 2)
-        self.held_out = {n: random_sums(rng, n, 100) for n in lengths}
+        lengths = (self.own.digits, self.own.digits + 1, self.own.digits + 2)
+        self.held_out = {n: self._held_out(rng, n) for n in lengths}
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step: a pure function of (seed, step)."""
+    def _samples(self, rng: np.random.Generator) -> list[Problem]:
+        """The finite set to learn from, no two alike."""
+        found: dict[Problem, None] = {}
+        for _ in range(100 * self.own.samples):
+            found[self._new(rng)] = None
+            if len(found) == self.own.samples:
+                return list(found)
+        raise UserError(f"--samples is {self.own.samples}, of which only {len(found)} different ones were found; "
+                        "give fewer, or more --digits")  # fmt: skip
+
+    def _held_out(self, rng: np.random.Generator, digits: int) -> list[Problem]:
+        """100 problems that are not among the samples."""
+        known, found = set(self.samples), list[Problem]()
+        for i in range(10_000):
+            operation = self.own.operations[i % len(self.own.operations)]
+            problem = random_problem(rng, self.own, operation, digits)
+            if problem not in known:
+                found.append(problem)
+            if len(found) == 100:
+                return found
+        raise UserError(f"--samples is {self.own.samples}: nothing of {digits} digits is left to validate with")
+
+    def _new(self, rng: np.random.Generator) -> Problem:
+        operations = self.own.operations
+        return random_problem(rng, self.own, operations[rng.integers(len(operations))])
+
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
+        s, rng = self.settings, np.random.default_rng([self.settings.seed, 2, step])
+        offsets = rng.integers(0, s.model.place_jitter + 1, s.rows)
+        before = rng.integers(0, self.own.problems, s.rows)
+        problems = []
+        for i, n in enumerate(before.tolist()):
+            prompt, answer = self._sample(step * s.rows + i) if self.samples else self._new(rng)
+            problems.append(("".join(self._solved(rng) for _ in range(n)) + prompt, answer))
+        rows = list(share_of(s.rows, share))
+        return self.packed([problems[i] for i in rows], offsets[rows].tolist())
+
+    def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None) -> Batch:
+        """A row for each problem, whose places are moved by its offset."""
         if len(self.table) > MAX_TABLE:
             self.table.clear()
-        s, rng = self.settings, np.random.default_rng([self.settings.seed, 2, step])
-        lengths = rng.integers(1, self.digits + 1, (s.rows, 2))
-        offsets = rng.integers(0, s.model.place_jitter + 1, s.rows)
-        rows = []
-        for (n, m), offset in zip(lengths.tolist(), offsets.tolist(), strict=True):
-            a, b = random_operand(rng, n), random_operand(rng, m)
-            rows.append([passage(self.table, prompt_of(a, b), answer_of(a, b), place_offset=offset)])
-        return pack(rows, self.table, step_stride=s.model.step_stride)
+        rows = [[passage(self.table, prompt, answer, place_offset=offset)]
+                for (prompt, answer), offset in zip(problems, offsets or [0] * len(problems), strict=True)]  # fmt: skip
+        return pack(rows, self.table, step_stride=self.settings.model.step_stride)
+
+    def _solved(self, rng: np.random.Generator) -> str:
+        """A problem with its answer, to stand before another one."""
+        known = self.samples
+        return "".join(known[rng.integers(len(known))] if known else self._new(rng))
+
+    def _sample(self, n: int) -> Problem:
+        """The n-th sample to be learnt: each once an epoch, in an order of its own."""
+        epoch, i = divmod(n, len(self.samples))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.settings.seed, 4, epoch]).permutation(len(self.samples)).tolist()
+        return self.samples[self._order[i]]
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match at the trained number of digits and at one and two more; `quality` is their mean."""
-        scores = {f"exact_{n}": exact_match(model, self.tokenizer, sums)[0] for n, sums in self.held_out.items()}
+        scores = {f"exact_{n}": exact(model, self.tokenizer, problems)[0] for n, problems in self.held_out.items()}
         return {"quality": sum(scores.values()) / len(scores), **scores}
 
     def sample_prompts(self, step: int) -> list[str]:
-        """Held-out sums to show, in turn."""
-        return [prompt_of(*sums[step % len(sums)]) for sums in self.held_out.values()]
+        """Held-out problems to show, in turn."""
+        return [problems[step % len(problems)][0] for problems in self.held_out.values()]

@@ -12,6 +12,7 @@ from tidal.model import TidalTransformer
 from tidal.prepare.corpus import Rows
 from tidal.prepare.make import prepare_for_training
 from tidal.prepare.shards import MAX_TABLE
+from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 
 STEPS_PER_TOKEN = 8  # writer budget for a token of the reader budget; English writes about four
@@ -47,13 +48,14 @@ class TextRecipe:
         """The rows of validation."""
         return self._validation[:VALIDATION_ROWS]
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step: a pure function of (seed, step)."""
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
         self._limit_table()
-        s = self.settings
-        rng = np.random.default_rng([s.seed, 2, step])
-        chosen = [self.rows[self._row(i)] for i in range(step * s.rows, (step + 1) * s.rows)]
-        cut = [[cut_at_random(p, self.table, rng, s.text.cut_probability) for p in row] for row in chosen]
+        s, cut = self.settings, []
+        for i in share_of(s.rows, share):
+            rng = np.random.default_rng([s.seed, 2, step, i])  # of the row, whoever builds it
+            row = self.rows[self._row(step * s.rows + i)]
+            cut.append([cut_at_random(p, self.table, rng, s.text.cut_probability) for p in row])
         return pack(cut, self.table, step_stride=s.model.step_stride)
 
     def _row(self, i: int) -> int:

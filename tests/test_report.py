@@ -1,0 +1,338 @@
+"""Pages, pictures and tables of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from commands import tidal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidal.cli import UserError
+from tidal.report import page
+from tidal.report.__main__ import run as report
+from tidal.report.draw import COLOURS, HEIGHT, LEFT, WIDTH, Curve, Panel, number, png, smooth, svg, terminal, ticks
+from tidal.report.page import comparison_panels, duration, render_comparison, render_run, run_panels, visible
+from tidal.report.runs import newest, read
+
+HOSTILE = "</style><script>alert(1)</script>\u202e\x00\x1b[2J&lt;<img src=http://evil.test/x onerror=alert(2)>"
+
+
+def make(folder: Path, n: int = 30, lr: float = 0.002, held_out: float = 2.0, sample: str = " out\n") -> Path:
+    """A run folder as training leaves it, with made-up figures: validation every tenth row."""
+    folder.mkdir(parents=True)
+    names = ["step", "seconds", "loss", "bits_per_byte", "grad_norm", "lr", "units_per_second", "memory_mib",
+             "quality", "held_out_bits_per_byte", "context_gain"]  # fmt: skip
+    lines, samples = [",".join(names)], []
+    for i in range(1, n + 1):
+        loss, best = 6 * 0.95**i + 1, held_out + 1 / i
+        figures: list[Any] = [10 * i, f"{1.5 * i:g}", loss, 1.8 * loss, 0.5, lr, 9000 + i, 400]
+        lines.append(",".join(map(str, [*figures, *([-best, best, 0.3] if i % 10 == 0 else ["", "", ""])])))
+        if i % 10 == 0:
+            samples.append(json.dumps({"step": 10 * i, "prompt": "the sea", "completion": sample}))
+    (folder / "metrics.csv").write_text("\r\n".join(lines) + "\r\n")
+    (folder / "samples.jsonl").write_text("\n".join(samples) + "\n", encoding="utf-8")
+    config = {"recipe": "text", "max_steps": 10 * n, "model": {"d_model": 64}, "optim": {"lr": lr, "warmup_steps": 100}}
+    (folder / "config.json").write_text(json.dumps({**config, "text": {"data": [sample]}}))
+    return folder
+
+
+class Checked(HTMLParser):
+    """Collects tags and text, and looks that what is opened is closed."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "td", "th", "tr"):  # whose end may be left out
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("td", "th", "tr"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def look_at(source: str) -> Checked:
+    """A page that is whole, and needs nothing from elsewhere."""
+    checked = Checked(source)
+    assert checked.open == []
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in checked.tags}
+    named = {name for _, attributes in checked.tags for name in attributes}
+    assert not {"src", "href", "srcset", "data", "action"} & named
+    assert not [name for name in named if name.startswith("on")]
+    style = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
+    assert len(style) == 1
+    assert not re.search(r"url\(|@import|expression", style[0])
+    assert "default-src 'none'" in source
+    for drawing in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    return checked
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+def test_the_page_of_a_run(tmp_path: Path) -> None:
+    folder = make(tmp_path / "sea", n=100)
+    (folder / "doctor.json").write_text(json.dumps({"ok": True, "findings": 0, "results": [
+        {"number": 7, "check": "one builder", "verdict": "well", "measured": 0, "limit": "inf"}]}))  # fmt: skip
+    checked = look_at(render_run(read(folder)))
+    for said in ("recipe text · step 1,000 of 1,000 · 2 min", "Loss", "Bits per byte", "Gradient norm", "Learning rate",
+                 "Throughput", "the sea out", "one builder", "all well", "d-model", "units a second"):  # fmt: skip
+        assert said in checked.text, said
+    assert "Warnings" not in checked.text
+    assert sum(tag == "svg" for tag, _ in checked.tags) == 6
+    own = [attributes for tag, attributes in checked.tags if attributes.get("class") == "own"]
+    assert len(own) == 2  # width and data; all others are the defaults
+    assert render_run(read(folder)) == render_run(read(folder))
+
+
+def test_warnings_are_on_the_page(tmp_path: Path) -> None:
+    folder = make(tmp_path / "sea")
+    lines = (folder / "metrics.csv").read_text().replace(",0.3\n", ",0.0001\n")
+    (folder / "metrics.csv").write_text(lines)
+    checked = look_at(render_run(read(folder)))
+    assert "Warnings" in checked.text
+    assert "collapsed (step 200): what is written does not depend on what is read" in checked.text
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a b&<i>", sample=HOSTILE)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, HOSTILE: HOSTILE}))
+    for source in (render_run(read(folder)), render_comparison([read(folder), read(folder)])):
+        checked = look_at(source)
+        assert "\u202e" not in source
+        assert "\x1b" not in source
+        assert "\x00" not in source
+        assert "a b&<i>" in checked.text
+    assert r"</style><script>alert(1)</script>\u202e\x00\x1b[2J" in look_at(render_run(read(folder))).text
+
+
+@given(st.text())
+def test_what_is_visible_is_harmless(text: str) -> None:
+    shown = visible(text, most=10_000)
+    assert not re.search(r"<(?!/?i>)", shown)
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    plain = Checked(shown).text
+    if text.isprintable():
+        assert plain == text
+
+
+def test_pages_of_what_there_is(tmp_path: Path) -> None:
+    """No settings, samples, validation or doctor; one row; figures that are no numbers."""
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/metrics.csv"
+    for rows in ("1,0.5,2,3", "1,0.5,nan,inf", "1,1,2,3\n2,2,nan,nan\n3,3,2,1\n4,4"):
+        path.write_text(f"step,seconds,loss,bits_per_byte\n{rows}\n")
+        found = read(tmp_path / "run")
+        assert [row["step"] for row in found.rows] == [float(line.split(",")[0]) for line in rows.split("\n")
+                                                       if line != "4,4"]  # fmt: skip
+        look_at(render_run(found))
+        look_at(render_comparison([found, found]))
+        png([*run_panels(found), Panel("nothing", "", [])], tmp_path / "a.png")
+
+
+def test_comparison(tmp_path: Path) -> None:
+    runs = [read(make(tmp_path / name, lr=lr)) for name, lr in (("a", 0.002), ("b", 0.01))]
+    panels = comparison_panels(runs)
+    assert [(panel.title, panel.x) for panel in panels] == [
+        (title, x) for title in ("Held-out bits per byte", "Training loss") for x in ("step", "seconds")]  # fmt: skip
+    assert [curve.points[-1] for curve in panels[1].curves] == [(45.0, 2.0 + 1 / 30)] * 2
+    checked = look_at(render_comparison(runs))
+    assert re.search(r"Settings that differ\s*setting\s*a\s*b\s*lr\s*0.002\s*0.01", checked.text)
+    assert "d-model" not in checked.text
+
+
+def test_the_page_takes_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    now, written = [0.0], []
+
+    def write(folder: Path) -> None:
+        now[0] += 2.0
+        written.append(now[0])
+
+    monkeypatch.setattr(page, "write_run", write)
+    monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pages = page.Pages()
+    for _ in range(50):
+        now[0] += 10.0
+        pages.write(tmp_path)
+    assert len(written) == 3  # 2 s in 200 s, of 500 s
+    pages.write(tmp_path, last=True)
+    assert len(written) == 4
+    monkeypatch.undo()
+    page.Pages().write(tmp_path)  # there is no run
+    assert "no report.html: " in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- drawings
+
+
+def test_points_are_where_they_belong() -> None:
+    drawing = svg(Panel("t", "u", [Curve("a", [(0, 0.0), (50, 5.0), (100, 10.0)])]))
+    (points,) = re.findall(r'points="(.*?)"', drawing)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert (x0, x2) == (LEFT, pytest.approx(WIDTH - 10, abs=20))
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.2)
+    assert HEIGHT > y0 > y1 > y2 > 0
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.2)
+    labels = {text: float(y) - 3.5 for y, text in re.findall(r'class="y" x="\d+" y="(.*?)">(.*?)<', drawing)}
+    assert labels["0"] == pytest.approx(y0, abs=0.1)
+    assert labels["10"] == pytest.approx(y2, abs=0.1)
+    assert svg(Panel("t", "u", [Curve("a", [(1, math.nan)])])) == ""
+
+
+def test_many_points_are_thinned_and_smoothed() -> None:
+    noise = [(float(i), 1.0 + (i % 7) / 10) for i in range(20_000)]
+    panel = Panel("t", "u", [Curve("a", noise)], noisy=True)
+    assert len(svg(panel)) < 20_000
+    assert panel.shown()[0].points[-1] == noise[-1]
+    assert svg(panel).count("<polyline") == 2
+    assert max(y for _, y in smooth(noise)[10:-10]) < 1.4
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_are_few_and_inside(low: float, width: float) -> None:
+    high = low + width
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        found = ticks(low, high)
+        assert found == sorted(set(found))
+        assert 2 <= len(found) <= 7
+        assert all(low - 0.01 * width <= tick <= high + 0.01 * width for tick in found)
+
+
+@given(st.floats(1e-12, 1e9), st.floats(2.5, 1e9))
+def test_logarithmic_ticks(low: float, factor: float) -> None:
+    found = ticks(low, low * factor, log=True)
+    assert 1 <= len(found) <= 13
+    assert all(low <= tick <= low * factor for tick in found)
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0, "0"), (1600, "1,600"), (12_345, "12.3k"), (2.5e6, "2.5M"), (0.5, "0.5"), (1.9e-5, "1.9e-5"), (1e-4, "1e-4"),
+    (-1.917, "-1.92"), (math.nan, "nan")])  # fmt: skip
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (42, 119, 960, 7199, 12_600)] == ["42 s", "119 s", "16 min", "120 min", "3.5 h"]
+
+
+def test_in_letters() -> None:
+    plot = terminal(Panel("Loss", "nats", [Curve("a", [(0, 1.0), (10, 500.0)]), Curve("b", [(0, 2.0), (10, 3.0)])]))
+    assert "Loss, log10 of nats, against step" in plot
+    assert not re.search(r"\x1b", plot)
+    assert terminal(Panel("Loss", "nats", [])) == ""
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two runs, which is the current one."""
+    make(tmp_path / "runs/a")
+    time.sleep(0.01)
+    make(tmp_path / "runs/b", lr=0.01, held_out=1.5)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_figures_as_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(["runs/a", "runs/b", "--json"])
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [r["run"] for r in runs] == ["a", "b"]
+    assert runs[1] == {
+        "run": "b", "recipe": "text", "step": 300, "max_steps": 300, "seconds": 45.0, "warnings": [],
+        "loss": pytest.approx(6 * 0.95**30 + 1), "bits_per_byte": pytest.approx(1.8 * (6 * 0.95**30 + 1)),
+        "held_out_bits_per_byte": pytest.approx(1.5 + 1 / 30), "best_quality": pytest.approx(-1.5 - 1 / 30),
+        "best_step": 300, "units_per_second": 9015.5, "memory_mib": 400.0,
+    }  # fmt: skip
+
+
+def test_in_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(["runs/a", "runs/b"])
+    said = capsys.readouterr().out
+    assert "Held-out bits per byte, bits, against step" in said
+    assert re.search(r"^run +a +b$", said, re.MULTILINE)
+    assert re.search(r"^best quality +-2.03 +-1.53$", said, re.MULTILINE)
+    assert newest().name == "b"
+    report([])
+    assert re.search(r"^run +b$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(["runs/a", "--out", "one.html"])
+    report(["runs/a", "runs/b", "runs/a", "--out", "three.html"])
+    report(["runs/a", "runs/b", "--out", "both.png"])
+    assert capsys.readouterr().out == ""
+    look_at((home / "one.html").read_text(encoding="utf-8"))
+    assert "a (2)" in look_at((home / "three.html").read_text(encoding="utf-8")).text
+    assert (home / "both.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["nowhere"], "nowhere is no run: it has no metrics.csv"),
+    (["runs/a", "--out", "a.pdf"], "--out is a.pdf; it must end in .html or .png"),
+    (["runs/a", "--out", "no/such/a.html"], "cannot write no/such/a.html"),
+    (["runs/a", "--out", "no/such/a.png"], "cannot write no/such/a.png"),
+    (["--json", "runs/a"], "unexpected argument 'runs/a'"),
+    (["runs/a", "--ouf", "x"], "unknown flag '--ouf'; did you mean '--out'"),
+])  # fmt: skip
+def test_what_cannot_be_done(arguments: list[str], said: str, home: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        report(arguments)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda run: (run / "metrics.csv").write_text(""), "has no figures yet"),
+    "header": (lambda run: (run / "metrics.csv").write_text("step,loss\n"), "has no figures yet"),
+    "no loss": (lambda run: (run / "metrics.csv").write_text("step,x\n1,2\n"), "has no bits_per_byte, loss, seconds"),
+    "a word": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,x\n"), "could not convert"),
+    "no JSON": (lambda run: (run / "config.json").write_text("{"), "cannot be read"),
+    "a list": (lambda run: (run / "doctor.json").write_text("[]"), "must hold objects"),
+    "samples": (lambda run: (run / "samples.jsonl").write_text("[1\n"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_runs_are_refused(name: str, home: Path) -> None:
+    damage, said = DAMAGE[name]
+    damage(home / "runs/a")
+    with pytest.raises(UserError, match=said):
+        report(["runs/a", "--json"])
+
+
+def test_as_a_process(home: Path) -> None:
+    done = tidal("report", "runs/a", "--json", cwd=home)
+    assert json.loads(done.out)["runs"][0]["step"] == 300
+    failed = tidal("report", "nowhere", cwd=home, fails=True)
+    assert (failed.code, failed.out, failed.err.count("\n")) == (2, "", 1)
+
+
+def test_there_are_colours_for_both_pages() -> None:
+    assert len(COLOURS) == len(set(COLOURS)) == len(page.COLOURS_ON_DARK)

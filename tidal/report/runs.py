@@ -1,0 +1,115 @@
+"""A run folder, read as far as it has come."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tidal.cli import UserError
+from tidal.train.health import Alarm, Health
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run that are there."""
+
+    name: str
+    settings: dict[str, Any]
+    """of config.json, flat: without the groups of the flags"""
+    rows: list[dict[str, float]]
+    """of metrics.csv, without empty fields"""
+    samples: list[dict[str, Any]]
+    doctor: dict[str, Any] | None
+    """what `Report.to_dict` of the examination before training gave"""
+
+    def curve(self, name: str, against: str = "step") -> Points:
+        """A column of metrics.csv over the steps or the seconds."""
+        return [(row[against], row[name]) for row in self.rows if name in row]
+
+    @property
+    def held_out(self) -> list[str]:
+        """The columns of validation."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if name.startswith(("held_out_", "exact_"))]
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """What the rows warn of."""
+        warmup = int(self.settings.get("warmup_steps", 0))
+        return list(Health(int(self.settings.get("max_steps", 0)), warmup, self.rows).alarms.values())
+
+    def final(self) -> dict[str, Any]:
+        """The figures a run is judged by: the last ones, and the best of validation (`quality`, higher is better)."""
+        last = self.rows[-1]
+        quality = [(value, step) for step, value in self.curve("quality") if not math.isnan(value)]
+        best, at = max(quality, default=(None, None))
+        held_out = {name: points[-1][1] for name in self.held_out if (points := self.curve(name))}
+        speeds = [row["units_per_second"] for row in self.rows if "units_per_second" in row]
+        return {
+            "run": self.name, "recipe": self.settings.get("recipe"), "step": int(last["step"]),
+            "max_steps": self.settings.get("max_steps"), "seconds": last["seconds"], "loss": last["loss"],
+            "bits_per_byte": last["bits_per_byte"], **held_out, "best_quality": best,
+            "best_step": None if at is None else int(at), "units_per_second": median(speeds) if speeds else None,
+            "memory_mib": last.get("memory_mib"), "warnings": [str(alarm) for alarm in self.alarms],
+        }  # fmt: skip
+
+
+def read(folder: Path) -> Run:
+    """The run in a folder, or the run a checkpoint belongs to. Raises UserError where there is none."""
+    if folder.absolute().parent.name == "checkpoints":
+        folder = folder.absolute().parent.parent
+    try:
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [_numbers(row) for row in csv.DictReader(file) if None not in row.values()]  # a torn last line
+        config = folder / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        samples = _samples(folder / "samples.jsonl")
+        verdict = folder / "doctor.json"
+        doctor = json.loads(verdict.read_text(encoding="utf-8")) if verdict.exists() else None
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no run: it has no metrics.csv; give a run folder such as runs/NAME") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+    if not rows:
+        raise UserError(f"{folder} has no figures yet; wait for its tenth step")
+    if not isinstance(settings, dict) or not (doctor is None or isinstance(doctor, dict)):
+        raise UserError(f"{folder} cannot be read: config.json and doctor.json must hold objects")
+    return Run(folder.absolute().name, flat(settings), rows, samples, doctor)
+
+
+def newest() -> Path:
+    """The run under ./runs that has written last. Raises UserError where there is none."""
+    found = [(path.stat().st_mtime_ns, path.parent) for path in Path("runs").glob("*/metrics.csv")]
+    if not found:
+        raise UserError("no runs found under runs/; train one with: python -m tidal.train")
+    return max(found)[1]
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    """Raises ValueError for what is no number, and for a row that lacks one of those that every row has."""
+    numbers = {name: float(value) for name, value in row.items() if value != ""}
+    if missing := {"step", "seconds", "loss", "bits_per_byte"} - numbers.keys():
+        raise ValueError(f"a row of metrics.csv has no {', '.join(sorted(missing))}")
+    return numbers
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    samples = [json.loads(line) for line in lines]
+    return [s for s in samples if isinstance(s, dict) and {"step", "prompt", "completion"} <= s.keys()]
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the groups of the flags."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value) if isinstance(value, dict) else {name: value}
+    return found

@@ -1,0 +1,37 @@
+"""What is done where memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from tidal.ranks import OwnError
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory: CUDA has a class for it, the CPU's allocator only words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say in one line what there is no memory for."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise OwnError(f"out of memory ({first_line(error)}) for {what}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return str(error).partition("\n")[0][:160] or type(error).__name__
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what a GPU's allocator keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
