@@ -145,7 +145,7 @@ CASES = {
             "seed": "-1", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan", "beta2": "1",
             "weight-decay": "-1", "decay-fraction": "2", "accumulate": "0", "aux-weight": "nan",
             "warmup-steps": "-1", "digits": "0 200",
-            "max-block-units": "3", "step-stride": "nan -1", "d-model": "0", "n-heads": "0", "reader-layers": "0",
+            "max-block-units": "3", "step-stride": "nan -1", "d-model": "0", "n-heads": "0", "reader-layers": "-1",
             "place-jitter": "-1", "suffix-rows": "-1", "table-lr-scale": "nan",
         }.items()
         for value in values.split()

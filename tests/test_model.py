@@ -61,8 +61,8 @@ def test_unknown_and_missing_keys_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [
     {"d_model": 0}, {"d_model": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3}, {"n_heads": 0}, {"n_kv_heads": 0},
-    {"reader_layers": 0}, {"writer_layers": 0}, {"reader_ff": 0}, {"writer_ff": 0}, {"suffix_rows": -1},
-    {"writer_attention": "all"}, {"place_jitter": -1}, {"step_stride": -0.5},
+    {"reader_layers": -1}, {"writer_layers": 0}, {"reader_ff": 0}, {"writer_ff": 0}, {"suffix_rows": -1},
+    {"writer_attention": "all"}, {"query_gain": -1}, {"place_jitter": -1}, {"step_stride": -0.5},
 ])  # fmt: skip
 def test_shapes_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -71,6 +71,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(1200)  # two minutes on a quiet machine
 def test_every_command_runs(home: Path) -> None:
     for command in commands_of(README):
         if command in CHECKED_ELSEWHERE:

@@ -21,7 +21,7 @@ class Shape:
     n_kv_heads: int = 4
     """Key and value heads, shared by groups of heads; must divide the heads."""
     reader_layers: int = 3
-    """Layers that read tokens."""
+    """Layers that read tokens; 0: the writer attends to tokens and places as they are."""
     writer_layers: int = 1
     """Layers that write characters."""
     reader_ff: int = 384
@@ -34,15 +34,17 @@ class Shape:
     """What the first writer layer sees: the text so far and its own block, its own block only, or nothing."""
     qk_norm: bool = True
     """Normalize queries and keys."""
+    query_gain: float = 1.0
+    """What the gains of normalized queries begin at; more begins with sharper attention."""
     place_jitter: int = 0
     """In training, every document's places are moved by a random number up to this one."""
     step_stride: float = 0.0
     """How far apart, in reader positions, the steps of one block stand."""
 
     def __post_init__(self) -> None:
-        for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 1),
+        for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 0),
                             ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1), ("suffix_rows", 0),
-                            ("place_jitter", 0), ("step_stride", 0)):  # fmt: skip
+                            ("query_gain", 0), ("place_jitter", 0), ("step_stride", 0)):  # fmt: skip
             if not getattr(self, name) >= least:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.d_model % self.n_heads:
@@ -158,6 +160,9 @@ class Addition:
     """Most numbers of a sum; it has two at least."""
     problems: int = 1
     """Most problems of a document, of which the last is learnt and the others are its context."""
+    elsewhere: float = 0.0
+    """Part of the documents that begin with another problem, whose places are moved so far that they meet none of the
+    learnt one's: teaches to look past digits many places away, which longer numbers than those of training have."""
     max_block_units: int = 128
     """Longest number that can be written, in characters."""
 
@@ -167,7 +172,7 @@ class Characters:
     """The data of `--recipe characters`."""
 
     word_vocab_size: int = 640
-    """Size of the vocabulary that words are read in, of which the longer tokens are all but about 360."""
+    """Size of the vocabulary that words are read in, of which about 360 are not longer than a letter."""
 
 
 @dataclass(frozen=True)

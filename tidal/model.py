@@ -81,6 +81,8 @@ class Layer(nn.Module):
             self.out = nn.Linear(self.n_heads * self.d_head, shape.d_model, bias=False)
             norms = nn.RMSNorm if shape.qk_norm else nn.Identity
             self.norm_query, self.norm_key = norms(self.d_head, eps=1e-6), norms(self.d_head, eps=1e-6)
+            for gain in self.norm_query.parameters():
+                nn.init.constant_(gain, shape.query_gain)
             self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
         self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
         self.mlp = SwiGLU(shape.d_model, d_ff)

@@ -148,7 +148,7 @@ def past_seen(patient: Patient, meter: Meter) -> None:
     """Every query gives weight to every key it must see, in every layer and head; inside a block of the reader both
     ways.
     """
-    both_ways = False
+    both_ways = not len(patient.model.reader)
     for layer, seen in _visibility(patient).items():
         weight = _attention(patient)[layer].amin(0)
         hidden = (weight <= 0) & seen

@@ -103,7 +103,7 @@ def deterministic(patient: Patient, meter: Meter) -> None:
     meter.same("log-probabilities", once, again, partial(patient.where, document), sides)
     model.train()
     modes: list[bool] = []
-    handle = model.reader[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    handle = model.writer[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
     try:
         outputs: list[list[object]] = []
         for n in range(2):

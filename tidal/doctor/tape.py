@@ -32,7 +32,8 @@ class Tape:
     def _read(self, ids: Tensor, places: Tensor, views: list[View]) -> Tensor:
         self._add("reader ids", ids)
         self._add("reader places", places)
-        self._add("reader positions", views[0].q_position)
+        if views:  # without reader layers only the writer is given them, as positions of keys
+            self._add("reader positions", views[0].q_position)
         with self._layers("reader"):
             return self._original.read(ids, places, views)
 

@@ -105,11 +105,16 @@ class Parallel:
 
     def told(self, text: str) -> str:
         """The `text` of the first process."""
+        if self.size == 1:
+            return text
         self.meet()
-        box = [text]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = torch.tensor(len(content))
+        dist.broadcast(length, src=0)
+        if not self.leads:
+            content = torch.zeros(int(length), dtype=torch.uint8)
+        dist.broadcast(content, src=0)
+        return bytes(content.tolist()).decode()
 
     def check_same(self, found: str) -> None:
         """Raise UserError in a process that has `found` something else than the first one."""

@@ -97,6 +97,9 @@ class AdditionRecipe:
         self.settings, self.own = settings, settings.addition
         if not self.own.operations or set(self.own.operations) - set("+-*"):
             raise UserError(f"--operations is {self.own.operations!r}; give one or several of + - *, such as '+-'")
+        if self.own.elsewhere and settings.model.place_jitter < self.own.digits + 2:
+            raise UserError(f"--place-jitter is {settings.model.place_jitter}; with --elsewhere and operands of "
+                            f"{self.own.digits} digits it must be at least {self.own.digits + 2}")  # fmt: skip
         rng = np.random.default_rng(0)  # only the characters matter, and these are the same for every seed
         plain = random_sums(rng, 5, 200)
         texts = [prompt_of(*pair, operation=o) + answer_of(*pair) for o in self.own.operations for pair in plain]
@@ -137,22 +140,42 @@ class AdditionRecipe:
     def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
         s, rng = self.settings, np.random.default_rng([self.settings.seed, 2, step])
-        offsets = rng.integers(0, s.model.place_jitter + 1, s.rows)
-        before = rng.integers(0, self.own.problems, s.rows)
-        problems = []
-        for i, n in enumerate(before.tolist()):
+        offsets = rng.integers(0, s.model.place_jitter + 1, s.rows).tolist()
+        before = rng.integers(0, self.own.problems, s.rows).tolist()
+        strays = (rng.random(s.rows) < self.own.elsewhere).tolist()
+        problems, moved = list[Problem](), list[tuple[str, int]]()
+        for i in range(s.rows):
             prompt, answer = self._sample(step * s.rows + i) if self.samples else self._new(rng)
-            problems.append(("".join(self._solved(rng) for _ in range(n)) + prompt, answer))
-        rows = list(share_of(s.rows, share))
-        return self.packed([problems[i] for i in rows], offsets[rows].tolist())
+            problems.append(("".join(self._solved(rng) for _ in range(before[i])) + prompt, answer))
+            far = self._far(rng, offsets[i]) if strays[i] else None
+            moved.append(("", 0) if far is None else (self._solved(rng), far - offsets[i]))
+        mine = share_of(s.rows, share)
+        return self.packed([problems[i] for i in mine], [offsets[i] for i in mine], [moved[i] for i in mine])
 
-    def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None) -> Batch:
-        """A row for each problem, whose places are moved by its offset."""
+    def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None,
+               moved: Sequence[tuple[str, int]] | None = None) -> Batch:  # fmt: skip
+        """A row for each problem, whose places are moved by its offset; before it a text whose places are moved by so
+        many more.
+        """
         if len(self.table) > MAX_TABLE:
             self.table.clear()
-        rows = [[passage(self.table, prompt, answer, place_offset=offset)]
-                for (prompt, answer), offset in zip(problems, offsets or [0] * len(problems), strict=True)]  # fmt: skip
-        return pack(rows, self.table, step_stride=self.settings.model.step_stride)
+        offsets, moved = offsets or [0] * len(problems), moved or [("", 0)] * len(problems)
+        rows = [[passage(self.table, text + prompt, answer, place_offset=offset)]
+                for (prompt, answer), offset, (text, _) in zip(problems, offsets, moved, strict=True)]  # fmt: skip
+        batch = pack(rows, self.table, step_stride=self.settings.model.step_stride)
+        for places, (text, by) in zip(batch.reader_places, moved, strict=True):
+            n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(text))).sum() if text else 0
+            places[1 : 1 + n_tokens] += by  # after <bos>
+        return batch
+
+    def _far(self, rng: np.random.Generator, offset: int) -> int | None:
+        """Another offset, from which no number reaches to this one's places; None where there is none."""
+        gap, jitter = self.own.digits + 2, self.settings.model.place_jitter
+        below, above = max(0, offset - gap + 1), max(0, jitter - offset - gap + 1)
+        if below + above == 0:
+            return None
+        far = int(rng.integers(below + above))
+        return far if far < below else offset + gap + far - below
 
     def _solved(self, rng: np.random.Generator) -> str:
         """A problem with its answer, to stand before another one."""
