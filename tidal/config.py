@@ -60,6 +60,10 @@ LAYOUT = 1
 text: old weights would load, and write garbage."""
 
 
+BEFORE = {"query_gain": 1.0}
+"""Settings of a shape that came later than the first checkpoints, and what these have."""
+
+
 @dataclass(frozen=True)
 class TidalConfig:
     """All that is needed to build a `TidalTransformer`: a shape, and the tokenizer's side of it."""
@@ -105,7 +109,10 @@ class TidalConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises ValueError on unknown or missing keys (law 7)."""
         known = _checked(cls, values)
-        return cls(**{**known, "shape": Shape(**_checked(Shape, known["shape"]))})
+        shape = known["shape"]
+        if isinstance(shape, dict):
+            shape = {**BEFORE, **shape}
+        return cls(**{**known, "shape": Shape(**_checked(Shape, shape))})
 
 
 def _checked(kind: type, values: Any) -> dict[str, Any]:

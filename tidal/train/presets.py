@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tidal.config import Optim, Shape, Train
+from tidal.config import Addition, Optim, Shape, Train
 
 GREEDY = frozenset({"addition", "characters"})
 """Recipes with one right answer."""
@@ -12,12 +12,13 @@ GREEDY = frozenset({"addition", "characters"})
 PRESETS: dict[str, Train] = {
     "addition": Train(
         recipe="addition",
-        max_steps=1600,
+        max_steps=3000,
         rows=64,
         validate_every=200,
-        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=1, writer_layers=2, reader_ff=192, writer_ff=192,
-                    suffix_rows=0, place_jitter=20),
+        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=0, writer_layers=2, reader_ff=192, writer_ff=192,
+                    suffix_rows=0, query_gain=2.0, place_jitter=20),
         optim=Optim(lr=3e-3, table_lr_scale=4.0, weight_decay=0.3, decay_fraction=0.4, aux_weight=0.0),
+        addition=Addition(elsewhere=0.5),
     ),
     "characters": Train(
         recipe="characters",
