@@ -88,7 +88,7 @@ def test_attention_is_what_the_ranges_say(shape: Shape, tokenizer: MixedTokenize
     seen = int((batch.reader_sees[..., 1] - batch.reader_sees[..., 0]).sum())
     remembered = int((batch.sees_reader[..., 1] - batch.sees_reader[..., 0]).sum())
     n_tokens, n_steps, context = batch.reader_ids.shape[1], batch.targets.shape[1], 100
-    pairs = context * (shape.reader_layers * n_tokens + n_steps)
+    pairs = context * (shape.reader_layers * n_tokens + model.has_memory * n_steps)
     wanted = model.flops(n_tokens, n_steps, 0) + 2 * 2 * shape.d_model * pairs  # a multiply-add for each of d, twice
     assert model.flops(n_tokens, n_steps, context) == wanted
     assert remembered / n_steps == pytest.approx(n_tokens / 2, rel=0.1)  # half a row: what `cost` takes for the mean

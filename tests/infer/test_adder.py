@@ -31,8 +31,7 @@ def adder() -> tuple[TidalTransformer, MixedTokenizer]:
     preset = PRESETS["addition"]
     settings = replace(preset, rows=32, max_steps=STEPS, addition=Addition(digits=1),
                        optim=replace(preset.optim, lr=1e-2),
-                       model=replace(preset.model, d_model=32, reader_layers=1, query_gain=1.0, reader_ff=64,
-                                     writer_ff=64))  # fmt: skip
+                       model=replace(preset.model, d_model=32, query_gain=1.0, reader_ff=64, writer_ff=64))  # fmt: skip
     recipe, threads = AdditionRecipe(settings), torch.get_num_threads()
     torch.set_num_threads(1)
     model = model_for(settings, recipe.tokenizer)

@@ -12,10 +12,10 @@ GREEDY = frozenset({"addition", "characters"})
 PRESETS: dict[str, Train] = {
     "addition": Train(
         recipe="addition",
-        max_steps=3000,
+        max_steps=2000,
         rows=64,
         validate_every=200,
-        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=0, writer_layers=2, reader_ff=192, writer_ff=192,
+        model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=1, writer_layers=2, reader_ff=192, writer_ff=192,
                     suffix_rows=0, query_gain=2.0, place_jitter=20),
         optim=Optim(lr=3e-3, table_lr_scale=4.0, weight_decay=0.3, decay_fraction=0.4, aux_weight=0.0),
         addition=Addition(elsewhere=0.5),
@@ -29,7 +29,14 @@ PRESETS: dict[str, Train] = {
                     suffix_rows=0),
         optim=Optim(lr=5e-3, table_lr_scale=4.0, decay_fraction=0.8, aux_weight=0.0),
     ),
-    "text": Train(recipe="text", max_steps=1000, rows=8, validate_every=200),
+    "text": Train(
+        recipe="text",
+        max_steps=1000,
+        rows=8,
+        validate_every=200,
+        model=Shape(writer_attention="none", writer_ff=256),  # docs/ablations.md
+        optim=Optim(lr=4e-3),
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,310 @@
+"""Options of the recipe `addition`, and the benchmark that uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import addition as benchmark
+from benchmarks.switches import Switches
+from tidal.blocks import NOTHING
+from tidal.cli import UserError
+from tidal.config import Addition, Shape, Train
+from tidal.streams import Batch
+from tidal.tokenizer import MixedTokenizer
+from tidal.train.__main__ import run as train
+from tidal.train.loop import model_for
+from tidal.train.presets import PRESETS
+from tidal.train.recipes.addition import AdditionRecipe, answer_of, exact, prompt_of
+
+SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=16, writer_ff=16,
+              suffix_rows=0, place_jitter=4)  # fmt: skip
+TINY = ("d-model=16", "n-heads=2", "n-kv-heads=2", "reader-ff=16", "writer-ff=16", "writer-layers=1", "rows=8")
+
+
+def settings(rows: int = 16, seed: int = 0, **addition: Any) -> Train:
+    own = Addition(**{"digits": 3, "max_block_units": 32, **addition})
+    return dataclasses.replace(PRESETS["addition"], rows=rows, seed=seed, model=SHAPE, addition=own)
+
+
+def texts(batch: Batch, tokenizer: MixedTokenizer) -> list[str]:
+    """What each row reads: one document."""
+    kept = [ids[sees[:, 1] > 0].tolist()[1:] for ids, sees in zip(batch.reader_ids, batch.reader_sees, strict=True)]
+    return [tokenizer.decode(ids) for ids in kept]
+
+
+def some(n_steps: int = 20, **addition: Any) -> list[str]:
+    """Documents of the first steps."""
+    recipe = AdditionRecipe(settings(**addition))
+    return [text for step in range(n_steps) for text in texts(recipe.batch(step), recipe.tokenizer)]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+# ---------------------------------------------------------------------------------------- kinds of problems
+
+
+def test_answers_are_right() -> None:
+    assert (prompt_of(5, 7), answer_of(5, 7)) == ("5 + 7 =", " 12\n")
+    assert (prompt_of(5, 7, 9), answer_of(5, 7, 9)) == ("5 + 7 + 9 =", " 21\n")
+    assert (prompt_of(7, 5, operation="-"), answer_of(7, 5, operation="-")) == ("7 - 5 =", " 2\n")
+    assert (prompt_of(12, 5, operation="*"), answer_of(12, 5, operation="*")) == ("12 * 5 =", " 60\n")
+
+
+def test_operations_come_equally_often() -> None:
+    found: Counter[str] = Counter()
+    for text in some(operations="+-*"):
+        question, right = text.removesuffix("\n").split(" = ")
+        assert right == str(eval_of(question))
+        operation = question.split(" ")[1]
+        found[operation] += 1
+        first, second = numbers(question)
+        assert operation != "-" or first >= second
+        assert operation != "*" or second < 10
+    assert set(found) == set("+-*")
+    assert min(found.values()) > 70  # 107 are expected
+
+
+def eval_of(question: str) -> int:
+    """By another way than the recipe's."""
+    first, operation, *rest = question.split(" ")
+    value = int(first)
+    for n in map(int, rest[::2]):
+        value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[operation](n)
+    return value
+
+
+def test_sums_of_several_numbers() -> None:
+    found: Counter[int] = Counter()
+    for text in some(terms=4):
+        *terms, total = numbers(text)
+        assert sum(terms) == total
+        found[len(terms)] += 1
+    assert set(found) == {2, 3, 4}
+    assert min(found.values()) > 70
+
+
+def test_lengths_of_operands() -> None:
+    lengths = {kind: [tuple(len(str(n)) for n in numbers(text)[:2]) for text in some(40, lengths=kind)]
+               for kind in ("uniform", "equal", "numbers")}  # fmt: skip
+    assert {a == b for a, b in lengths["equal"]} == {True}
+    assert min(Counter(lengths["equal"]).values()) > 160  # 213 each are expected
+    assert min(Counter(lengths["uniform"]).values()) > 40
+    longest = sum(a == 3 for a, _ in lengths["numbers"]) / len(lengths["numbers"])
+    assert 0.86 < longest < 0.94
+    assert {a for a, _ in lengths["numbers"]} == {1, 2, 3}
+
+
+def test_documents_of_several_problems_learn_the_last() -> None:
+    recipe = AdditionRecipe(settings(problems=3))
+    found: Counter[int] = Counter()
+    for step in range(20):
+        batch = recipe.batch(step)
+        for row, text in enumerate(texts(batch, recipe.tokenizer)):
+            lines = text.splitlines()
+            for line in lines:
+                a, b, c = numbers(line)
+                assert a + b == c
+            learnt = [t for t in batch.targets[row].tolist() if t != NOTHING]
+            answer = " " + lines[-1].split(" = ")[1]
+            units = recipe.tokenizer.write_units(answer)
+            assert learnt[: len(units) + 1] == [*units, recipe.tokenizer.eob_id]
+            assert len(learnt) == len(units) + 1 + 2 + 1  # "\n" with its <eob>, and <eos>
+            found[len(lines)] += 1
+    assert set(found) == {1, 2, 3}
+    assert min(found.values()) > 70
+
+
+def test_what_stands_elsewhere_meets_no_place_of_the_problem() -> None:
+    own = settings(rows=64, elsewhere=0.5)
+    recipe = AdditionRecipe(dataclasses.replace(own, model=dataclasses.replace(SHAPE, place_jitter=12)))
+    found: Counter[bool] = Counter()
+    distances: Counter[int] = Counter()
+    for step in range(10):
+        batch = recipe.batch(step)
+        for row, text in enumerate(texts(batch, recipe.tokenizer)):
+            *stray, last = text.splitlines(keepends=True)
+            assert len(stray) <= 1
+            found[bool(stray)] += 1
+            a, b, c = numbers(last)
+            assert a + b == c
+            offset = int(batch.writer_places[row, 0])
+            blocks = [recipe.tokenizer.encode_block(block) for block in recipe.tokenizer.split(last)]
+            own_places = [offset + place for block in blocks for place in block.places]
+            n_read = int((batch.reader_sees[row, :, 1] > 0).sum())
+            places = batch.reader_places[row, :n_read].tolist()
+            assert places[0] == offset
+            assert places[n_read - len(own_places) :] == own_places
+            if stray:
+                blocks = [recipe.tokenizer.encode_block(block) for block in recipe.tokenizer.split(stray[0])]
+                plain = [place for block in blocks for place in block.places]
+                (moved,) = {place - before for place, before in zip(places[1 : 1 + len(plain)], plain, strict=True)}
+                assert 0 <= moved <= 12
+                assert abs(moved - offset) >= 5
+                distances[moved - offset] += 1
+    assert min(found.values()) > 200
+    assert min(distances) == -12
+    assert max(distances) == 12
+
+
+# ----------------------------------------------------------------------------------------------- finite sets
+
+
+def test_a_finite_set_is_learnt_once_an_epoch_and_nothing_else_is() -> None:
+    recipe = AdditionRecipe(settings(rows=10, samples=50, digits=2))
+    known = [prompt + answer for prompt, answer in recipe.samples]
+    assert len(set(known)) == 50
+    epochs = [[text for step in range(5 * e, 5 * e + 5) for text in texts(recipe.batch(step), recipe.tokenizer)]
+              for e in (0, 1)]  # fmt: skip
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(known)
+    assert epochs[0] != epochs[1]
+    again = texts(recipe.batch(3), recipe.tokenizer)
+    assert again == epochs[0][30:40]  # a pure function of the step
+    assert AdditionRecipe(settings(samples=50, digits=2, seed=1)).samples != recipe.samples
+
+
+def test_a_finite_set_is_also_the_only_context() -> None:
+    recipe = AdditionRecipe(settings(samples=20, digits=2, problems=3))
+    known = {(prompt + answer).strip() for prompt, answer in recipe.samples}
+    read = {line for text in texts(recipe.batch(0), recipe.tokenizer) for line in text.splitlines()}
+    assert read <= known
+
+
+def test_validation_asks_for_nothing_that_was_learnt() -> None:
+    recipe = AdditionRecipe(settings(samples=60, digits=1, lengths="equal", operations="+-"))
+    assert len(recipe.held_out[1]) == 100
+    assert not set(recipe.samples) & {p for problems in recipe.held_out.values() for p in problems}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"operations": ""}, "--operations is ''"), ({"operations": "+/"}, "--operations is '+/'"),
+     ({"samples": 101, "digits": 1}, "only 100 different"),
+     ({"samples": 100, "digits": 1}, "nothing of 1 digits is left"),
+     ({"elsewhere": 0.5, "digits": 3}, "--place-jitter is 4; with --elsewhere and operands of 3 digits it must be at")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        AdditionRecipe(settings(**wrong))
+
+
+@pytest.mark.parametrize("flags", ["--terms 1", "--problems 0", "--samples -1"])
+def test_limits_of_the_flags(flags: str) -> None:
+    with pytest.raises(UserError, match=f"{flags.split(' ')[0]} is .*it must be"):
+        train(flags.split(" "))
+
+
+# -------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_measures_each_part_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "a.json", tmp_path / "a.png"
+    flags = ["--seeds", "0", "1", "--samples", "40", "--sample-digits", "2", "--sample-steps", "2", "--digits", "3",
+             "--exact-steps", "2", "--pairs", "12", "--length-digits", "2", "--length-steps", "2", "--lengths", "2",
+             "5", "--count", "10", "--set", *TINY, "--out", str(out)]  # fmt: skip
+    benchmark.run([*flags, "--parts", "samples", "exact"])
+    first = json.loads(out.read_text())
+    assert [(r["part"], r["variant"], r["seed"]) for r in first] == [
+        (part, "backward", seed) for part in ("samples", "exact") for seed in (0, 1)
+    ]
+    benchmark.run([*flags, "--parts", "samples", "length", "--contrasts", "--picture", str(picture)])
+    runs = json.loads(out.read_text())
+    assert runs[:4] == first  # not measured again
+    assert [(r["part"], r["variant"]) for r in runs[4::2]] == [
+        ("samples", "forward"), ("samples", "no places"), ("length", "backward"), ("length", "forward"),
+        ("length", "no places"),
+    ]  # fmt: skip
+    for r in runs:
+        assert {"cpu_seconds", "wall_seconds", "steps", "seed", "processor", "torch", "python", "date"} <= set(r)
+        assert r["train"]["addition"]["digits"] == {"samples": 2, "exact": 3, "length": 2}[r["part"]]
+    assert list(runs[8]["exact_match"]) == ["2", "5"]
+    assert runs[0]["samples"] == 40
+    assert runs[2]["n_edge_cases"] > 100
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert json.loads(shown.splitlines()[-1])["runs"] == len(runs) == 14
+    assert "| forward | 40 | 0.00% (0.00%) |" in shown
+
+
+def test_edge_cases_hold_what_is_hard() -> None:
+    cases = benchmark.edge_cases(10)
+    assert len(set(cases)) == len(cases)
+    assert max(max(pair) for pair in cases) == 10**10 - 1
+    assert min(min(pair) for pair in cases) == 0
+    assert {(0, 0), (9999999999, 1), (1, 9999999999), (9999999999, 9999999999), (9999999999, 30000)} <= set(cases)
+    assert {longest_carry(a, b) for a, b in cases} == set(range(11))
+    random = np.random.default_rng(0).integers(0, 10**10, (1000, 2)).tolist()
+    assert max(longest_carry(a, b) for a, b in random) < 10 == max(longest_carry(a, b) for a, b in cases)
+
+
+def longest_carry(a: int, b: int) -> int:
+    """Places in a row that carry."""
+    longest = run = carry = 0
+    for place in range(12):
+        carry = int(a // 10**place % 10 + b // 10**place % 10 + carry > 9)
+        run = run + 1 if carry else 0
+        longest = max(longest, run)
+    return longest
+
+
+@pytest.fixture(scope="module")
+def half_learnt() -> tuple[Any, AdditionRecipe]:
+    """A model that knows some sums of one digit."""
+    own = settings(rows=32, digits=1, lengths="equal")
+    own = dataclasses.replace(own, max_steps=150, optim=dataclasses.replace(own.optim, lr=1e-2, warmup_steps=5))
+    recipe = benchmark.recipe_of(own, Switches())
+    return benchmark.learn(own, recipe, "half")[0], recipe
+
+
+def test_asking_in_one_pass_is_asking_the_decoder(half_learnt: tuple[Any, AdditionRecipe]) -> None:
+    model, recipe = half_learnt
+    problems = [(prompt_of(a, b), answer_of(a, b)) for a in range(10) for b in range(10)]
+    decoded, wrong = benchmark.ask(model, recipe, problems, decode=True)
+    packed, missed = benchmark.ask(model, recipe, problems, decode=False, rows=30)
+    assert 0.03 < decoded < 0.97
+    assert packed == decoded == exact(model, recipe.tokenizer, problems)[0]
+    assert [text.split(" =")[0] + " =" for text in wrong] == missed
+
+
+def test_training_is_that_of_the_loop(tmp_path: Path) -> None:
+    """The same seed gives the weights that `python -m tidal.train` saves."""
+    import tidal
+
+    tiny = (*TINY, "warmup-steps=1")  # so that the rate falls within the three steps
+    flags = [f"--{flag}" for flag in (*tiny, "max-steps=3", "digits=2", "validate-every=3", "no-doctor")]
+    train([*flags, "--out", str(tmp_path / "run")])
+    saved, _ = tidal.load(tmp_path / "run")
+    own = benchmark.planned(benchmark.Settings(parts=("exact",), seeds=(0,), digits=2, exact_steps=3, set=tiny))[0]
+    settings = Train.from_dict(own["train"])
+    recipe = benchmark.recipe_of(settings, Switches())
+    model, _ = benchmark.learn(settings, recipe, "same")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
+    fresh = model_for(settings, recipe.tokenizer).state_dict()
+    assert any(not torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
+
+
+def test_contrasts_feed_what_they_say() -> None:
+    own = settings()
+    plain, forward, nowhere = (benchmark.recipe_of(own, s).batch(0) for s in (
+        Switches(), Switches(write_order="forward"), Switches(places="off")))  # fmt: skip
+    assert torch.equal(plain.reader_ids, forward.reader_ids)
+    assert not torch.equal(plain.targets, forward.targets)
+    assert not nowhere.reader_places.any()
+    assert not nowhere.writer_places.any()
+    assert torch.equal(nowhere.targets, plain.targets)
+    tokenizer = AdditionRecipe(own).tokenizer
+    row = forward.targets[0].tolist()
+    end = row.index(tokenizer.eob_id)
+    answer = texts(forward, tokenizer)[0].split(" =")[1].strip("\n")
+    assert row[:end] == list(tokenizer.write_units(answer))[::-1]
