@@ -83,6 +83,13 @@ def forgeries(outside: Path) -> dict[str, Callable[[Path], None]]:
 
         return forge
 
+    def shape(**sizes: int) -> Callable[[Path], None]:
+        def forge(folder: Path) -> None:
+            config = json.loads((folder / "config.json").read_text())
+            replaced("config.json", json.dumps({**config, "shape": {**config["shape"], **sizes}}).encode())(folder)
+
+        return forge
+
     def link(name: str, target: Path) -> Callable[[Path], None]:
         def forge(folder: Path) -> None:
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
@@ -119,6 +126,9 @@ def forgeries(outside: Path) -> dict[str, Callable[[Path], None]]:
             {"0.0.momentum_buffer": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, data=bytes(4))),
         "nesting without end": replaced("trainer.json", b"[" * 200_000),
         "state of wrong types": replaced("trainer.json", json.dumps({"step": "1", "settings": []}).encode()),
+        "layers without end": shape(reader_layers=10**12),
+        "layers as wide as memory": shape(d_model=2**40, reader_ff=2**40),
+        "places without end": shape(place_jitter=10**12),
         "number without end": replaced("config.json", b'{"vocab_size": ' + b"9" * 10_000 + b"}"),
     }  # fmt: skip
 

@@ -225,9 +225,10 @@ def draw(races: Sequence[dict[str, Any]], labels: Sequence[str], settings: Quali
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
-    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+    clock = "CPU seconds of training" if settings.clock == "cpu" else "seconds of training"
     for axes, of, what in zip(figure.subplots(1, 2, sharey=True), ("seconds", "teraflops"),
-                              ("seconds of training", "10¹² floating-point operations"), strict=True):  # fmt: skip
+                              (clock, "10¹² floating-point operations"), strict=True):  # fmt: skip
         raced = next((r for r in races if r["budget"]["of"] == of), races[0])
         for label, colour in zip(labels, [*COLOURS, *["grey"] * len(labels)], strict=False):
             points = [p for p in raced["points"] if p["contestant"] == label]
@@ -244,7 +245,7 @@ def draw(races: Sequence[dict[str, Any]], labels: Sequence[str], settings: Quali
     figure.axes[0].set(ylabel="bits per byte, held out", title=f"{Path(settings.corpus).name}: equal time")
     own = any(r["budget"]["of"] == "teraflops" for r in races)
     figure.axes[1].set(title="equal work" if own else "the same runs, by their work")
-    figure.axes[1].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")  # names are long
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

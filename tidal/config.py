@@ -60,6 +60,7 @@ LAYOUT = 1
 text: old weights would load, and write garbage."""
 
 
+MOST_PLACES = 1 << 17
 BEFORE = {"query_gain": 1.0}
 """Settings of a shape that came later than the first checkpoints, and what these have."""
 
@@ -88,6 +89,8 @@ class TidalConfig:
                 f"the model was trained on streams of layout {self.layout}, this version of Tidal builds layout "
                 f"{LAYOUT}; use the version that trained it, or train again"
             )
+        if self.n_places > MOST_PLACES:  # their encodings are computed, not loaded
+            raise ValueError(f"max_block_units and place_jitter make {self.n_places} places, more than {MOST_PLACES}")
 
     @property
     def n_places(self) -> int:

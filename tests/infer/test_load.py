@@ -106,3 +106,11 @@ def test_nothing_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no runs found"):
         load()
+
+
+@pytest.mark.parametrize("sizes", [{"reader_layers": 10**12}, {"d_model": 2**40, "reader_ff": 2**40},
+                                   {"suffix_rows": 2**50}, {"place_jitter": 10**12}])  # fmt: skip
+def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> None:
+    model, tokenizer = tiny("english", "memory")
+    complaint = refused(write(tmp_path, model, tokenizer, lambda values: values["shape"].update(sizes)))
+    assert "weights do not fit its config.json" in complaint or "places" in complaint

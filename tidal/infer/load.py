@@ -42,9 +42,13 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
         here, there = getattr(config, name), getattr(tokenizer, name)
         if here != there:
             raise UserError(f"{folder}: {name} is {here!r} in its config.json, but {there} in its tokenizer")
-    model = TidalTransformer(config)
     try:
+        if config.shape.reader_layers + config.shape.writer_layers > len(tensors):
+            raise ValueError("it has more layers than there are tensors")
+        with torch.device("meta"):  # sizes that the file does not have cost no memory
+            TidalTransformer(config).load_state_dict(tensors, assign=True)
+        model = TidalTransformer(config)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder}: weights do not fit its config.json: {error}") from error
     return model.to(device=device, dtype=dtype).eval(), tokenizer, trainer
