@@ -105,7 +105,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert "Warnings" not in checked.text
     assert sum(tag == "svg" for tag, _ in checked.tags) == 6
     own = [attributes for tag, attributes in checked.tags if attributes.get("class") == "own"]
-    assert len(own) == 2  # width and data; all others are the defaults
+    assert len(own) == 3  # width, data and rate; all others are the defaults
     assert render_run(read(folder)) == render_run(read(folder))
 
 

@@ -307,7 +307,7 @@ def beams_without_attention() -> None:
 
 
 def end_of_search() -> None:
-    for seed in range(4):
+    for seed in range(6):
         check_oracle(*few_units(seed), PROMPTS[1:], 2, 7)
 
 
