@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.quality import Budget, Point, Racing, machine, race, set_up, write
+from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 
 DEFAULT = "default"
@@ -24,8 +25,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "tables": {
         "suffix-rows 0": "suffix-rows=0",
         "suffix-rows 4k": "suffix-rows=4096",
+        "suffix-rows 8k": "suffix-rows=8192",
         "suffix-rows 64k": "suffix-rows=65536",
         "suffix-rows 256k": "suffix-rows=262144",
+        "suffixes add, without gains": "suffix-gains=off",
         "suffixes: whole": "suffix-orders=0",
         "suffixes: last two and three": "suffix-orders=23",
         "suffixes: whole and last two": "suffix-orders=02",
@@ -46,24 +49,22 @@ VARIANTS: dict[str, dict[str, str]] = {
         "decay 1": "decay-fraction=1",
     },
     "shape": {
-        "reader 2, writer 1": "reader-layers=2",
+        "reader 1, writer 1": "reader-layers=1",
+        "reader 3, writer 1": "reader-layers=3",
         "reader 4, writer 1": "reader-layers=4",
-        "reader 2, writer 2": "reader-layers=2,writer-layers=2",
-        "reader 3, writer 2": "writer-layers=2",
-        "reader 4, writer ff 128": "reader-layers=4,writer-ff=128",
-        "writer ff 128": "writer-ff=128",
+        "reader 2, writer 2": "writer-layers=2",
+        "context ff 0": "context-ff=0",
+        "context ff 1024": "context-ff=1024",
+        "writer ff 256": "writer-ff=256",
         "writer ff 384": "writer-ff=384",
+        "context ff 0, writer ff 256, without gains": "context-ff=0,writer-ff=256,suffix-gains=off",
         "writer attention: block": "writer-attention=block",
         "writer attention: memory": "writer-attention=memory",
-        "former default: lr 2e-3, writer attention: memory, writer ff 384":
-            "lr=2e-3,writer-attention=memory,writer-ff=384",
         "no qk norm": "qk-norm=off",
         "2 heads": "n-heads=2,n-kv-heads=2",
         "1 key head": "n-kv-heads=1",
         "own head": "head=own",
         "bf16": "precision=bf16",
-        "bf16, writer ff 128": "precision=bf16,writer-ff=128",
-        "bf16, reader 4, writer ff 128": "precision=bf16,reader-layers=4,writer-ff=128",
     },
     "text": {
         "vocabulary 512": "vocab-size=512",
@@ -115,6 +116,7 @@ class Ablations(Racing):
 def run(argv: list[str]) -> None:
     """Measure what is missing, and print the table."""
     settings = parse(Ablations, argv, "python -m benchmarks.ablations", __doc__)
+    keep_memory()  # as training does
     chosen = {name: spec for _, name, spec in choose(settings.only)}
     if settings.list:
         for group, name, spec in choose(settings.only):

@@ -43,7 +43,9 @@ from tidal.infer.sampling import Sampling, choose
 from tidal.model import Layer, TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.presets import PRESETS
 
+TEXT = PRESETS["text"].model
 CHECKED_ROWS = 4  # rows compared with a full forward pass before anything is timed
 CACHED_CHARS = 100_000  # of the timed text, over which cache bytes are averaged
 TOLERANCE = 1e-4
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d-model", type=int, default=512, help="width of all models (default: 512)")
     parser.add_argument("--layers", type=int, default=10, help="of all; two of Tidal's are writers (default: 10)")
     parser.add_argument("--writer-ff", type=int, default=0, help="of Tidal's writers (default: the width)")
+    parser.add_argument("--writer-attention", choices=("memory", "block", "none"), default=TEXT.writer_attention,
+                        help=f"of Tidal's writers (default: as --recipe text, {TEXT.writer_attention})")  # fmt: skip
     parser.add_argument("--suffix-rows", type=int, default=Shape().suffix_rows, help="of Tidal's table of suffixes")
     parser.add_argument("--vocab-size", type=int, default=16384, help="largest vocabulary (default: 16384)")
     parser.add_argument("--new-chars", type=int, default=128, help="characters written a row (default: 128)")
@@ -170,7 +174,8 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     """Tidal, and the baselines with the feed-forward width that gives them as many parameters."""
     d, heads = args.d_model, max(4, args.d_model // 64)
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
-                  reader_ff=3 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows)  # fmt: skip
+                  reader_ff=3 * d, context_ff=4 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
+                  writer_attention=args.writer_attention)  # fmt: skip
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip
     tidal = TidalTransformer(config).eval()

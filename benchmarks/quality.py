@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _point(racer: Racer, settings: Racing, final: bool, every: int) -> Point:
 def run(argv: list[str]) -> None:
     """Race, draw, and print one JSON line."""
     settings = parse(Quality, argv, "python -m benchmarks.quality", __doc__)
+    keep_memory()  # as training does
     both = Budget("seconds", settings.seconds), Budget("teraflops", settings.teraflops)
     budgets = [b for b in both if b.amount > 0]
     if not budgets:

@@ -38,6 +38,8 @@ class Switches:
     """Off: every place is 0, so that only attention and suffixes know the order in a block."""
     suffix_orders: str = "".join(map(str, SUFFIX_ORDERS))
     """Which suffixes are looked up: 0 all that was written, 2 the last two units, 3 the last three."""
+    suffix_gains: Literal["on", "off"] = "on"
+    """Off: suffixes only add to what a step is fed, and do not scale the context."""
     block_rule: Literal["word", "token", "pair", "many"] = "word"
     """What is written at a time: a word, a token of it, two words, as much of a line as the longest block holds."""
     head: Literal["tied", "own"] = "tied"
@@ -98,7 +100,12 @@ class OwnHead(TidalTransformer):
 
 def model_of(config: TidalConfig, switches: Switches) -> TidalTransformer:
     """A fresh model."""
-    return (OwnHead if switches.head == "own" else TidalTransformer)(config)
+    model = (OwnHead if switches.head == "own" else TidalTransformer)(config)
+    if switches.suffix_gains == "off":  # they begin as zeros, and so they stay
+        added = (torch.arange(2 * config.shape.d_model) >= config.shape.d_model).float()
+        model.suffix_embedding.weight.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradient * added.to(gradient))  # fmt: skip
+    return model
 
 
 def optimizer_of(model: TidalTransformer, settings: Optim, matrices: str = "muon") -> Optimizer:

@@ -22,7 +22,7 @@ from tidal.infer import decoder as decoding
 from tidal.infer import engine, score
 from tidal.infer.engine import Completion
 from tidal.kernels import cpu
-from tidal.model import Layer, TidalTransformer
+from tidal.model import Layer, SwiGLU, TidalTransformer
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 
@@ -93,8 +93,12 @@ def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, 
             scores = q @ k.T / layer.d_head**0.5 - layer.slopes[i] * distance_lk
             heads.append(scores.masked_fill(~sees_lk, -torch.inf).softmax(-1) @ v)
         x_ld = x_ld + torch.cat(heads, -1) @ layer.out.weight.T
-    gate, value = (norm(x_ld, layer.norm_mlp.weight) @ layer.mlp.up.weight.T).chunk(2, -1)
-    return x_ld + (F.silu(gate) * value) @ layer.mlp.down.weight.T
+    return x_ld + mlp(layer.mlp, norm(x_ld, layer.norm_mlp.weight))
+
+
+def mlp(module: SwiGLU, x: Tensor) -> Tensor:
+    gate, value = (x @ module.up.weight.T).chunk(2, -1)
+    return (F.silu(gate) * value) @ module.down.weight.T
 
 
 @torch.inference_mode()
@@ -116,12 +120,15 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
     targets = [*tokenizer.encode_block(text).units[::-1], tokenizer.eob_id] if text else [tokenizer.eos_id]
     steps = torch.arange(len(targets))
     x = model.unit_embedding.weight[torch.tensor([tokenizer.bob_id, *targets[:-1]])]
-    x = x + model.place_table[steps] + states[-1] @ model.context.weight.T
+    x = x + model.place_table[steps]
+    context = states[-1] @ model.context.weight.T + (mlp(model.context_mlp, states[-1]) if shape.context_ff else 0)
     if shape.suffix_rows:
         for t in range(len(targets)):
             hashes = suffix_hashes(targets[:t], tokenizer.digit_units.tolist())
             rows = [1 + h % shape.suffix_rows for h in hashes if h != NOTHING]
-            x[t] += model.suffix_embedding.weight[rows].sum(0)
+            gain, added = model.suffix_embedding.weight[rows].sum(0).split(shape.d_model)
+            x[t] += added + gain * context
+    x = x + context
     position = len(tokens) + shape.step_stride * steps.double()
     sees, distance = steps[None, :] <= steps[:, None], (position[:, None] - position[None, :]).abs()
     for i, layer in enumerate(model.writer):

@@ -82,7 +82,7 @@ def test_parameters_add_up(shape: str) -> None:
     assert counts["total"] == sum(p.numel() for p in model.parameters())
     assert counts["tables"] + counts["reader"] + counts["writer"] == counts["total"]
     config, chosen = model.config, model.config.shape
-    rows = config.vocab_size + config.n_head + (chosen.suffix_rows + 1 if chosen.suffix_rows else 0)
+    rows = config.vocab_size + config.n_head + 2 * (chosen.suffix_rows + 1 if chosen.suffix_rows else 0)
     assert counts["tables"] == rows * chosen.d_model == sum(t.numel() for t in model.tables())
     assert len({id(t) for t in model.tables()}) == 2 + (chosen.suffix_rows > 0)
 

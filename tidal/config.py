@@ -28,6 +28,9 @@ class Shape:
     """Hidden width of the reader's SwiGLU."""
     writer_ff: int = 384
     """Hidden width of the writer's SwiGLU."""
+    context_ff: int = 0
+    """Hidden width of the SwiGLU between the reader's last state and the writer, used once a block; 0: a linear map
+    only."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -43,8 +46,9 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 0),
-                            ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1), ("suffix_rows", 0),
-                            ("query_gain", 0), ("place_jitter", 0), ("step_stride", 0)):  # fmt: skip
+                            ("writer_layers", 1), ("reader_ff", 1), ("context_ff", 0), ("writer_ff", 1),
+                            ("suffix_rows", 0), ("query_gain", 0), ("place_jitter", 0),
+                            ("step_stride", 0)):  # fmt: skip
             if not getattr(self, name) >= least:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.d_model % self.n_heads:
@@ -61,7 +65,7 @@ text: old weights would load, and write garbage."""
 
 
 MOST_PLACES = 1 << 17
-BEFORE = {"query_gain": 1.0}
+BEFORE = {"query_gain": 1.0, "context_ff": 0}
 """Settings of a shape that came later than the first checkpoints, and what these have."""
 
 

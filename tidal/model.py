@@ -134,8 +134,10 @@ class TidalTransformer(nn.Module):
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)
-        if shape.suffix_rows:  # row 0 is "no suffix" and stays zero
-            self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, d, padding_idx=0)
+        if shape.context_ff:
+            self.context_mlp = SwiGLU(d, shape.context_ff)
+        if shape.suffix_rows:  # gains of the context, and what is added to it; row 0 is "no suffix" and stays zero
+            self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, 2 * d, padding_idx=0)
         self.writer = nn.ModuleList(
             Layer(config, shape.writer_ff, attends=shape.writer_attention != "none")
             for _ in range(shape.writer_layers)
@@ -187,18 +189,28 @@ class TidalTransformer(nn.Module):
         states: Tensor = self.reader_norm(x_bid)
         return states
 
+    def context_of(self, states: Tensor) -> Tensor:
+        """What all steps of a block are told [..., D] of the reader's last state [..., D] before it.
+
+        The MLP works once a block, where it is cheap: what it does no step's own MLP has to do.
+        """
+        told: Tensor = self.context(states)
+        return told + self.context_mlp(states) if self.config.shape.context_ff else told
+
     def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context_bsd: Tensor,
               views: list[View]) -> Tensor:  # fmt: skip
-        """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] the reader's last states.
+        """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] as `context_of` gives it.
 
-        The context is the same for all steps of a block, so it comes projected by `self.context`.
-        Returns states [B, S, D] for `head`.
+        A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
+        of it matter. Returns states [B, S, D] for `head`.
         """
-        x_bsd = self.unit_embedding(ids) + self.place_table[places] + context_bsd
+        x_bsd = self.unit_embedding(ids) + self.place_table[places]
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
             summed = F.embedding_bag(rows.flatten(0, 1), self.suffix_embedding.weight, mode="sum", padding_idx=0)
-            x_bsd = x_bsd + summed.view_as(x_bsd)
+            gain_bsd, added_bsd = summed.view(*ids.shape, 2, self.config.shape.d_model).unbind(-2)
+            x_bsd, context_bsd = x_bsd + added_bsd, context_bsd * (1 + gain_bsd)
+        x_bsd = x_bsd + context_bsd
         for layer, view in zip(self.writer, views, strict=True):
             x_bsd = self._layer(layer, x_bsd, view)
         states: Tensor = self.writer_norm(x_bsd)
@@ -228,7 +240,7 @@ class TidalTransformer(nn.Module):
             )  # fmt: skip
         n_rows, n_tokens, _ = reader_brd.shape
         first_b1 = n_tokens * torch.arange(n_rows, device=reader_brd.device)[:, None]
-        context_bsd = F.embedding(batch.context + first_b1, self.context(reader_brd).flatten(0, 1))
+        context_bsd = F.embedding(batch.context + first_b1, self.context_of(reader_brd).flatten(0, 1))
         return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views)
 
     def forward(self, batch: Batch) -> Losses:
@@ -262,7 +274,8 @@ class TidalTransformer(nn.Module):
         shape, d = self.config.shape, self.config.shape.d_model
         key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
         attention, seen = 2 * d * d + key_value, 2 * d * context
-        per_token = d * d + shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
+        per_token = d * (d + 3 * shape.context_ff)
+        per_token += shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
         per_step = d * self.config.n_head + shape.writer_layers * 3 * d * shape.writer_ff
         if shape.writer_attention != "none":
             per_step += shape.writer_layers * attention

@@ -15,9 +15,9 @@ from tidal.blocks import NOTHING, BlockTable, passage
 from tidal.streams import pack
 
 SWITCHED = [Switches(), Switches(write_order="forward"), Switches(reading="causal"), Switches(reading="tokens"),
-            Switches(places="off"), Switches(suffix_orders="0"), Switches(block_rule="token"),
-            Switches(block_rule="pair"), Switches(block_rule="many"), Switches(head="own"),
-            Switches(matrices="adamw")]  # fmt: skip
+            Switches(places="off"), Switches(suffix_orders="0"), Switches(suffix_gains="off"),
+            Switches(block_rule="token"), Switches(block_rule="pair"), Switches(block_rule="many"),
+            Switches(head="own"), Switches(matrices="adamw")]  # fmt: skip
 
 
 def names_of(switches: Switches) -> str:
@@ -33,6 +33,17 @@ def test_variants_are_honest(switches: Switches, texts: Texts) -> None:
     r.step(1e-3)
     assert r.bits_per_byte(48) > 0
     assert leak(r) < 1e-9
+
+
+def test_without_gains_only_what_is_added_is_learnt(texts: Texts) -> None:
+    learnt = []
+    for spec in ("tidal", "tidal:suffix-gains=off"):
+        r = runner(entry(spec), texts, 0, CPU)
+        for _ in range(3):
+            r.step(1e-2)
+        assert isinstance(r, TidalRunner)
+        learnt.append([bool(half.any()) for half in r.model.suffix_embedding.weight.chunk(2, 1)])
+    assert learnt == [[True, True], [False, True]]
 
 
 def leak(r: TidalRunner) -> float:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidal.config import Shape
-from tidal.model import Layer, TidalTransformer
+from tidal.model import Layer, SwiGLU, TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 N_CONTROLS, FIRST_BYTE, FIRST_CHAR = 2, 2, 258
@@ -195,8 +195,13 @@ def dense_layer(layer: Layer, x: Tensor, memory: Tensor, sees: Tensor, distance:
                 q, k = norm(q, layer.norm_query.weight), norm(k, layer.norm_key.weight)
             heads.append(attend(q, k, v, sees, distance, slope))
         x = x + torch.cat(heads, -1) @ layer.out.weight.T
-    gate, value = (norm(x, layer.norm_mlp.weight) @ layer.mlp.up.weight.T).chunk(2, -1)
-    return x + (F.silu(gate) * value) @ layer.mlp.down.weight.T
+    return x + swiglu(layer.mlp, norm(x, layer.norm_mlp.weight))
+
+
+def swiglu(mlp: SwiGLU, x: Tensor) -> Tensor:
+    """The gated feed-forward network, written out."""
+    gate, value = (x @ mlp.up.weight.T).chunk(2, -1)
+    return (F.silu(gate) * value) @ mlp.down.weight.T
 
 
 @torch.inference_mode()
@@ -225,10 +230,14 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
     seen["reader_norm"] = states = norm(x, model.reader_norm.weight)
 
     x = model.unit_embedding.weight[[step.id for step in steps]] + model.place_table[[step.place for step in steps]]
-    x = x + states[-1] @ model.context.weight.T
+    told = (states[-1] @ model.context.weight.T).expand_as(x)
+    if shape.context_ff:
+        told = told + swiglu(model.context_mlp, states[-1])
     if shape.suffix_rows:
         rows = [[1 + h % shape.suffix_rows for h in step.suffixes if h >= 0] for step in steps]
-        x = x + torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])
+        table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])
+        x, told = x + table[:, shape.d_model :], told + told * table[:, : shape.d_model]
+    x = x + told
     here = torch.tensor([step.position for step in steps], dtype=torch.float64)
     order = torch.arange(len(steps))
     sees, distance = order[None, :] <= order[:, None], (here[:, None] - here[None, :]).abs()

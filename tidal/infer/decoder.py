@@ -32,9 +32,12 @@ class KeyValueCache:
         for side, new in zip(self.data, (k, v), strict=True):
             side[at[0], :, at[1]] = new[:, :, 0] if source is None else new[source[0], :, source[1]]
 
-    def get(self, rows: Tensor | slice, end: int) -> KeysValues:
+    def get(self, rows: list[int] | slice, end: int) -> KeysValues:
         """Keys and values [r, H, end, D] of these rows; no copy where the rows are a slice."""
-        k, v = self.data[:, rows, :, :end]
+        if isinstance(rows, slice):
+            k, v = self.data[:, rows, :, :end]
+        else:  # as whole stretches of memory, in half to a quarter of the time that indexing takes
+            k, v = torch.stack([self.data[:, row, :, :end] for row in rows], 1)
         return k, v
 
     def grow(self, n_slots: int) -> None:
@@ -132,7 +135,7 @@ class Decoder:
         states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
         grown = lengths > 0
         last = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
-        self.context[row[grown]] = self.model.context(last)
+        self.context[row[grown]] = self.model.context_of(last)
         if self.model.has_memory:
             self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states), source)
 
@@ -181,9 +184,9 @@ class Decoder:
     def _new_builder(self) -> DocumentBuilder:
         return DocumentBuilder(self.tokenizer, step_stride=self.model.config.shape.step_stride)
 
-    def _rows(self, rows: Sequence[int]) -> Tensor | slice:
-        """All rows as a slice, which copies nothing; some of them as indices."""
-        return slice(None) if list(rows) == list(range(len(self.builders))) else torch.tensor(rows, device=self.device)
+    def _rows(self, rows: Sequence[int]) -> list[int] | slice:
+        """All rows as a slice, which copies nothing; some of them as they are."""
+        return slice(None) if list(rows) == list(range(len(self.builders))) else list(rows)
 
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:

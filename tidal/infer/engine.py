@@ -26,7 +26,7 @@ from tidal.model import TidalTransformer
 from tidal.tokenizer import Block, MixedTokenizer
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
-READ_TOGETHER = 4  # a pass of the reader waits for so many rows, or for half of all: docs/decoding.md
+READ_TOGETHER = 16  # a pass of the reader waits for so many rows, or for half of all: docs/decoding.md
 REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
 
 

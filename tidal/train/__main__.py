@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Train
 from tidal.ranks import one_voice, size
@@ -42,6 +43,7 @@ def run(argv: list[str]) -> int:
     Returns 0, or after a signal what shells and schedulers expect of a process that it ended: 130 for SIGINT, 143 for
     SIGTERM. The run is then saved, and the same command continues it.
     """
+    keep_memory()
     with one_voice():
         return _run(argv)
 
