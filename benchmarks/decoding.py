@@ -84,24 +84,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = MixedTokenizer.train([text[:half], more], args.vocab_size)
     runners = build(args, tokenizer)
     print("  ".join(f"{r.name}: {r.parameters:,} parameters" for r in runners))
-    results = []
+    line: dict[str, Any] = {
+        "benchmark": "decoding", "results": [], "d_model": args.d_model, "layers": args.layers,
+        "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
+        "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+        "processor": processor(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
     for context in args.context:
         for batch in args.batch:
             texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
             figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats)
-            results.append({"batch": batch, "context": context, **figures})
-            print_result(results[-1], header=len(results) == 1)
-    line = {
-        "benchmark": "decoding", "results": results, "d_model": args.d_model, "layers": args.layers,
-        "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
-        "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-        "processor": processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(line, indent=1) + "\n")
+            load = round(os.getloadavg()[0], 2)
+            line["results"].append({"batch": batch, "context": context, "load": load, **figures})
+            print_result(line["results"][-1], header=len(line["results"]) == 1)
+            if args.out:  # now: the larger ones take long
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(line, indent=1) + "\n")
     print(json.dumps(line))
 
 

@@ -185,7 +185,7 @@ class Addition:
 class Characters:
     """The data of `--recipe characters`."""
 
-    word_vocab_size: int = 640
+    word_vocab_size: int = 512
     """Size of the vocabulary that words are read in, of which about 360 are not longer than a letter."""
 
 

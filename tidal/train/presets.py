@@ -22,12 +22,12 @@ PRESETS: dict[str, Train] = {
     ),
     "characters": Train(
         recipe="characters",
-        max_steps=2500,
+        max_steps=6000,
         rows=16,
         validate_every=500,
         model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=3, writer_layers=2, reader_ff=192, writer_ff=192,
                     suffix_rows=0),
-        optim=Optim(lr=5e-3, table_lr_scale=4.0, decay_fraction=0.8, aux_weight=0.0),
+        optim=Optim(lr=4e-3, table_lr_scale=4.0, decay_fraction=0.8, aux_weight=0.0),
     ),
     "text": Train(
         recipe="text",
