@@ -211,7 +211,7 @@ class TidalRunner(Runner):
         t = self.recipe.tokenizer
         torch.manual_seed(seed)
         config = TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, self.train.model)
-        self.model = model_of(config, entry.switches).to(device)
+        self.model = model_of(config, entry.switches, t.spelling).to(device)
         self.optimizer = optimizer_of(self.model, self.train.optim, entry.switches.matrices)
 
     def step(self, rate: float) -> None:

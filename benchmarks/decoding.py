@@ -174,10 +174,10 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     d, heads = args.d_model, max(4, args.d_model // 64)
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
                   reader_ff=3 * d, context_ff=4 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
-                  writer_attention=args.writer_attention)  # fmt: skip
+                  writer_attention=args.writer_attention, foretell=TEXT.foretell)  # fmt: skip
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip
-    tidal = TidalTransformer(config).eval()
+    tidal = TidalTransformer(config, tokenizer.spelling).eval()
     nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
     total = tidal.n_parameters()["total"]
     runners = [Runner(

@@ -20,6 +20,7 @@ from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
 from tidal.config import Optim, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
+from tidal.tokenizer import Spelling
 from tidal.train.optim import Optimizer
 from tidal.train.recipes.text import TextRecipe
 
@@ -89,8 +90,8 @@ class ForwardTable(BlockTable):
 class OwnHead(TidalTransformer):
     """A head of its own."""
 
-    def __init__(self, config: TidalConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TidalConfig, spelling: Spelling) -> None:
+        super().__init__(config, spelling)
         self.own_head = nn.Embedding(config.n_head, config.shape.d_model, _weight=self.unit_embedding.weight.clone())
 
     def head(self, states: Tensor) -> Tensor:
@@ -98,9 +99,9 @@ class OwnHead(TidalTransformer):
         return logits
 
 
-def model_of(config: TidalConfig, switches: Switches) -> TidalTransformer:
+def model_of(config: TidalConfig, switches: Switches, spelling: Spelling) -> TidalTransformer:
     """A fresh model."""
-    model = (OwnHead if switches.head == "own" else TidalTransformer)(config)
+    model = (OwnHead if switches.head == "own" else TidalTransformer)(config, spelling)
     if switches.suffix_gains == "off":  # they begin as zeros, and so they stay
         added = (torch.arange(2 * config.shape.d_model) >= config.shape.d_model).float()
         model.suffix_embedding.weight.register_hook(  # type: ignore[no-untyped-call]

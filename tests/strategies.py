@@ -49,7 +49,7 @@ SHAPES = {
     "block": Shape(d_model=24, n_heads=3, n_kv_heads=1, reader_layers=2, writer_layers=2, reader_ff=24, writer_ff=24,
                    suffix_rows=7, writer_attention="block", qk_norm=True, step_stride=0.375),
     "none": Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=3, writer_layers=2, reader_ff=24, writer_ff=24,
-                  context_ff=40, suffix_rows=1000, writer_attention="none", qk_norm=False),
+                  context_ff=40, foretell=True, suffix_rows=1000, writer_attention="none", qk_norm=False),
 }  # fmt: skip
 shape_names = st.sampled_from(tuple(SHAPES))
 
@@ -63,7 +63,7 @@ def config_of(tokenizer: MixedTokenizer, shape: Shape) -> TidalConfig:
 def random_model(tokenizer: MixedTokenizer, shape: Shape, dtype: torch.dtype = torch.float64,
                  seed: int = 0) -> TidalTransformer:  # fmt: skip
     """A model in which everything matters: no weight is zero, and `<eob>` and `<eos>` are likely enough."""
-    model = TidalTransformer(config_of(tokenizer, shape))
+    model = TidalTransformer(config_of(tokenizer, shape), tokenizer.spelling)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

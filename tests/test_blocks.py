@@ -63,7 +63,7 @@ def test_a_table_holds_every_block_once(name: str, texts: list[str]) -> None:
             list(suffix_hashes(targets[:t], tokenizer.digit_units)) for t in range(len(targets))
         ]
         assert table.n_bytes.view()[i] == len(text.encode())
-        assert table.first_token.view()[i] == block.tokens[0]
+        assert table.last_token.view()[i] == block.tokens[-1]
 
 
 def test_a_block_that_is_refused_leaves_the_table_as_it_was() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from unittest import mock
 
@@ -96,6 +97,25 @@ def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, 
     return x_ld + mlp(layer.mlp, norm(x_ld, layer.norm_mlp.weight))
 
 
+def hint(model: TidalTransformer, tokenizer: MixedTokenizer, state: Tensor, written: list[int]) -> Tensor:
+    """By going through all tokens, and asking of each whether it ends with what is written, and what comes next."""
+    expected = (state @ model.token_embedding.weight.T).softmax(-1)
+    next_units, total = torch.zeros(model.config.n_head, dtype=torch.float64), 0.0
+    for token in range(tokenizer.vocab_size):
+        if token == tokenizer.eos_id:
+            spelled = [token]
+        elif token in (tokenizer.eob_id, tokenizer.bob_id, tokenizer.bos_id) or 2 <= token < 258:
+            continue
+        else:
+            spelled = [*tokenizer.write_units(tokenizer.id_bytes[token].decode()), tokenizer.eob_id]
+        if spelled[: len(written)] == written and len(spelled) > len(written):
+            next_units[spelled[len(written)]] += expected[token]
+            total += float(expected[token])
+    weights = torch.log1p(next_units / (total + 1e-6) / 1e-3) / math.log1p(1e3)
+    assert model.foretold is not None
+    return weights @ model.foretold.embedding.weight
+
+
 def mlp(module: SwiGLU, x: Tensor) -> Tensor:
     gate, value = (x @ module.up.weight.T).chunk(2, -1)
     return (F.silu(gate) * value) @ module.down.weight.T
@@ -129,6 +149,8 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
             gain, added = model.suffix_embedding.weight[rows].sum(0).split(shape.d_model)
             x[t] += added + gain * context
     x = x + context
+    if shape.foretell:
+        x = x + torch.stack([hint(model, tokenizer, states[-1], targets[:t]) for t in range(len(targets))])
     position = len(tokens) + shape.step_stride * steps.double()
     sees, distance = steps[None, :] <= steps[:, None], (position[:, None] - position[None, :]).abs()
     for i, layer in enumerate(model.writer):

@@ -82,9 +82,10 @@ def test_parameters_add_up(shape: str) -> None:
     assert counts["total"] == sum(p.numel() for p in model.parameters())
     assert counts["tables"] + counts["reader"] + counts["writer"] == counts["total"]
     config, chosen = model.config, model.config.shape
-    rows = config.vocab_size + config.n_head + 2 * (chosen.suffix_rows + 1 if chosen.suffix_rows else 0)
+    rows = config.vocab_size + (1 + chosen.foretell) * config.n_head
+    rows += 2 * (chosen.suffix_rows + 1) if chosen.suffix_rows else 0
     assert counts["tables"] == rows * chosen.d_model == sum(t.numel() for t in model.tables())
-    assert len({id(t) for t in model.tables()}) == 2 + (chosen.suffix_rows > 0)
+    assert len({id(t) for t in model.tables()}) == 2 + (chosen.suffix_rows > 0) + chosen.foretell
 
 
 @shapes
@@ -96,7 +97,8 @@ def test_flops_are_those_that_torch_counts(shape: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head(model.states(batch)[1])
     own = sum(layer.attends for layer in model.writer) * 4 * model.config.shape.d_model * n_steps**2
-    assert counter.get_total_flops() == model.flops(n_tokens, n_steps, n_tokens) + own
+    n_blocks = int((batch.next_tokens >= 0).sum())
+    assert counter.get_total_flops() == model.flops(n_tokens, n_steps, n_tokens, n_blocks) + own
 
 
 @shapes
@@ -208,7 +210,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_a_new_model_knows_nothing(shape: str) -> None:
     """Near uniform over the units that exist: the first loss is about log(n_writable)."""
     torch.manual_seed(0)
-    model = TidalTransformer(config_of(tokenizers()["english"], SHAPES[shape]))
+    model = TidalTransformer(config_of(tokenizers()["english"], SHAPES[shape]), tokenizers()["english"].spelling)
     with torch.no_grad():
         losses = model(batch_for(model, TEXT))
     uniform = float(torch.tensor(float(model.config.n_writable)).log())

@@ -45,7 +45,7 @@ def made(shape: Shape, tokenizer: MixedTokenizer) -> tuple[TidalTransformer, Bat
     table = BlockTable(tokenizer)
     batch = pack([[passage(table, "", TEXT)]], table)
     config = TidalConfig(2048, sizes.N_WRITABLE, sizes.N_HEAD, 32, tokenizer.fingerprint, shape)
-    return TidalTransformer(config), batch
+    return TidalTransformer(config, tokenizer.spelling), batch
 
 
 def counted(do: Callable[[], Any]) -> int:
@@ -70,7 +70,9 @@ def test_work_is_what_pytorch_counts(shape: Shape, tokenizer: MixedTokenizer, mo
     n_tokens, n_steps = batch.reader_ids.shape[1], batch.targets.shape[1]
     n_next = int((batch.next_tokens >= 0).sum())
     assert batch.n_units == n_steps
-    forward = model.flops(n_tokens, n_steps, 0) + next_token_flops(model, n_next)
+    forward = model.flops(n_tokens, n_steps, 0, n_next)
+    if not shape.foretell:
+        forward += next_token_flops(model, n_next)
     kept: list[torch.Tensor] = []
 
     def losses() -> None:

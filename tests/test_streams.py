@@ -45,7 +45,7 @@ def batch_of(rows: Sequence[Row], n_bytes: int) -> Batch:
     fields = {}
     for name in rows[0]:
         width = n_reader if name in READER else n_writer
-        missing = NOTHING if name in ("next_tokens", "suffixes", "targets") else 0
+        missing = NOTHING if name in ("next_tokens", "suffixes", "nodes", "targets") else 0
         inner = {"suffixes": (3,), "reader_sees": (2,), "sees_reader": (2,), "sees_writer": (2,)}.get(name, ())
         values = np.full((len(rows), width, *inner), missing, DTYPES.get(name, np.int64))
         for i, row in enumerate(rows):
@@ -78,7 +78,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: floa
                     mine = [*block.units[::-1], tokenizer.eob_id] if block else [tokenizer.eos_id]
                     targets += mine
                     steps += builder.write(mine)
-                    next_tokens[len(tokens) - 1] = block.tokens[0] if block else tokenizer.eos_id
+                    next_tokens[len(tokens) - 1] = block.tokens[-1] if block else tokenizer.eos_id
                     n_bytes += len(text.encode())
                 if block:
                     tokens += builder.read(block.tokens, block.places)
@@ -92,6 +92,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: floa
             "writer_positions": [s.position for s in steps],
             "writer_places": [s.place for s in steps],
             "suffixes": [s.suffixes for s in steps],
+            "nodes": [s.node for s in steps],
             "context": [s.context for s in steps],
             "sees_reader": [s.sees_reader for s in steps],
             "sees_writer": [s.sees_writer for s in steps],
@@ -123,12 +124,13 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: fl
                 if supervised:
                     n_bytes += len(text.encode())
                     targets = [*reversed(units), tokenizer.eob_id] if text else [tokenizer.eos_id]
-                    out["next_tokens"][-1] = ids[j][0] if text else tokenizer.eos_id
+                    out["next_tokens"][-1] = ids[j][-1] if text else tokenizer.eos_id
                     for t, target in enumerate(targets):
                         out["writer_ids"].append(targets[t - 1] if t else tokenizer.bob_id)
                         out["writer_positions"].append(n_j + step_stride * t)
                         out["writer_places"].append(t + p.place_offset)
                         out["suffixes"].append(suffix_hashes(targets[:t], tokenizer.digit_units))
+                        out["nodes"].append(tokenizer.spelling.nodes.get(tuple(targets[:t]), -1))
                         out["context"].append(start + n_j - 1)
                         out["sees_reader"].append((start, start + n_j))
                         out["sees_writer"].append((own, own + t + 1))

@@ -73,7 +73,7 @@ class Growing:
         return self._data[: self.n]
 
 
-# text, tokens, places, targets (last unit first, then <eob>), first token
+# text, tokens, places, targets (last unit first, then <eob>), last token
 _Entry = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
@@ -94,14 +94,15 @@ class BlockTable:
         self.index: dict[str, int] = {}
         self.texts: list[str] = []
         self.tokens, self.places, self.targets, self.hashes = Growing(), Growing(), Growing(), Growing(3)
-        self.token_start, self.target_start, self.first_token, self.n_bytes = (Growing() for _ in range(4))
+        self.nodes = Growing()
+        self.token_start, self.target_start, self.last_token, self.n_bytes = (Growing() for _ in range(4))
         self.token_start.extend([0])
         self.target_start.extend([0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         self._append([("", (bos,), (0,), (), bos), ("", (), (), (eos,), eos)])
 
     def __len__(self) -> int:
-        return self.first_token.n
+        return self.last_token.n
 
     def n_tokens(self, index: npt.NDArray[np.int32]) -> Ints:
         """How many tokens each of these blocks [n] is read as."""
@@ -133,10 +134,10 @@ class BlockTable:
 
     def _entry(self, text: str) -> _Entry:
         block = self.tokenizer.encode_block(text)
-        return text, block.tokens, block.places, (*block.units[::-1], self.tokenizer.eob_id), block.tokens[0]
+        return text, block.tokens, block.places, (*block.units[::-1], self.tokenizer.eob_id), block.tokens[-1]
 
     def _append(self, entries: Iterable[_Entry]) -> None:
-        texts, tokens, places, targets, first_tokens = zip(*entries, strict=True)
+        texts, tokens, places, targets, last_tokens = zip(*entries, strict=True)
         self.texts += texts
         self.n_bytes.extend([len(text.encode()) for text in texts])
         self.token_start.extend(self.tokens.n + np.cumsum([len(t) for t in tokens]))
@@ -149,7 +150,9 @@ class BlockTable:
             self.hashes.extend(list(chain.from_iterable(steps)))
         else:
             self.hashes.extend([(NOTHING, NOTHING, NOTHING)] * sum(map(len, targets)))
-        self.first_token.extend(first_tokens)
+        nodes = map(self.tokenizer.spelling.along, (written[:-1] for written in targets if written))
+        self.nodes.extend(list(chain.from_iterable(nodes)))
+        self.last_token.extend(last_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ class Shape:
     context_ff: int = 0
     """Hidden width of the SwiGLU between the reader's last state and the writer, used once a block; 0: a linear map
     only."""
+    foretell: bool = False
+    """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
+    over spellings."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -65,7 +68,7 @@ text: old weights would load, and write garbage."""
 
 
 MOST_PLACES = 1 << 17
-BEFORE = {"query_gain": 1.0, "context_ff": 0}
+BEFORE = {"query_gain": 1.0, "context_ff": 0, "foretell": False}
 """Settings of a shape that came later than the first checkpoints, and what these have."""
 
 

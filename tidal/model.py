@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 from tidal.streams import Batch
+from tidal.tokenizer import Spelling
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -115,6 +116,54 @@ class Losses(NamedTuple):
     """[] loss of the auxiliary next-token prediction"""
     n_next: int
 
+class Foretold(nn.Module):
+    """What the reader expects of the next block's last token, told to the writer unit by unit.
+
+    Of the tokens that end with what is written, some go on with each unit, and some end here: their shares of the
+    distribution are the expected next units. With tokens in the order of their spelling, each is a stretch of them,
+    and its probability a difference of two running sums, float64 so that rare stretches keep their digits. A unit of
+    share q is fed with weight log(1 + q / FLOOR) / log(1 + 1 / FLOOR), from 0 to 1, and without gradient: the reader
+    learns to foretell from the auxiliary loss alone.
+    """
+
+    FLOOR = 1e-3
+
+    def __init__(self, config: TidalConfig, spelling: Spelling | None) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.embedding = nn.Embedding(config.n_head, config.shape.d_model)
+        for name in ("order", "child_unit", "child_from", "child_to", "first_child", "node_from", "node_to"):
+            values = torch.from_numpy(getattr(spelling, name)) if spelling else None
+            self.register_buffer(name, values, persistent=False)
+
+    @torch.no_grad()
+    def sums(self, next_nv: Tensor) -> Tensor:
+        """Running sums float64 [n, 1 + T] of the T spelled tokens' probabilities, of log-probabilities [n, V]."""
+        if self.spelling is None:
+            raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
+        order = cast(Tensor, self.order)
+        return F.pad(next_nv.exp()[:, order].double().cumsum(-1), (1, 0))
+
+    def forward(self, sums_nt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
+        """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node."""
+        buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
+        unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
+        node, row = nodes.flatten().clamp(min=0), which.flatten() * sums_nt.shape[1]
+        n_children = torch.where(nodes.flatten() < 0, 0, first_child[node + 1] - first_child[node])
+        begins = n_children.cumsum(0) - n_children
+        step = torch.repeat_interleave(n_children)
+        child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
+        with torch.no_grad():
+            sums, row, node = sums_nt.flatten(), row[step], node[step]
+            of_child = sums[row + child_to[child]] - sums[row + child_from[child]]
+            of_node = sums[row + node_to[node]] - sums[row + node_from[node]]
+            share = of_child.clamp(min=0) / (of_node + 1e-6)
+            weights = (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
+        table = self.embedding.weight
+        hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights.to(table.dtype))
+        return hints.view(*nodes.shape, table.shape[1])
+
+
 class TidalTransformer(nn.Module):
     """Reader and writer. `forward` is the packed pass; `read` and `write` are its two halves, for the decoder."""
 
@@ -124,9 +173,11 @@ class TidalTransformer(nn.Module):
     recompute = False
     """Whether layers are computed again in the backward pass, instead of being remembered."""
 
-    def __init__(self, config: TidalConfig) -> None:
+    def __init__(self, config: TidalConfig, spelling: Spelling | None = None) -> None:
+        """`spelling` is the tokenizer's; a model that foretells cannot run without it."""
         super().__init__()
         self.config, shape = config, config.shape
+        self.foretold = Foretold(config, spelling) if shape.foretell else None
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
@@ -160,6 +211,8 @@ class TidalTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=d**-0.5)
         if self.config.shape.suffix_rows:  # strings never met add nothing
             nn.init.zeros_(self.suffix_embedding.weight)
+        if self.foretold:  # what is expected of a unit begins as a vote for it
+            self.foretold.embedding.weight.data.copy_(self.unit_embedding.weight.data)
 
     def _layer(self, layer: nn.Module, x_bld: Tensor, view: View) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -197,12 +250,18 @@ class TidalTransformer(nn.Module):
         told: Tensor = self.context(states)
         return told + self.context_mlp(states) if self.config.shape.context_ff else told
 
-    def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context_bsd: Tensor,
-              views: list[View]) -> Tensor:  # fmt: skip
+    def foretell(self, states: Tensor) -> Tensor:
+        """Log-probabilities [..., V], float32 or better, of the last token of the block that comes next, of the
+        reader's last states [..., D]."""
+        logits = F.linear(states, self.token_embedding.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context_bsd: Tensor, views: list[View],
+              hints_bsd: Tensor | None = None) -> Tensor:  # fmt: skip
         """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] as `context_of` gives it.
 
         A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
-        of it matter. Returns states [B, S, D] for `head`.
+        of it matter. `hints` [B, S, D] are what `Foretold` tells. Returns states [B, S, D] for `head`.
         """
         x_bsd = self.unit_embedding(ids) + self.place_table[places]
         if self.config.shape.suffix_rows:
@@ -211,6 +270,8 @@ class TidalTransformer(nn.Module):
             gain_bsd, added_bsd = summed.view(*ids.shape, 2, self.config.shape.d_model).unbind(-2)
             x_bsd, context_bsd = x_bsd + added_bsd, context_bsd * (1 + gain_bsd)
         x_bsd = x_bsd + context_bsd
+        if hints_bsd is not None:
+            x_bsd = x_bsd + hints_bsd
         for layer, view in zip(self.writer, views, strict=True):
             x_bsd = self._layer(layer, x_bsd, view)
         states: Tensor = self.writer_norm(x_bsd)
@@ -222,6 +283,10 @@ class TidalTransformer(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""
+        return self._states(batch)[:2]
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same, and `foretell` [n, V] at the n places that are asked for the next token, if the writer is told."""
         none = torch.zeros_like(batch.reader_sees)
         reader_view = _planned(torch.stack([batch.reader_sees, none], 2), batch.reader_positions,
                                batch.reader_positions)  # fmt: skip
@@ -240,17 +305,25 @@ class TidalTransformer(nn.Module):
             )  # fmt: skip
         n_rows, n_tokens, _ = reader_brd.shape
         first_b1 = n_tokens * torch.arange(n_rows, device=reader_brd.device)[:, None]
-        context_bsd = F.embedding(batch.context + first_b1, self.context_of(reader_brd).flatten(0, 1))
-        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views)
+        context_bs = batch.context + first_b1
+        context_bsd = F.embedding(context_bs, self.context_of(reader_brd).flatten(0, 1))
+        next_nv, hints_bsd = None, None
+        if self.foretold:
+            asked = batch.next_tokens != NOTHING  # wherever a block is learnt after it
+            next_nv = self.foretell(reader_brd[asked])
+            which_bs = (asked.flatten().cumsum(0) - 1)[context_bs]
+            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
+        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views,
+                                      hints_bsd), next_nv  # fmt: skip
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of a packed batch: every block of every row in one pass."""
-        reader_brd, writer_bsd = self.states(batch)
+        reader_brd, writer_bsd, next_nv = self._states(batch)
         written, asked = batch.targets != NOTHING, batch.next_tokens != NOTHING
         targets, next_tokens = batch.targets[written], batch.next_tokens[asked]
         units = F.cross_entropy(self.head(writer_bsd[written]), targets, reduction="sum")
-        logits_nv = reader_brd[asked] @ self.token_embedding.weight.T
-        return Losses(units, len(targets), F.cross_entropy(logits_nv, next_tokens, reduction="sum"), len(next_tokens))
+        next_nv = self.foretell(reader_brd[asked]) if next_nv is None else next_nv
+        return Losses(units, len(targets), F.nll_loss(next_nv, next_tokens, reduction="sum"), len(next_tokens))
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Log-probability of every supervised unit [n_units], row by row."""
@@ -265,11 +338,11 @@ class TidalTransformer(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return {"tables": tables, "reader": reader, "writer": total - tables - reader, "total": total}
 
-    def flops(self, n_tokens: int, n_steps: int, context: int) -> int:
+    def flops(self, n_tokens: int, n_steps: int, context: int, n_blocks: int = 0) -> int:
         """Floating-point operations of a forward pass (two a multiply-add; three times this with backward).
 
-        `n_tokens` are read and `n_steps` written, each seeing `context` reader keys; norms, tables and the
-        keys of a step's own block, which are few, are not counted.
+        `n_tokens` are read and `n_steps` written, each seeing `context` reader keys, in `n_blocks`, which matter if the
+        model foretells; norms, tables and the keys of a step's own block, which are few, are not counted.
         """
         shape, d = self.config.shape, self.config.shape.d_model
         key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
@@ -281,7 +354,8 @@ class TidalTransformer(nn.Module):
             per_step += shape.writer_layers * attention
         if self.has_memory:
             per_token, per_step = per_token + key_value, per_step + seen
-        return 2 * (n_tokens * per_token + n_steps * per_step)
+        per_block = d * self.config.vocab_size if shape.foretell else 0
+        return 2 * (n_tokens * per_token + n_steps * per_step + n_blocks * per_block)
 
     def cache_bytes(self, n_tokens: int) -> int:
         """Bytes of cached keys and values for a context of `n_tokens`, in the dtype of the weights."""

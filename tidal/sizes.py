@@ -85,12 +85,13 @@ def cost(name: str, settings: Train) -> Cost:
     model, tokens = meta_model(settings), settings.text.reader_budget
     parameters = model.n_parameters()
     per_byte = {key: round(1e6 * value) for key, value in ENGLISH.items()}  # in a megabyte, as counts are whole
-    forward = model.flops(per_byte["tokens"], per_byte["steps"], tokens // 2)
+    forward = model.flops(per_byte["tokens"], per_byte["steps"], tokens // 2, per_byte["blocks"])
+    asked = 0 if settings.model.foretell else next_token_flops(model, per_byte["blocks"])  # else done already
     n_bytes = tokens / ENGLISH["tokens"]  # of a row
     steps, blocks = round(n_bytes * ENGLISH["steps"]), round(n_bytes * ENGLISH["blocks"])
     return Cost(
         name, parameters["total"], parameters["tables"],
-        training=3 * (forward + next_token_flops(model, per_byte["blocks"])) / 1e6,
+        training=3 * (forward + asked) / 1e6,
         update=update_flops(model) / (n_bytes * settings.rows),
         reading=model.flops(per_byte["tokens"], 0, tokens // 2) / 1e6,
         writing=forward / 1e6,

@@ -45,6 +45,7 @@ class WriterStep:
     position: float
     place: int
     suffixes: tuple[int, int, int]
+    node: int
     context: int
     sees_reader: tuple[int, int]
     sees_writer: tuple[int, int]
@@ -73,6 +74,7 @@ class DocumentBuilder:
             position=self.n_read + self.step_stride * t,
             place=self.place_offset + t,
             suffixes=suffix_hashes(written, self.digits),
+            node=self.tokenizer.spelling.node(written),
             context=end - 1,
             sees_reader=(self.reader_start, end),
             sees_writer=(self.writer_start, self.writer_start + t + 1),
@@ -108,7 +110,7 @@ class Batch:
     reader_sees: torch.Tensor
     """int32 [B, R, 2], half-open range of reader indices in the row"""
     next_tokens: torch.Tensor
-    """int64 [B, R]: the first token of the next block at the last token of a block, else -1"""
+    """int64 [B, R]: the last token of the next block at the last token of a block, else -1"""
     writer_ids: torch.Tensor
     """int64 [B, W]"""
     writer_positions: torch.Tensor
@@ -117,6 +119,8 @@ class Batch:
     """int64 [B, W]"""
     suffixes: torch.Tensor
     """int64 [B, W, 3], hashes, -1 where there is none"""
+    nodes: torch.Tensor
+    """int64 [B, W], nodes of the tokenizer's `Spelling`, -1 where what is written ends no token"""
     context: torch.Tensor
     """int64 [B, W], reader index of the last state before the block"""
     sees_reader: torch.Tensor
@@ -179,7 +183,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
 
     next_tokens = torch.full((len(rows), reader.width), NOTHING)
     asked = supervised_b & (steps_b > 0)
-    next_tokens[row_b[asked], context_b[asked]] = torch.from_numpy(table.first_token.view()[index_b[asked]])
+    next_tokens[row_b[asked], context_b[asked]] = torch.from_numpy(table.last_token.view()[index_b[asked]])
     return Batch(
         reader_ids=reader(table.tokens.view()[source_i]),
         reader_positions=reader((index_i - passage_start_b[b_of_i]).astype(np.float32)),
@@ -190,6 +194,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
         writer_positions=writer((n_before_b[b_of_s] + step_stride * t_s).astype(np.float32)),
         writer_places=writer(t_s + offset_p[p_s]),
         suffixes=writer(table.hashes.view()[source_s], NOTHING),
+        nodes=writer(table.nodes.view()[source_s], NOTHING),
         context=writer(context_b[b_of_s]),
         sees_reader=writer(np.stack([document_start_b, context_b + 1], 1)[b_of_s].astype(np.int32)),
         sees_writer=writer(np.stack([own_start_s, own_start_s + t_s + 1], 1).astype(np.int32)),

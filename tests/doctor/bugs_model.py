@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.doctor.plant import INT32, Plant, everywhere, replacing
 from tidal.blocks import BlockTable, Passage, suffix_hashes
 from tidal.infer import decoder as decoding
-from tidal.model import TidalTransformer
+from tidal.model import Foretold, TidalTransformer
 from tidal.streams import Batch, DocumentBuilder, WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
 
@@ -160,6 +160,25 @@ def context_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]
         logits = step(self, *args)
         self.context = self.context.roll(-1, 0)
         return logits
+
+    return bugged
+
+
+def foretold_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
+        self.sums = self.sums.roll(1, 0)
+        logits = step(self, *args)
+        self.sums = self.sums.roll(-1, 0)
+        return logits
+
+    return bugged
+
+
+def foretold_once(sums: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What was foretold before the first block is told before all of them."""
+
+    def bugged(self: Foretold, next_nv: Tensor) -> Tensor:
+        return sums(self, next_nv[:1].expand_as(next_nv))
 
     return bugged
 

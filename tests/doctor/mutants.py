@@ -22,6 +22,8 @@ from tests.doctor.bugs_model import (
     eob_dropped,
     every_tile_full,
     first_slice_only,
+    foretold_of_another_row,
+    foretold_once,
     half_gradient,
     keys_not_normed,
     logits_tempered_in_place,
@@ -80,7 +82,7 @@ from tidal.infer import beam, engine, sampling
 from tidal.infer import decoder as decoding
 from tidal.infer.grammar import Grammar
 from tidal.kernels import api, cpu
-from tidal.model import Layer, TidalTransformer
+from tidal.model import Foretold, Layer, TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -179,6 +181,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("log-probabilities of tempered logits", 14,
            everywhere(sampling.choose, logits_tempered_in_place(sampling.choose))),
     Mutant("the context of another row of the batch", 15, replacing(decoding.Decoder, "step", context_of_another_row)),
+    Mutant("what is foretold of another row of the batch", 15,
+           replacing(decoding.Decoder, "step", foretold_of_another_row)),
+    Mutant("the node of the step before", 14,
+           builder(lambda self, written, s: {"node": self.tokenizer.spelling.node(written[:-1])})),
+    Mutant("what was foretold first is told always", 13, replacing(Foretold, "sums", foretold_once)),
     Mutant("positions are lost when a cache grows", 15, replacing(decoding.Decoder, "_reserve", positions_lost)),
     Mutant("the padding of shorter rows is seen", 15, in_packing(padding_is_seen)),
     Mutant("one random generator for a batch", 15, everywhere(sampling.choose, one_generator(sampling.choose))),

@@ -27,7 +27,7 @@ def examine_mutant(mutant: Mutant, checks: Sequence[int] | None = None) -> Repor
     """The doctor's report on the small model, made and examined while the bug is there."""
     with pytest.MonkeyPatch.context() as patch:
         mutant.plant(patch)
-        model, tokenizer = TidalTransformer(BASE.config), copy.deepcopy(TOKENIZER)
+        model, tokenizer = TidalTransformer(BASE.config, TOKENIZER.spelling), copy.deepcopy(TOKENIZER)
         torch.nn.Module.load_state_dict(model, BASE.state_dict())
         model.train(False)
         mutant.spoil(model)

@@ -131,8 +131,8 @@ def supervision(patient: Patient, meter: Meter) -> None:
             meter.same("targets of a block", wanted, got, patient.where(document, steps[0]), sides)
         asked = [-1] * len(layout.tokens)
         for block in dict.fromkeys(step.block for step in layout.steps):
-            first = [token.id for token in layout.tokens if token.block == block]
-            asked[sum(token.block < block for token in layout.tokens) - 1] = first[0] if first else tokenizer.eos_id
+            read = [tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)]
+            asked[sum(token.block < block for token in layout.tokens) - 1] = read[-1]
         meter.same("next tokens", asked, batch.next_tokens[0],
                    partial(patient.where_read, document), sides)  # fmt: skip
         with torch.inference_mode():

@@ -64,6 +64,8 @@ class Layout:
     """text of every block; "" for `<bos>` and for the block that writes `<eos>`"""
     tokens: tuple[Token, ...]
     steps: tuple[Step, ...]
+    spelled: tuple[tuple[int, tuple[int, ...]], ...]
+    """every token that can be foretold, and how it is written: its units, last first, and `<eob>`"""
 
     def reader_sees(self) -> Tensor:
         """bool [I, J]"""
@@ -88,6 +90,9 @@ class Oracle:
     def __init__(self, tokenizer: MixedTokenizer, shape: Shape) -> None:
         self.tokenizer, self.shape = tokenizer, shape
         self.alphabet = {tokenizer.id_bytes[u].decode(): u for u in range(FIRST_CHAR, tokenizer.n_writable)}
+        ids = [i for i in range(FIRST_CHAR, tokenizer.vocab_size) if tokenizer.id_bytes[i]]
+        self.spelled = ((tokenizer.eos_id, (tokenizer.eos_id,)), *(
+            (i, tuple(self.script([tokenizer.id_bytes[i].decode()], False))) for i in ids))  # fmt: skip
 
     def spell(self, text: str) -> list[int]:
         """Units in reading order: a character of the alphabet is one, any other its UTF-8 bytes."""
@@ -129,7 +134,7 @@ class Oracle:
                 for k, token in enumerate(ids):
                     after = sum(map(self.width, ids[k + 1 :]))
                     tokens.append(Token(token, float(n_before + k), place_offset + after, j))
-        return Layout(tuple(blocks), tuple(tokens), tuple(steps))
+        return Layout(tuple(blocks), tuple(tokens), tuple(steps), self.spelled)
 
     def suffixes(self, written: Sequence[int]) -> tuple[int, int, int]:
         """Names of all units written in the block, of the last two, of the last three; -1: too short, or a digit."""
@@ -204,6 +209,21 @@ def swiglu(mlp: SwiGLU, x: Tensor) -> Tensor:
     return (F.silu(gate) * value) @ mlp.down.weight.T
 
 
+def expected_units(model: TidalTransformer, state: Tensor, layout: Layout, written: Sequence[int]) -> Tensor:
+    """What the writer is told [1 + len(written), d] of the units that come next, token by token: the probability of
+    each that ends with what is written so far is a vote for its next unit.
+    """
+    assert model.foretold is not None
+    probability, floor = (state @ model.token_embedding.weight.T).softmax(-1).tolist(), 1e-3
+    live, votes = list(layout.spelled), torch.zeros(1 + len(written), model.config.n_head, dtype=torch.float64)
+    for t in range(1 + len(written)):
+        live = [(token, units) for token, units in live if units[:t] == tuple(written[:t]) and len(units) > t]
+        for token, units in live:
+            votes[t, units[t]] += probability[token]
+    share = votes / (votes.sum(-1, keepdim=True) + 1e-6)
+    return (1 + share / floor).log() / math.log(1 + 1 / floor) @ model.foretold.embedding.weight
+
+
 @torch.inference_mode()
 def dense_block(model: TidalTransformer, layout: Layout, block: int,
                 dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -238,6 +258,9 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
         table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])
         x, told = x + table[:, shape.d_model :], told + told * table[:, : shape.d_model]
     x = x + told
+    if shape.foretell:
+        seen["hints"] = expected_units(model, states[-1], layout, [step.id for step in steps[1:]])
+        x = x + seen["hints"]
     here = torch.tensor([step.position for step in steps], dtype=torch.float64)
     order = torch.arange(len(steps))
     sees, distance = order[None, :] <= order[:, None], (here[:, None] - here[None, :]).abs()

@@ -11,8 +11,8 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.tokenizer.split import find_blocks
 
 SHAPE = Shape(d_model=32, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=2, reader_ff=48, writer_ff=48,
-              suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
-"""Everything there is: shared key heads, suffixes, jitter, steps that stand apart."""
+              context_ff=24, foretell=True, suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
+"""Everything there is: shared key heads, an MLP, foretelling, suffixes, jitter, steps that stand apart."""
 
 
 def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTokenizer]:
@@ -26,7 +26,7 @@ def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTo
     tokenizer = MixedTokenizer.train([*prose * 4, *plain], 520, max_block_units=12)
     t = tokenizer
     model = TidalTransformer(
-        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape)
+        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape), t.spelling
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -37,14 +37,17 @@ class Tape:
         with self._layers("reader"):
             return self._original.read(ids, places, views)
 
-    def _write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context: Tensor, views: list[View]) -> Tensor:
+    def _write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context: Tensor, views: list[View],
+               hints: Tensor | None = None) -> Tensor:  # fmt: skip
         self._add("writer ids", ids)
         self._add("writer places", places)
         self._add("writer positions", views[0].q_position)
         self._add("suffixes", suffixes)
         self._add("context", context)
+        if hints is not None:
+            self._add("hints", hints)
         with self._layers("writer"):
-            return self._original.write(ids, places, suffixes, context, views)
+            return self._original.write(ids, places, suffixes, context, views, hints)
 
     def _add(self, name: str, value: Tensor) -> None:
         self.entries.setdefault(name, []).append(value.detach().clone())

@@ -75,6 +75,8 @@ class Decoder:
         ]
         self.positions = torch.zeros(n_rows, self.n_block + capacity, device=self.device)
         self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=weight.dtype)
+        n_tokens = len(tokenizer.spelling.order) if model.foretold else 0
+        self.sums = torch.zeros(n_rows, 1 + n_tokens, device=self.device, dtype=torch.float64)
         self.builders: list[DocumentBuilder] = [self._new_builder() for _ in range(n_rows)]
         self._unread = set(range(n_rows))  # rows whose <bos> the model has not seen yet
 
@@ -92,6 +94,7 @@ class Decoder:
         for cache in (*self.reader_caches, *self.writer_caches):
             cache.data = cache.data.index_select(1, index)
         self.positions, self.context = self.positions[index], self.context[index]
+        self.sums = self.sums[index]
         self._unread = {new for new, old in enumerate(rows) if old in self._unread}
         self.builders = [copy.copy(self.builders[row]) for row in rows]
 
@@ -136,6 +139,8 @@ class Decoder:
         grown = lengths > 0
         last = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
         self.context[row[grown]] = self.model.context_of(last)
+        if self.model.foretold:
+            self.sums[row[grown]] = self.model.foretold.sums(self.model.foretell(last))
         if self.model.has_memory:
             self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states), source)
 
@@ -147,12 +152,12 @@ class Decoder:
         n, here = self.n_block, self._rows(rows)
         memory_end = n + max(s.sees_reader[1] for s in steps)
         data = torch.tensor(
-            [[(r, len(w), s.id, s.place, *s.suffixes,
+            [[(r, len(w), s.id, s.place, s.node, *s.suffixes,
                s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
              for r, w, s in zip(rows, written, steps, strict=True)], device=self.device,
         )  # fmt: skip
         at = data[:, 0, 0], data[:, 0, 1]
-        ranges = data[..., 7:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
+        ranges = data[..., 8:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
         q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
         self.positions[at] = q_position[:, 0]
 
@@ -167,7 +172,8 @@ class Decoder:
 
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
         context = self.context[here][:, None]
-        states = self.model.write(data[..., 2], data[..., 3], data[..., 4:7], context, views)
+        hints = self.model.foretold(self.sums, data[..., 0], data[..., 4]) if self.model.foretold else None
+        states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], context, views, hints)
         return self._checked(self.model.head(states[:, 0]), len(rows))
 
     def _checked(self, logits: Tensor, n_rows: int) -> Tensor:

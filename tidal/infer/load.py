@@ -46,8 +46,8 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
         if config.shape.reader_layers + config.shape.writer_layers > len(tensors):
             raise ValueError("it has more layers than there are tensors")
         with torch.device("meta"):  # sizes that the file does not have cost no memory
-            TidalTransformer(config).load_state_dict(tensors, assign=True)
-        model = TidalTransformer(config)
+            TidalTransformer(config, tokenizer.spelling).load_state_dict(tensors, assign=True)
+        model = TidalTransformer(config, tokenizer.spelling)
         model.load_state_dict(tensors)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder}: weights do not fit its config.json: {error}") from error

@@ -17,6 +17,7 @@ whatever else a text holds (NUL, sentencepiece's own space mark, an emoji never 
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from tidal.tokenizer.spelling import Spelling
 from tidal.tokenizer.split import RULES_VERSION, UNSPACED, by_script, cut_to_fit, find_blocks, utf8
 from tidal.tokenizer.training import SPACE_MARK, may_be_unit, train_model
 
@@ -98,6 +100,14 @@ class MixedTokenizer:
         """bool [n_writable]: the unit is a decimal digit, as a character or as the byte of an ASCII digit."""
         for unit in range(_FIRST_BYTE, self.n_writable):
             self.digit_units[unit] = self.id_bytes[unit].decode(errors="replace").isdecimal()
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """How the tokens are spelled, `<eos>` among them; single bytes, of which nobody writes words, are not."""
+        written: list[tuple[int, tuple[int, ...]]] = [(self.eos_id, (self.eos_id,))]
+        for token in (*range(_FIRST_CHAR, self.n_writable), *range(self.bos_id + 1, self.vocab_size)):
+            written.append((token, tuple(self._unit_of[char] for char in reversed(self._texts[token]))))
+        return Spelling(written, self.eob_id, self.eos_id)
 
     # ------------------------------------------------------------------ making, saving, loading
 

@@ -76,7 +76,7 @@ def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
     torch.manual_seed(settings.seed)
     t = tokenizer
     return TidalTransformer(
-        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, settings.model)
+        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, settings.model), t.spelling
     )
 
 

@@ -166,7 +166,7 @@ class Parallel:
         if not self.leads:
             return model
         with torch.random.fork_rng(devices=[]):  # its first weights leave no trace
-            copy = TidalTransformer(model.config)
+            copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
         copy.load_state_dict(tensors)
         return copy.to(next(model.parameters()).device)
 
