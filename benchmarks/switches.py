@@ -20,7 +20,7 @@ from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
 from tidal.config import Optim, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
-from tidal.tokenizer import Spelling
+from tidal.tokenizer import MixedTokenizer, Spelling
 from tidal.train.optim import Optimizer
 from tidal.train.recipes.text import TextRecipe
 
@@ -99,6 +99,13 @@ class OwnHead(TidalTransformer):
         return logits
 
 
+def forward_spelling(tokenizer: MixedTokenizer) -> Spelling:
+    """How tokens are spelled first character first."""
+    words = {i: tokenizer.id_bytes[i].decode() for i in tokenizer.spelling.order.tolist() if i != tokenizer.eos_id}
+    spelled = [(i, tuple(tokenizer.write_units(word)[::-1])) for i, word in words.items()]
+    return Spelling([(tokenizer.eos_id, (tokenizer.eos_id,)), *spelled], tokenizer.eob_id, tokenizer.eos_id)
+
+
 def model_of(config: TidalConfig, switches: Switches, spelling: Spelling) -> TidalTransformer:
     """A fresh model."""
     model = (OwnHead if switches.head == "own" else TidalTransformer)(config, spelling)
@@ -127,6 +134,7 @@ class SwitchedRecipe(TextRecipe):
         super().__init__(settings)
         self.switches = switches
         if switches.write_order == "forward":
+            self.tokenizer.spelling = forward_spelling(self.tokenizer)
             self.table = ForwardTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
             self.rows.table = self._validation.table = self.table
         if switches.block_rule != "word":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
+from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 from tidal.streams import Batch
 from tidal.tokenizer import Spelling
@@ -115,54 +116,6 @@ class Losses(NamedTuple):
     next_tokens: Tensor
     """[] loss of the auxiliary next-token prediction"""
     n_next: int
-
-class Foretold(nn.Module):
-    """What the reader expects of the next block's last token, told to the writer unit by unit.
-
-    Of the tokens that end with what is written, some go on with each unit, and some end here: their shares of the
-    distribution are the expected next units. With tokens in the order of their spelling, each is a stretch of them,
-    and its probability a difference of two running sums, float64 so that rare stretches keep their digits. A unit of
-    share q is fed with weight log(1 + q / FLOOR) / log(1 + 1 / FLOOR), from 0 to 1, and without gradient: the reader
-    learns to foretell from the auxiliary loss alone.
-    """
-
-    FLOOR = 1e-3
-
-    def __init__(self, config: TidalConfig, spelling: Spelling | None) -> None:
-        super().__init__()
-        self.spelling = spelling
-        self.embedding = nn.Embedding(config.n_head, config.shape.d_model)
-        for name in ("order", "child_unit", "child_from", "child_to", "first_child", "node_from", "node_to"):
-            values = torch.from_numpy(getattr(spelling, name)) if spelling else None
-            self.register_buffer(name, values, persistent=False)
-
-    @torch.no_grad()
-    def sums(self, next_nv: Tensor) -> Tensor:
-        """Running sums float64 [n, 1 + T] of the T spelled tokens' probabilities, of log-probabilities [n, V]."""
-        if self.spelling is None:
-            raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
-        order = cast(Tensor, self.order)
-        return F.pad(next_nv.exp()[:, order].double().cumsum(-1), (1, 0))
-
-    def forward(self, sums_nt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
-        """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node."""
-        buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
-        unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
-        node, row = nodes.flatten().clamp(min=0), which.flatten() * sums_nt.shape[1]
-        n_children = torch.where(nodes.flatten() < 0, 0, first_child[node + 1] - first_child[node])
-        begins = n_children.cumsum(0) - n_children
-        step = torch.repeat_interleave(n_children)
-        child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
-        with torch.no_grad():
-            sums, row, node = sums_nt.flatten(), row[step], node[step]
-            of_child = sums[row + child_to[child]] - sums[row + child_from[child]]
-            of_node = sums[row + node_to[node]] - sums[row + node_from[node]]
-            share = of_child.clamp(min=0) / (of_node + 1e-6)
-            weights = (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
-        table = self.embedding.weight
-        hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights.to(table.dtype))
-        return hints.view(*nodes.shape, table.shape[1])
-
 
 class TidalTransformer(nn.Module):
     """Reader and writer. `forward` is the packed pass; `read` and `write` are its two halves, for the decoder."""

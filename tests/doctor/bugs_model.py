@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tests.doctor.plant import INT32, Plant, everywhere, replacing
 from tidal.blocks import BlockTable, Passage, suffix_hashes
+from tidal.foretold import Foretold
 from tidal.infer import decoder as decoding
-from tidal.model import Foretold, TidalTransformer
+from tidal.model import TidalTransformer
 from tidal.streams import Batch, DocumentBuilder, WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
 

@@ -78,11 +78,12 @@ from tests.doctor.bugs_text import (
 from tests.doctor.plant import Mutant, both, builder, clamped, everywhere, geometry, in_packing, replacing, with_block
 from tidal import blocks, checkpoint, streams
 from tidal.blocks import BlockTable
+from tidal.foretold import Foretold
 from tidal.infer import beam, engine, sampling
 from tidal.infer import decoder as decoding
 from tidal.infer.grammar import Grammar
 from tidal.kernels import api, cpu
-from tidal.model import Foretold, Layer, TidalTransformer
+from tidal.model import Layer, TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -35,6 +35,18 @@ def test_variants_are_honest(switches: Switches, texts: Texts) -> None:
     assert leak(r) < 1e-9
 
 
+def test_a_forward_writer_is_told_what_is_foretold_of_first_letters(texts: Texts) -> None:
+    r = runner(entry("tidal:write-order=forward"), texts, 0, CPU)
+    assert isinstance(r, TidalRunner)
+    assert r.model.foretold is not None
+    spelling, table = r.recipe.tokenizer.spelling, r.recipe.table
+    assert r.model.foretold.spelling is spelling
+    block = int(table.indices(["the"])[0])
+    nodes = table.nodes.view()[table.target_start.view()[block] : table.target_start.view()[block + 1]].tolist()
+    assert nodes == spelling.along(r.recipe.tokenizer.write_units("the")[::-1])
+    assert nodes[1] == spelling.node(r.recipe.tokenizer.write_units("t")) != NOTHING
+
+
 def test_without_gains_only_what_is_added_is_learnt(texts: Texts) -> None:
     learnt = []
     for spec in ("tidal", "tidal:suffix-gains=off"):
@@ -104,7 +116,10 @@ def test_switches_do_what_they_say(texts: Texts) -> None:
     assert Switches().on_batch(one) is one
     causal = Switches(reading="tokens").on_batch(one)
     assert causal.reader_sees[0, :, 1].tolist() == list(range(1, one.reader_ids.shape[1] + 1))
-    assert causal.next_tokens[0].tolist() == [*one.reader_ids[0, 1:].tolist(), tokenizer.eos_id]
+    inside = [*one.reader_ids[0, 1:].tolist(), tokenizer.eos_id]
+    at_ends = one.next_tokens[0].tolist()
+    assert causal.next_tokens[0].tolist() == [b if b != NOTHING else a for a, b in zip(inside, at_ends, strict=True)]
+    assert NOTHING in at_ends
     assert not Switches(places="off").on_batch(one).writer_places.any()
     whole = Switches(suffix_orders="0").on_batch(one).suffixes
     assert torch.equal(whole[..., 0], one.suffixes[..., 0])

@@ -168,12 +168,12 @@ def test_a_rate_that_does_not_learn(rate: float, kind: str, tmp_path: Path, monk
 def test_a_target_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """The shift by one that everybody forgets once: the writer is fed what it shall write."""
-    honest = TidalTransformer.states
+    honest = TidalTransformer._states
 
-    def states(self: TidalTransformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self: TidalTransformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return honest(self, dataclasses.replace(batch, writer_ids=batch.targets.clamp(min=0)))
 
-    monkeypatch.setattr(TidalTransformer, "states", states)
+    monkeypatch.setattr(TidalTransformer, "_states", states)
     out = trained(tmp_path / "run", monkeypatch, steps=60)
     assert "implausibly low" in warned(capsys.readouterr().err)
     assert float(metrics(out)[-1]["typo_gain"]) > 0.5
