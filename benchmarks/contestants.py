@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,9 +30,10 @@ from benchmarks.baselines import causal
 from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
 from benchmarks.entries import Entry
 from benchmarks.switches import SwitchedRecipe, Switches, model_of, optimizer_of
-from tidal.blocks import EOS_BLOCK, Passage, passage, windows
+from tidal.blocks import EOS_BLOCK, BlockTable, Passage, passage, windows
 from tidal.config import Text, TidalConfig, Train
 from tidal.corpora.build import build
+from tidal.evaluate.boundary import Floats, cut_pairs, figures
 from tidal.model import TidalTransformer
 from tidal.prepare.make import prepare, tokenizer_for
 from tidal.prepare.survey import survey
@@ -41,6 +43,7 @@ from tidal.train.gradient import gradients
 
 ROWS_AT_ONCE = 16  # of held-out windows
 COUNTED = 4  # batches over which the work of a step is averaged
+CUTS = {"context_chars": 400, "continuation_chars": 80}  # as python -m tidal.evaluate boundary
 
 # --------------------------------------------------------------------------------------------------- text
 
@@ -57,6 +60,12 @@ class Window:
     """Blocks that are charged."""
     ends: bool
     """Whether the document ends here, and `<eos>` is charged."""
+
+
+def window(table: BlockTable, p: Passage) -> Window:
+    """The window that a passage is."""
+    texts, ends = tuple(table.texts[i] for i in p.blocks.tolist()), bool(p.blocks[-1] == EOS_BLOCK)
+    return Window(p, texts[1 : p.supervise_from], texts[p.supervise_from : len(texts) - ends], ends)
 
 
 class Texts:
@@ -92,11 +101,8 @@ class Texts:
         found = []
         for document in self.held_out:
             whole = passage(recipe.table, "", document)
-            here = []
-            for p in windows(whole, recipe.table, context, 1 << 40, overlap=context // 2):
-                texts = tuple(recipe.table.texts[i] for i in p.blocks.tolist())
-                ends = bool(p.blocks[-1] == EOS_BLOCK)
-                here.append(Window(p, texts[1 : p.supervise_from], texts[p.supervise_from : len(texts) - ends], ends))
+            cut = windows(whole, recipe.table, context, 1 << 40, overlap=context // 2)
+            here = [window(recipe.table, p) for p in cut]
             if "".join(t for w in here for t in w.completion) != document or [w.ends for w in here].count(True) != 1:
                 raise RuntimeError("the windows of a held-out document do not add up to it")
             found += here
@@ -144,35 +150,56 @@ class Runner(ABC):
     def spelled(self, targets: Sequence[int]) -> tuple[bytes, int]:
         """What a row of targets spells, and how often it says `<eos>`."""
 
-    @torch.inference_mode()
     def bits_per_byte(self, context: int, every: int = 1) -> float:
-        """Of the held-out documents, or of one in `every` of their windows.
+        """Of the held-out documents, or of one in `every` of their windows. Raises RuntimeError as `charges` does."""
+        chosen = self.texts.windows(self.recipe, context)[::every]
+        nats, _, n_bytes = self.charges(chosen)
+        return float(nats.sum() / math.log(2) / n_bytes.sum())
+
+    def boundary_gap(self, count: int) -> dict[str, Any]:
+        """What it costs that a prompt ends inside a block, at `count` places of the held-out documents; the figures of
+        tidal.evaluate.boundary, which says more. The baselines read what is left of a cut word as tokens of its own.
+        """
+        pairs = cut_pairs(self.recipe.tokenizer, self.texts.held_out, count=count, **CUTS)
+        charged = {}
+        for kind in ("boundary", "inside"):
+            cuts = [(p.text[p.start : (at := getattr(p, kind))], p.text[at : p.end]) for p in pairs]
+            charged[kind] = self.charges([window(self.recipe.table, passage(self.recipe.table, *c, ends=False))
+                                          for c in cuts])  # fmt: skip
+        return {"cuts": len(pairs), **figures({k: nats / n for k, (nats, n, _) in charged.items()}, "unit"),
+                **figures({k: nats / n for k, (nats, _, n) in charged.items()}, "byte")}  # fmt: skip
+
+    @torch.inference_mode()
+    def charges(self, windows: Sequence[Window]) -> tuple[Floats, Floats, Floats]:
+        """Of each window [n] the loss in nats, and how many targets and bytes it is of.
 
         Raises RuntimeError unless what is charged spells the text that is to be charged, byte for byte, and `<eos>`.
         """
         self.model.eval()
-        chosen = self.texts.windows(self.recipe, context)[::every]
-        chosen.sort(key=lambda w: len("".join(w.prompt + w.completion)))  # little padding
-        nats, n_bytes = 0.0, 0
-        for first in range(0, len(chosen), ROWS_AT_ONCE):
-            some = chosen[first : first + ROWS_AT_ONCE]
+        found = np.zeros((3, len(windows)))
+        order = sorted(range(len(windows)), key=lambda i: len("".join(windows[i].prompt + windows[i].completion)))
+        for first in range(0, len(order), ROWS_AT_ONCE):  # of about the same length: little padding
+            at = order[first : first + ROWS_AT_ONCE]
+            some = [windows[i] for i in at]
             batch = self.batch_of(some)
-            n_bytes += self.check_charges(batch.targets, some)
+            n_bytes = self.check_charges(batch.targets, some)
+            sizes = (batch.targets >= 0).sum(1).tolist()
             log_probs = self.model.log_probs(batch.to(self.device))  # type: ignore[arg-type]
-            if len(log_probs) != int((batch.targets >= 0).sum()):
+            if len(log_probs) != sum(sizes):
                 raise RuntimeError(f"{self.entry.label}: {len(log_probs)} log-probabilities, not one for each target")
-            nats -= log_probs.double().sum().item()
+            nats = [-part.sum().item() for part in log_probs.double().cpu().split_with_sizes(sizes)]
+            found[:, at] = nats, sizes, n_bytes
         self.model.train()
-        return nats / math.log(2) / n_bytes
+        return found[0], found[1], found[2]
 
-    def check_charges(self, targets: Tensor, some: Sequence[Window]) -> int:
-        """The bytes of `some` windows, after comparing them with what the targets [rows, L] spell."""
-        n_bytes = 0
+    def check_charges(self, targets: Tensor, some: Sequence[Window]) -> list[int]:
+        """The bytes of each of `some` windows, after comparing them with what the targets [rows, L] spell."""
+        n_bytes = []
         for window, row in zip(some, targets, strict=True):
             expected = "".join(window.completion).encode()
             if self.spelled(row[row >= 0].tolist()) != (expected, int(window.ends)):
                 raise RuntimeError(f"{self.entry.label}: what is charged is not {expected[:40]!r}… and its <eos>")
-            n_bytes += len(expected)
+            n_bytes.append(len(expected))
         return n_bytes
 
     def parameters(self) -> int:

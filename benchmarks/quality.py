@@ -70,6 +70,8 @@ class Quality(Racing):
     """Points of a curve; all but the last are measured on one held-out window in --every."""
     every: int = 4
     """See --evaluations."""
+    cuts: int = 400
+    """At the end of a race, measure the boundary gap at so many places of the held-out documents; 0: none."""
     out: str = "benchmarks/results/quality.json"
     """Written after every evaluation."""
     picture: str | None = None
@@ -108,7 +110,7 @@ Point = dict[str, Any]
 
 
 def race(entries: Sequence[Entry], texts: Texts, seed: int, budget: Budget, settings: Racing,
-         report: Callable[[Point], None], evaluations: int = 1, every: int = 1) -> None:  # fmt: skip
+         report: Callable[[Point], None], evaluations: int = 1, every: int = 1, cuts: int = 0) -> None:  # fmt: skip
     """Train all contestants of a seed in turns until each has spent its budget; `report` every evaluation."""
     from benchmarks.contestants import runner
     from tidal.device import pick_device
@@ -129,10 +131,10 @@ def race(entries: Sequence[Entry], texts: Texts, seed: int, budget: Budget, sett
                     running.remove(racer)
                 if spent >= 1 or spent >= (racer.evaluated + 1) / evaluations:
                     racer.evaluated = max(racer.evaluated + 1, math.floor(min(spent, 1) * evaluations))
-                    report(_point(racer, settings, spent >= 1, every))
+                    report(_point(racer, settings, spent >= 1, every, cuts))
 
 
-def _point(racer: Racer, settings: Racing, final: bool, every: int) -> Point:
+def _point(racer: Racer, settings: Racing, final: bool, every: int, cuts: int) -> Point:
     r = racer.runner
     context = settings.context or r.train.text.reader_budget
     point: Point = {
@@ -144,6 +146,8 @@ def _point(racer: Racer, settings: Racing, final: bool, every: int) -> Point:
     if final:  # `bits_per_byte` is of the curve's windows, for the picture; this is the result
         whole = point["bits_per_byte"] if every == 1 else r.bits_per_byte(context)
         point["final_bits_per_byte"], point["held_out_bytes"] = whole, r.texts.held_out_bytes
+        if cuts:
+            point["boundary"] = r.boundary_gap(cuts)
     bits = point.get("final_bits_per_byte", point["bits_per_byte"])
     note(f"{r.entry.label}, seed {r.seed}: {bits:.4f} bits per byte at step {r.n_steps:,}, {r.seconds:.0f} s "
          f"({point['step_ms']:.0f} ms a step){', the end' * final}")  # fmt: skip
@@ -158,8 +162,8 @@ def run(argv: list[str]) -> None:
     budgets = [b for b in both if b.amount > 0]
     if not budgets:
         raise UserError("nothing to race for; give --seconds or --teraflops")
-    if settings.evaluations < 1 or settings.every < 1 or not settings.turn > 0:
-        raise UserError("--evaluations, --every and --turn must be positive")
+    if settings.evaluations < 1 or settings.every < 1 or not settings.turn > 0 or settings.cuts < 0:
+        raise UserError("--evaluations, --every and --turn must be positive, and --cuts not negative")
     from benchmarks.contestants import Texts
     from benchmarks.entries import entries_of
 
@@ -178,7 +182,7 @@ def run(argv: list[str]) -> None:
                 points.append(point)
                 write(out, content)
 
-            race(entries, texts, seed, budget, settings, report, settings.evaluations, settings.every)
+            race(entries, texts, seed, budget, settings, report, settings.evaluations, settings.every, settings.cuts)
     if settings.picture:
         draw(content["races"], [e.label for e in entries], settings, Path(settings.picture))
     results = [result for r in content["races"] for result in summary(r, [e.label for e in entries])]
@@ -206,19 +210,28 @@ def summary(raced: dict[str, Any], labels: Sequence[str]) -> list[dict[str, Any]
          "steps": round(statistics.fmean(p["steps"] for p in ends[label])),
          "step_ms": round(statistics.fmean(p["step_ms"] for p in ends[label]), 2),
          "teraflops": round(statistics.fmean(p["teraflops"] for p in ends[label]), 3),
+         "boundary_gap_per_byte": gap_of(ends[label]),
          "parameters": ends[label][0]["parameters"]}
         for label, mean in means.items()
     ]  # fmt: skip
 
 
+def gap_of(ends: Sequence[Point]) -> float | None:
+    """The mean boundary gap, in nats a byte; None where it was not measured."""
+    gaps = [p["boundary"]["gap_per_byte"] for p in ends if "boundary" in p]
+    return round(statistics.fmean(gaps), 4) if gaps else None
+
+
 def print_table(results: Sequence[dict[str, Any]]) -> None:
     """One line a contestant and race."""
     print(f"{'budget':<16} {'contestant':<28} {'bits/byte':>9} {'× first':>8} {'steps':>8} {'ms/step':>8}"
-          f" {'10^12 flop':>10} {'parameters':>11}")  # fmt: skip
+          f" {'10^12 flop':>10} {'parameters':>11} {'gap/byte':>9}")  # fmt: skip
     for r in results:
+        gap = "" if r["boundary_gap_per_byte"] is None else f"{r['boundary_gap_per_byte']:.4f}"
         budget = f"{r['budget']['amount']:g} {r['budget']['of']}"
         print(f"{budget:<16} {r['contestant']:<28} {r['bits_per_byte']:>9.4f} {r['times_the_first']:>8.4f}"
-              f" {r['steps']:>8,} {r['step_ms']:>8.1f} {r['teraflops']:>10.2f} {r['parameters']:>11,}")  # fmt: skip
+              f" {r['steps']:>8,} {r['step_ms']:>8.1f} {r['teraflops']:>10.2f} {r['parameters']:>11,}"
+              f" {gap:>9}")  # fmt: skip
 
 
 def draw(races: Sequence[dict[str, Any]], labels: Sequence[str], settings: Quality, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -11,11 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contestants
+from benchmarks.baselines import causal
+from benchmarks.baselines.causal import CausalTransformer, Document, TokenCoder
 from benchmarks.contestants import BaselineRunner, Runner, Texts, TidalRunner, Window, runner
 from benchmarks.entries import KINDS, entries_of
 from benchmarks.quality import Budget, Racer
 from tests.quality.tiny import CPU, TINY, entry
 from tidal.blocks import NOTHING
+from tidal.evaluate.boundary import boundary_gap, cut_pairs
 from tidal.infer.score import bits_per_byte
 from tidal.train.presets import PRESETS
 
@@ -52,7 +56,7 @@ def test_every_byte_is_charged_once(trio: dict[str, Runner], texts: Texts) -> No
             assert "".join(t for w in found for t in w.completion) == "".join(texts.held_out)
             assert [w.ends for w in found].count(True) == len(texts.held_out)
             batch = r.batch_of(found)
-            assert r.check_charges(batch.targets, found) == texts.held_out_bytes
+            assert sum(r.check_charges(batch.targets, found)) == texts.held_out_bytes
     one, two, three = ([w.completion for w in texts.windows(r.recipe, 48)] for r in trio.values())
     assert one == two == three  # and so are windows and contexts
 
@@ -201,3 +205,28 @@ def test_work_by_hand(texts: Texts) -> None:
     r.n_steps = 0
     assert r.flops_per_step() == pytest.approx(passes / n + muon, rel=1e-6)
     assert 0 < muon < passes / n
+
+
+def test_boundary_gap(trio: dict[str, Runner], texts: Texts) -> None:
+    """Tidal's is the package's own; the token transformer's is computed here, cut by cut; bytes have no blocks."""
+    tidal, token, byte = trio.values()
+    assert isinstance(tidal, TidalRunner)
+    expected = boundary_gap(tidal.model, tidal.recipe.tokenizer, texts.held_out, count=20)
+    assert tidal.boundary_gap(20) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    tokenizer, model = token.recipe.tokenizer, token.model
+    assert isinstance(model, CausalTransformer)
+    for kind in ("inside", "boundary"):
+        means = []
+        for p in cut_pairs(tokenizer, texts.held_out, count=20, context_chars=400, continuation_chars=80):
+            parts = p.text[p.start : (at := getattr(p, kind))], p.text[at : p.end]
+            before, after = ([i for b in tokenizer.split(t) for i in tokenizer.encode_block(b).tokens] for t in parts)
+            batch = causal.pack([[Document(before, after, ends=False)]], TokenCoder(tokenizer))
+            with torch.inference_mode():
+                means.append(-model.log_probs(batch).double().sum().item() / len(parts[1].encode()))
+        assert token.boundary_gap(20)[f"{kind}_nats_per_byte"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+    uniform(byte := copy.deepcopy(byte))
+    found = byte.boundary_gap(20)
+    assert (found["gap_per_unit"], found["gap_per_byte"]) == (pytest.approx(0, abs=1e-6),) * 2
+    assert found["inside_nats_per_unit"] == pytest.approx(math.log(257), rel=1e-6)

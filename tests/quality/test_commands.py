@@ -54,7 +54,7 @@ def test_entries() -> None:
 def test_quality_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "q.json", tmp_path / "q.png"
     flags = ["--seconds", "0.2", "--teraflops", "0.0003", "--evaluations", "2", "--turn", "0.1", "--every", "2",
-             "--seeds", "3", "--contestants", "tidal", "token", "--set", *TINY]  # fmt: skip
+             "--seeds", "3", "--cuts", "9", "--contestants", "tidal", "token", "--set", *TINY]  # fmt: skip
     flags += ["--corpus", str(corpus), "--out", str(out), "--picture", str(picture)]
     quality.run(flags)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -66,6 +66,7 @@ def test_quality_runs(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             points = [p for p in raced["points"] if p["contestant"] == label]
             assert [p["final"] for p in points] == [False] * (len(points) - 1) + [True]
             assert {p["seed"] for p in points} == {3}
+            assert [p["boundary"]["cuts"] for p in points if "boundary" in p] == [9]
             used = [p[raced["budget"]["of"]] for p in points]
             assert used[-1] >= raced["budget"]["amount"] > max([0, *used[:-1]])
     assert picture.stat().st_size > 10_000

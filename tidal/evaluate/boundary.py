@@ -81,7 +81,7 @@ def boundary_gap(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequ
         nats, n_units = continuation_nats(model, tokenizer, cuts, batch_size)
         per_unit[kind] = nats / n_units
         per_byte[kind] = nats / np.array([len(after.encode()) for _, after in cuts])
-    return {"cuts": len(pairs), **_figures(per_unit, "unit"), **_figures(per_byte, "byte")}
+    return {"cuts": len(pairs), **figures(per_unit, "unit"), **figures(per_byte, "byte")}
 
 
 @torch.inference_mode()
@@ -116,7 +116,8 @@ def _nearest(bounds: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> npt.ND
     return nearest
 
 
-def _figures(means: dict[str, Floats], unit: str) -> dict[str, float]:
+def figures(means: dict[str, Floats], unit: str) -> dict[str, float]:
+    """Of the mean losses [n] after prompts cut at a `boundary` and `inside` a block: their means, and the gap's."""
     gap = means["inside"] - means["boundary"]
     error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
     return {
