@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.quality import COLOURS, machine, write
+from benchmarks.quality import COLOURS, machine, new_figure, save, write
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Train
 from tidal.train.presets import PRESETS
@@ -315,13 +315,9 @@ def spread(shares: Sequence[float]) -> str:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Exact match by length, a thin line for each seed and a thick one for the mean. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
     if not runs:
         raise UserError("--picture shows the part `length`, of which there is no run yet")
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     kinds = dict.fromkeys((r["variant"], r["train"]["addition"]["digits"]) for r in runs)
     for (variant, digits), colour in zip(kinds, COLOURS, strict=False):
@@ -336,8 +332,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     axes.set(xscale="log", xlabel="digits of both operands (dashed: trained up to here)", ylabel="exact match")
     axes.legend()
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality import COLOURS, machine, write
+from benchmarks.quality import COLOURS, machine, new_figure, save, write
 from tidal.cli import UserError, main, parse
 
 if TYPE_CHECKING:
@@ -166,11 +166,7 @@ def charge(model: TidalTransformer, table: BlockTable, rows: Sequence[Passage]) 
 
 def draw(results: Sequence[dict[str, Any]], trained: int, path: Path) -> None:
     """Bits per byte by position in the window, a line for each length. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for r, colour in zip(results, COLOURS, strict=False):
         at, bits, _ = zip(*r["by_position"], strict=True)
@@ -181,8 +177,7 @@ def draw(results: Sequence[dict[str, Any]], trained: int, path: Path) -> None:
     axes.set(xscale="log", xlabel="tokens read before, in the window", ylabel="bits per byte, held out")
     axes.legend(title="window")
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from benchmarks.contestants import Runner, Texts
     from benchmarks.entries import Entry
 
@@ -236,11 +238,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 
 def draw(races: Sequence[dict[str, Any]], labels: Sequence[str], settings: Quality, path: Path) -> None:
     """Bits per byte against seconds and against work; seeds thin, their mean thick. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
-    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+    figure = new_figure(11, 5)
     clock = "CPU seconds of training" if settings.clock == "cpu" else "seconds of training"
     for axes, of, what in zip(figure.subplots(1, 2, sharey=True), ("seconds", "teraflops"),
                               (clock, "10¹² floating-point operations"), strict=True):  # fmt: skip
@@ -261,6 +259,20 @@ def draw(races: Sequence[dict[str, Any]], labels: Sequence[str], settings: Quali
     own = any(r["budget"]["of"] == "teraflops" for r in races)
     figure.axes[1].set(title="equal work" if own else "the same runs, by their work")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center")  # names are long
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, and the folder it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

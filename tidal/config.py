@@ -66,8 +66,9 @@ LAYOUT = 1
 """Raise it whenever the builder or the model feeds other ids, positions, places, hashes or encodings for the same
 text: old weights would load, and write garbage."""
 
-
 MOST_PLACES = 1 << 17
+"""Their encodings are computed when a model is built, and a config from elsewhere must not ask for any amount."""
+
 BEFORE = {"query_gain": 1.0, "context_ff": 0, "foretell": False}
 """Settings of a shape that came later than the first checkpoints, and what these have."""
 
