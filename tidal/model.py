@@ -7,7 +7,7 @@ v reader vocabulary, u head columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +41,8 @@ class View:
     """float32 [B, K]"""
     extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)
     plan: TilePlan | None = None
+    rows: Sequence[int] | None = None
+    """Of these keys and values, one for each row of queries, where a cache has others, too."""
 
 def sinusoids(n: int, d: int) -> Tensor:
     """Fixed encodings [n, d] of places, after Vaswani et al. 2017, with wavelengths from 2.5 to 200 places.
@@ -102,7 +104,7 @@ class Layer(nn.Module):
             k_bhkd, v_bhkd = view.extend(*self.keys_values(h))
             q_bhld = self.norm_query(q_bhld).to(v_bhkd.dtype)
             a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
-                                        self.slopes, plan=view.plan)  # fmt: skip
+                                        self.slopes, plan=view.plan, rows=view.rows)  # fmt: skip
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
         return x_bld + mlp_bld

@@ -1,6 +1,7 @@
 """Operator, plan, backend choice, messages, memory."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -47,6 +48,38 @@ def test_one_plan_for_many_layers() -> None:
     with torch.inference_mode():
         interval_attention(*case.inputs(), plan=plan)
     out_and_gradients(case, "cpu", plan)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu, in place", "cpu", "triton"])
+@pytest.mark.parametrize("queries", [1, 13])
+def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row i of q attends to row rows[i] of k and v, wherever those lie."""
+    name = backend.split(",")[0]
+    if name not in available_backends() or (name == "triton" and not os.environ.get("TRITON_INTERPRET")):
+        pytest.skip("no Triton here")
+    monkeypatch.setattr(cpu, "IN_PLACE", 0 if "in place" in backend else 2**60)
+    case = make_case(0, n_batch=3, n_queries=queries, head_dim=32, dtype=torch.float32)
+    q, k, _, *others = case.inputs()
+    cache = torch.randn(2, 5, k.shape[1], 2 * k.shape[2], k.shape[3])[:, :, :, : k.shape[2]]  # not in one stretch
+    for rows in ([3, 0, 4], [0, 1, 2], [2, 2, 1]):
+        wanted = interval_attention(q, *cache[:, rows], *others, backend="reference")
+        found = interval_attention(q, *cache, *others, backend=name, rows=rows)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    for wrong in ([0, 1], [0, 1, 5], [0, 1, -1]):
+        with pytest.raises(ValueError, match=r"rows must name 3 of the 5 rows of k.*got"):
+            interval_attention(q, *cache, *others, rows=wrong)
+
+
+def test_rows_in_place_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(0, n_batch=2, n_queries=1, n_keys=4096, head_dim=16, dtype=torch.float32)
+    q, k, v, *others = case.inputs()
+    for limit, copied in ((0, False), (2**60, True)):
+        monkeypatch.setattr(cpu, "IN_PLACE", limit)
+        with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profile:
+            interval_attention(q, k, v, *others, rows=[1, 0])
+        assert any(event.name == "aten::stack" for event in profile.events()) == copied
 
 
 def largest_tensor(length: int) -> int:

@@ -32,12 +32,9 @@ class KeyValueCache:
         for side, new in zip(self.data, (k, v), strict=True):
             side[at[0], :, at[1]] = new[:, :, 0] if source is None else new[source[0], :, source[1]]
 
-    def get(self, rows: list[int] | slice, end: int) -> KeysValues:
-        """Keys and values [r, H, end, D] of these rows; no copy where the rows are a slice."""
-        if isinstance(rows, slice):
-            k, v = self.data[:, rows, :, :end]
-        else:  # as whole stretches of memory, in half to a quarter of the time that indexing takes
-            k, v = torch.stack([self.data[:, row, :, :end] for row in rows], 1)
+    def get(self, end: int) -> KeysValues:
+        """Keys and values [B, H, end, D] of all rows, not copied."""
+        k, v = self.data[:, :, :, :end]
         return k, v
 
     def grow(self, n_slots: int) -> None:
@@ -124,16 +121,16 @@ class Decoder:
         q_position = torch.tensor([[t.position for t in new] for new in padded], device=self.device)
         self.positions[at[0], self.n_block + at[1]] = q_position[source]
         ranges = data[..., 2:].to(torch.int32).view(len(rows), width, 2, 2)
-        here = self._rows(rows)
-        k_position = self.positions[here, self.n_block : self.n_block + end]
+        some = self._some(rows)
+        k_position = self.positions[slice(None) if some is None else some, self.n_block : self.n_block + end]
         plan = TilePlan.build(ranges, end)  # remembers distances and mask for all layers
 
         def view(cache: KeyValueCache) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
                 cache.put(at, k, v, source)
-                return cache.get(here, end)
+                return cache.get(end)
 
-            return View(ranges, q_position, k_position, extend, plan)
+            return View(ranges, q_position, k_position, extend, plan, some)
 
         states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
         grown = lengths > 0
@@ -149,7 +146,8 @@ class Decoder:
         if unread := sorted(self._unread.intersection(rows)):
             self.read(unread, [[]] * len(unread))
         steps = [self.builders[r].step(w) for r, w in zip(rows, written, strict=True)]
-        n, here = self.n_block, self._rows(rows)
+        n, some = self.n_block, self._some(rows)
+        here = slice(None) if some is None else some
         memory_end = n + max(s.sees_reader[1] for s in steps)
         data = torch.tensor(
             [[(r, len(w), s.id, s.place, s.node, *s.suffixes,
@@ -166,9 +164,9 @@ class Decoder:
 
             def extend(k: Tensor, v: Tensor) -> KeysValues:
                 cache.put(at, k, v)
-                return cache.get(here, end)
+                return cache.get(end)
 
-            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend)
+            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend, rows=some)
 
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
         context = self.context[here][:, None]
@@ -190,9 +188,9 @@ class Decoder:
     def _new_builder(self) -> DocumentBuilder:
         return DocumentBuilder(self.tokenizer, step_stride=self.model.config.shape.step_stride)
 
-    def _rows(self, rows: Sequence[int]) -> list[int] | slice:
-        """All rows as a slice, which copies nothing; some of them as they are."""
-        return slice(None) if list(rows) == list(range(len(self.builders))) else list(rows)
+    def _some(self, rows: Sequence[int]) -> list[int] | None:
+        """These rows, if they are not simply all."""
+        return None if list(rows) == list(range(len(self.builders))) else list(rows)
 
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:

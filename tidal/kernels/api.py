@@ -1,9 +1,10 @@
 """The public function: checks the arguments, chooses a backend, calls it."""
 
+import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ def interval_attention(
     scale: float | None = None,
     backend: str | None = None,
     plan: TilePlan | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention in which query i sees the keys in the union of its two ranges.
 
@@ -98,6 +100,9 @@ def interval_attention(
             the head dimension).
         plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
             built inside when missing.
+        rows: of k and v, which may then be more (or fewer) than B, one for each row of q: what a cache holds is
+            attended to where it lies, if that is cheaper than putting these rows together. Row i has its own, i, if
+            missing.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
@@ -106,10 +111,16 @@ def interval_attention(
         [B, Hq, Lq, D] in the dtype of q. Differentiable in q, k, v and slopes.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a backend that does not exist or cannot run here.
+        ValueError: shapes, dtypes, rows or devices that do not fit, a backend that does not exist or cannot run here.
     """
-    check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan)
-    attend = BACKENDS[choose_backend(q, backend)]
+    check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
+    name = choose_backend(q, backend)
+    attend = BACKENDS[name]
+    if rows is not None:
+        if name == "cpu" and cpu.in_place(q, k):
+            attend = functools.partial(cpu.attend_dense, rows=rows)
+        else:  # whole stretches of memory, in half to a quarter of the time that indexing takes
+            k, v = (torch.stack([x[row] for row in rows]) for x in (k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if torch.is_autocast_enabled(q.device.type):  # a backend says itself what it computes in which precision
@@ -156,15 +167,20 @@ def check_arguments(
     k_position: Tensor,
     slopes: Tensor,
     plan: TilePlan | None,
+    rows: Sequence[int] | None = None,
 ) -> None:
     """Raise a ValueError of one line unless shapes, dtypes and devices fit together."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q and k must be [B, H, L, D], got {list(q.shape)} and {list(k.shape)}")
     n_batch, n_heads, n_queries, head_dim = q.shape
-    n_kv_heads, n_keys = k.shape[1], k.shape[2]
+    n_kv_rows, n_kv_heads, n_keys, _ = k.shape
+    if rows is None:
+        n_kv_rows = n_batch
+    elif len(rows) != n_batch or not all(0 <= row < n_kv_rows for row in rows):
+        raise ValueError(f"rows must name {n_batch} of the {n_kv_rows} rows of k, one for each of q, got {list(rows)}")
     expected: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
-        ("k", k, (n_batch, n_kv_heads, n_keys, head_dim)),
-        ("v", v, (n_batch, n_kv_heads, n_keys, head_dim)),
+        ("k", k, (n_kv_rows, n_kv_heads, n_keys, head_dim)),
+        ("v", v, (n_kv_rows, n_kv_heads, n_keys, head_dim)),
         ("ranges", ranges, (n_batch, n_queries, 2, 2)),
         ("q_position", q_position, (n_batch, n_queries)),
         ("k_position", k_position, (n_batch, n_keys)),
