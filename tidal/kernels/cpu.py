@@ -115,9 +115,9 @@ def attend_dense(
         k_zkd, v_zkd = (x.to(dtype).reshape(n_products, n_keys, head_dim) for x in (k, v))
         out = _weighted(bias_zmk, q_zmd, k_zkd, v_zkd)
     else:
-        of_row = [x.view(n_batch, n_kv_heads, n_rows, -1) for x in (bias_zmk, q_zmd)]
-        parts = [_weighted(*mine, k[row].to(dtype), v[row].to(dtype)) for *mine, row in zip(*of_row, rows, strict=True)]
-        out = torch.cat(parts)
+        bias_bgmk, q_bgmd = (x.view(n_batch, n_kv_heads, n_rows, -1) for x in (bias_zmk, q_zmd))
+        parts = zip(bias_bgmk, q_bgmd, rows, strict=True)
+        out = torch.cat([_weighted(bias, q_gmd, k[row].to(dtype), v[row].to(dtype)) for bias, q_gmd, row in parts])
     out = out.view(n_batch, n_heads, n_queries, head_dim)
     if sighted.numel():
         out = out * sighted
