@@ -183,9 +183,8 @@ def recipe_of(train: Train, switches: Switches) -> AdditionRecipe:
     from tidal.train.recipes.addition import AdditionRecipe
 
     class Switched(AdditionRecipe):
-        def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None,
-                   moved: Sequence[tuple[str, int]] | None = None) -> Batch:  # fmt: skip
-            return switches.on_batch(super().packed(problems, offsets, moved))
+        def packed(self, problems: Sequence[Problem], *how: Any) -> Batch:
+            return switches.on_batch(super().packed(problems, *how))
 
     recipe = Switched(train)
     if switches.write_order == "forward":

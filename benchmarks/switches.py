@@ -152,7 +152,7 @@ class SwitchedRecipe(TextRecipe):
         before, after = text[1 : p.supervise_from], text[p.supervise_from : len(text) - ends]
         parts = [self._group(before), self._group(after)]
         blocks = np.concatenate([p.blocks[:1], *map(self.table.indices, parts), p.blocks[-1:] if ends else []])
-        return Passage(blocks.astype(np.int32), 1 + len(parts[0]), p.place_offset)
+        return dataclasses.replace(p, blocks=blocks.astype(np.int32), supervise_from=1 + len(parts[0]))
 
     def _group(self, texts: Sequence[str]) -> list[str]:
         rule, tokenizer = self.switches.block_rule, self.tokenizer

@@ -96,7 +96,7 @@ def tiny_copy(tokenizer: str, shape: str) -> tuple[TidalTransformer, MixedTokeni
 
 @st.composite
 def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4) -> Passage:
-    """A document with or without a prompt, an end, boundary dropout, a place offset; it may be empty."""
+    """A document with or without a prompt, an end, boundary dropout, a place offset, stretched positions; or empty."""
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     return passage(
         table,
@@ -104,6 +104,7 @@ def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4) -> Passage:
         draw(hostile_text(max_size=max_size)),
         ends=draw(st.booleans()),
         place_offset=draw(st.sampled_from((0, 0, 3))),
+        position_scale=draw(st.sampled_from((1.0, 1.0, 1.7))),
         rng=rng,
         cut_probability=draw(st.sampled_from((0.0, 0.5))),
     )

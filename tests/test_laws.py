@@ -254,7 +254,7 @@ def test_the_rest_of_the_block_has_no_influence(name: str, shape: str, before: s
 def test_mates_have_no_influence(data: st.DataObject, name: str, shape: str) -> None:
     model, tokenizer = tiny(name, shape)
     table = table_for(model, tokenizer)
-    document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0))
+    document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0, position_scale=1.0))
     rows = data.draw(st.lists(st.lists(document, min_size=1, max_size=2), min_size=1, max_size=3))
     check_mates(model, table, rows)
 
@@ -297,7 +297,7 @@ def test_packed_is_naive(shape: str, name: str, prompt: str, completion: str) ->
 def test_a_row_is_its_documents(data: st.DataObject, name: str, shape: str) -> None:
     model, tokenizer = tiny(name, shape)
     table = table_for(model, tokenizer)
-    document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0))
+    document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0, position_scale=1.0))
     check_row_is_documents(model, table, data.draw(st.lists(st.lists(document, min_size=1), min_size=1, max_size=2)))
 
 

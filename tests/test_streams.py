@@ -70,7 +70,8 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: floa
         next_tokens: dict[int, int] = {}
         for p in row:
             builder = streams.DocumentBuilder(tokenizer, step_stride=step_stride, place_offset=p.place_offset,
-                                              reader_start=len(tokens), writer_start=len(steps))  # fmt: skip
+                                              position_scale=p.position_scale, reader_start=len(tokens),
+                                              writer_start=len(steps))  # fmt: skip
             tokens += builder.opening
             for text, supervised in blocks_of(p, table):
                 block = tokenizer.encode_block(text) if text else None
@@ -127,7 +128,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: fl
                     out["next_tokens"][-1] = ids[j][-1] if text else tokenizer.eos_id
                     for t, target in enumerate(targets):
                         out["writer_ids"].append(targets[t - 1] if t else tokenizer.bob_id)
-                        out["writer_positions"].append(n_j + step_stride * t)
+                        out["writer_positions"].append(p.position_scale * (n_j + step_stride * t))
                         out["writer_places"].append(t + p.place_offset)
                         out["suffixes"].append(suffix_hashes(targets[:t], tokenizer.digit_units))
                         out["nodes"].append(tokenizer.spelling.nodes.get(tuple(targets[:t]), -1))
@@ -139,7 +140,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: fl
                 for i, token in enumerate(ids[j]):
                     n_later = sum(map(n_units_of(tokenizer), ids[j][i + 1 :]))
                     out["reader_ids"].append(token)
-                    out["reader_positions"].append(n_j + i)
+                    out["reader_positions"].append(p.position_scale * (n_j + i))
                     out["reader_places"].append(n_later + p.place_offset)
                     out["reader_sees"].append((start, start + n_j + len(ids[j])))
                     out["next_tokens"].append(NOTHING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,10 +164,13 @@ class Passage:
     supervise_from: int = 1
     """Index of the first block that is learnt; those before it are a prompt."""
     place_offset: int = 0
+    position_scale: float = 1.0
+    """Training may stretch distances, to prepare for longer ones; decoding does not."""
 
 
 def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = True, place_offset: int = 0,
-            rng: np.random.Generator | None = None, cut_probability: float = 0.0) -> Passage:  # fmt: skip
+            position_scale: float = 1.0, rng: np.random.Generator | None = None,
+            cut_probability: float = 0.0) -> Passage:  # fmt: skip
     """Split a prompt (unsupervised) and its completion into one passage, exactly as the decoder will.
 
     Raises ValueError on lone surrogates.
@@ -176,7 +180,7 @@ def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = Tru
     after = tokenizer.split(completion, rng, cut_probability) if completion else []
     first, last = np.array([BOS_BLOCK], np.int32), np.array([EOS_BLOCK] * ends, np.int32)
     blocks = np.concatenate([first, table.indices(before), table.indices(after), last])
-    return Passage(blocks, 1 + len(before), place_offset)
+    return Passage(blocks, 1 + len(before), place_offset, position_scale)
 
 
 def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
@@ -193,7 +197,8 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     blocks = p.blocks.copy()
     blocks[at] = table.indices([text[:cut] for _, text, cut in cuts])
     blocks = np.insert(blocks, at + 1, table.indices([text[cut:] for _, text, cut in cuts]))
-    return Passage(blocks, p.supervise_from + int((at < p.supervise_from).sum()), p.place_offset)
+    supervise_from = p.supervise_from + int((at < p.supervise_from).sum())
+    return dataclasses.replace(p, blocks=blocks, supervise_from=supervise_from)
 
 
 def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int,
@@ -213,7 +218,7 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
         supervise_from = max(first + 1, p.supervise_from) - start
         if end + 1 - start > supervise_from:
             blocks = np.concatenate([[BOS_BLOCK], body[start:end]]).astype(np.int32)
-            cut.append(Passage(blocks, supervise_from, p.place_offset))
+            cut.append(dataclasses.replace(p, blocks=blocks, supervise_from=supervise_from))
     return cut
 
 

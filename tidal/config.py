@@ -181,6 +181,9 @@ class Addition:
     elsewhere: float = 0.0
     """Part of the documents that begin with another problem, whose places are moved so far that they meet none of the
     learnt one's: teaches to look past digits many places away, which longer numbers than those of training have."""
+    stretch: float = 1.0
+    """In training, distances between the tokens of a document are multiplied by a random number from 1 to this one, so
+    that those of longer problems are met beforehand."""
     max_block_units: int = 128
     """Longest number that can be written, in characters."""
 

@@ -54,13 +54,14 @@ class WriterStep:
 class DocumentBuilder:
     """Builds the streams of one document, block by block; opening it reads `<bos>`.
 
+    Positions are multiplied by `position_scale`, and places moved by `place_offset`: by 1 and 0 when decoding.
     `reader_start` and `writer_start` say where in the row the document's elements begin (0 when decoding).
     """
 
     def __init__(self, tokenizer: MixedTokenizer, *, step_stride: float = 0.0, place_offset: int = 0,
-                 reader_start: int = 0, writer_start: int = 0) -> None:  # fmt: skip
+                 position_scale: float = 1.0, reader_start: int = 0, writer_start: int = 0) -> None:  # fmt: skip
         self.tokenizer = tokenizer
-        self.step_stride, self.place_offset = step_stride, place_offset
+        self.step_stride, self.place_offset, self.position_scale = step_stride, place_offset, position_scale
         self.reader_start, self.writer_start = reader_start, writer_start
         self.digits: list[bool] = tokenizer.digit_units.tolist()
         self.n_read = 0
@@ -71,7 +72,7 @@ class DocumentBuilder:
         t, end = len(written), self.reader_start + self.n_read
         return WriterStep(
             id=written[-1] if written else self.tokenizer.bob_id,
-            position=self.n_read + self.step_stride * t,
+            position=self.position_scale * (self.n_read + self.step_stride * t),
             place=self.place_offset + t,
             suffixes=suffix_hashes(written, self.digits),
             node=self.tokenizer.spelling.node(written),
@@ -86,7 +87,7 @@ class DocumentBuilder:
         self.n_read += len(tokens)
         sees = (self.reader_start, self.reader_start + self.n_read)
         return [
-            ReaderToken(token, float(first + i), self.place_offset + place, sees)
+            ReaderToken(token, self.position_scale * (first + i), self.place_offset + place, sees)
             for i, (token, place) in enumerate(zip(tokens, places, strict=True))
         ]
 
@@ -155,6 +156,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
     supervised_b = rank_b >= np.array([p.supervise_from for p in passages])[p_of_b]
     row_b = row_of_p[p_of_b]
     offset_p = np.array([p.place_offset for p in passages], np.int64)
+    scale_p = np.array([p.position_scale for p in passages], np.float64)
 
     tokens_b = table.n_tokens(index_b)
     steps_b = table.n_targets(index_b) * supervised_b
@@ -186,12 +188,12 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
     next_tokens[row_b[asked], context_b[asked]] = torch.from_numpy(table.last_token.view()[index_b[asked]])
     return Batch(
         reader_ids=reader(table.tokens.view()[source_i]),
-        reader_positions=reader((index_i - passage_start_b[b_of_i]).astype(np.float32)),
+        reader_positions=reader((scale_p[p_i] * (index_i - passage_start_b[b_of_i])).astype(np.float32)),
         reader_places=reader(table.places.view()[source_i] + offset_p[p_i]),
         reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
         next_tokens=next_tokens,
         writer_ids=writer(previous_s),
-        writer_positions=writer((n_before_b[b_of_s] + step_stride * t_s).astype(np.float32)),
+        writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + step_stride * t_s)).astype(np.float32)),
         writer_places=writer(t_s + offset_p[p_s]),
         suffixes=writer(table.hashes.view()[source_s], NOTHING),
         nodes=writer(table.nodes.view()[source_s], NOTHING),

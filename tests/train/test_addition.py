@@ -157,6 +157,26 @@ def test_what_stands_elsewhere_meets_no_place_of_the_problem() -> None:
     assert max(distances) == 12
 
 
+def test_positions_are_stretched() -> None:
+    own = settings(rows=64)
+    plain, stretched = (AdditionRecipe(dataclasses.replace(own, addition=dataclasses.replace(own.addition, stretch=s)))
+                        for s in (1.0, 3.0))  # fmt: skip
+    scales = []
+    for step in range(5):
+        one, other = plain.batch(step), stretched.batch(step)
+        assert torch.equal(one.reader_ids, other.reader_ids)
+        assert torch.equal(one.writer_places, other.writer_places)
+        scales.append(scale := other.reader_positions[:, 1])  # where it was 1
+        torch.testing.assert_close(other.reader_positions, one.reader_positions * scale[:, None])
+        torch.testing.assert_close(other.writer_positions, one.writer_positions * scale[:, None])
+    every = torch.cat(scales)
+    assert 1 <= every.min() < 1.05
+    assert 2.95 < every.max() <= 3
+    assert 1.9 < every.mean() < 2.1
+    asked = stretched.packed([("12 + 3 =", " 15\n")])  # as in decoding
+    assert asked.reader_positions[0].tolist() == list(range(asked.reader_positions.shape[1]))
+
+
 # ----------------------------------------------------------------------------------------------- finite sets
 
 

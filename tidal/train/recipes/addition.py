@@ -149,19 +149,23 @@ class AdditionRecipe:
             problems.append(("".join(self._solved(rng) for _ in range(before[i])) + prompt, answer))
             far = self._far(rng, offsets[i]) if strays[i] else None
             moved.append(("", 0) if far is None else (self._solved(rng), far - offsets[i]))
+        scales = rng.uniform(1, self.own.stretch, s.rows).tolist()
         mine = share_of(s.rows, share)
-        return self.packed([problems[i] for i in mine], [offsets[i] for i in mine], [moved[i] for i in mine])
+        return self.packed([problems[i] for i in mine], [offsets[i] for i in mine], [moved[i] for i in mine],
+                           [scales[i] for i in mine])  # fmt: skip
 
     def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None,
-               moved: Sequence[tuple[str, int]] | None = None) -> Batch:  # fmt: skip
-        """A row for each problem, whose places are moved by its offset; before it a text whose places are moved by so
-        many more.
+               moved: Sequence[tuple[str, int]] | None = None,
+               scales: Sequence[float] | None = None) -> Batch:  # fmt: skip
+        """A row for each problem, whose places are moved by its offset and whose positions are stretched by its scale;
+        before it a text whose places are moved by so many more.
         """
         if len(self.table) > MAX_TABLE:
             self.table.clear()
         offsets, moved = offsets or [0] * len(problems), moved or [("", 0)] * len(problems)
-        rows = [[passage(self.table, text + prompt, answer, place_offset=offset)]
-                for (prompt, answer), offset, (text, _) in zip(problems, offsets, moved, strict=True)]  # fmt: skip
+        rows = [[passage(self.table, text + prompt, answer, place_offset=offset, position_scale=scale)]
+                for (prompt, answer), offset, (text, _), scale
+                in zip(problems, offsets, moved, scales or [1.0] * len(problems), strict=True)]  # fmt: skip
         batch = pack(rows, self.table, step_stride=self.settings.model.step_stride)
         for places, (text, by) in zip(batch.reader_places, moved, strict=True):
             n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(text))).sum() if text else 0
