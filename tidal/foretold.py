@@ -38,7 +38,10 @@ class Foretold(nn.Module):
         if self.spelling is None:
             raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
         order = cast(Tensor, self.order)
-        return F.pad(next_nv.exp()[:, order].double().cumsum(-1), (1, 0))
+        sums = next_nv.new_empty(len(next_nv), 1 + len(order), dtype=torch.float64)
+        sums[:, 0] = 0
+        torch.cumsum(next_nv.index_select(1, order).exp_(), -1, dtype=torch.float64, out=sums[:, 1:])
+        return sums
 
     def forward(self, sums_nt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
         """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node."""
@@ -50,10 +53,10 @@ class Foretold(nn.Module):
         step = torch.repeat_interleave(n_children)
         child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
         with torch.no_grad():
-            sums, row, node = sums_nt.flatten(), row[step], node[step]
-            of_child = sums[row + child_to[child]] - sums[row + child_from[child]]
+            sums = sums_nt.flatten()
             of_node = sums[row + node_to[node]] - sums[row + node_from[node]]
-            share = of_child.clamp(min=0) / (of_node + 1e-6)
+            of_child = sums[row[step] + child_to[child]] - sums[row[step] + child_from[child]]
+            share = of_child.clamp(min=0) / (of_node[step] + 1e-6)
             weights = (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
         table = self.embedding.weight
         hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights.to(table.dtype))
