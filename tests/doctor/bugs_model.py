@@ -256,6 +256,10 @@ def half_gradient(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: right(*args) * 0.5
 
 
+def rows_in_order(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, rows=None: right(*args, rows=rows and sorted(rows))
+
+
 def first_slice_only(right: Callable[..., Any]) -> Callable[..., Any]:
     return lambda slices: right(slices[:1])
 

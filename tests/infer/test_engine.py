@@ -16,6 +16,7 @@ from tests.strategies import tiny, tiny_copy
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Completion, generate, stream
 from tidal.infer.sampling import Repetition, Sampling, choose
+from tidal.kernels import cpu
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -86,6 +87,24 @@ def bos_forgotten(patch: pytest.MonkeyPatch) -> None:
             self.builders[row] = self._new_builder()
 
     patch.setattr(Decoder, "open", open_)
+
+
+def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a cache attended to where they lie, as those of long contexts are; a wrong one shows."""
+    model, tokenizer = tiny("english", "memory")
+    prompts, attend, used = ["the cat", "", "a dog sat", "", "x" * 40] * 2, cpu.attend_dense, list[int]()
+
+    def watched(*args: Any, rows: Sequence[int] | None = None) -> torch.Tensor:
+        used.extend(rows or ())
+        return attend(*args, rows=rows)
+
+    monkeypatch.setattr(cpu, "IN_PLACE", 0)
+    monkeypatch.setattr(cpu, "attend_dense", watched)
+    check_batch(model, tokenizer, prompts, 1e-9, [4, 10], temperature=1.0)
+    assert set(used) == set(range(10))
+    monkeypatch.setattr(cpu, "attend_dense", lambda *args, rows=None: attend(*args, rows=rows and [0] * len(rows)))
+    with pytest.raises(AssertionError):
+        check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0)
 
 
 @pytest.mark.parametrize("bug", [no_select, context_not_selected, not_reopened, bos_forgotten])

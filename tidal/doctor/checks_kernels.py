@@ -16,7 +16,7 @@ from tidal.infer.score import score
 from tidal.kernels import TilePlan, available_backends, interval_attention
 from tidal.kernels.api import DEVICES
 
-CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"))
+CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"), (2, 4100, "random"))
 """queries, keys, kind of ranges"""
 
 @check(17, "kernels agree", "a fused kernel computes something else than the reference, or its gradients do")
@@ -24,7 +24,7 @@ def kernels(patient: Patient, meter: Meter) -> None:
     """Every backend that runs here against the definition, head by head in float64: output and all gradients.
 
     Ranges are random (empty, adjacent, overlapping, ragged) and those of streams; sizes are small, and large enough
-    for tiles. Backends that have no float64 are measured in float32.
+    for tiles, and for rows of a cache to be left where they are. Backends that have no float64 are measured in float32.
     """
     shape = patient.model.config.shape
     heads = shape.n_heads, shape.n_kv_heads, shape.d_model // shape.n_heads
@@ -47,8 +47,13 @@ def kernels(patient: Patient, meter: Meter) -> None:
                 meter.note(f"{name}: {error}")
                 break
             got = _gradients(out, moved, cotangent.to(device, dtype))
+            with torch.inference_mode():  # the same keys and values, in the rows of a cache
+                got.append(interval_attention(q, k.flip(0), v.flip(0), ranges.to(device), at_q.to(device),
+                                              at_k.to(device), slopes, backend=name, plan=plan,
+                                              rows=[1, 0]))  # fmt: skip
             at = Where(layer=f"{name}, {n_queries} queries, {n_keys} keys, {kind}")
-            for what, a, b in zip(("output", "dq", "dk", "dv", "dslopes"), wanted, got, strict=True):
+            names = ("output", "dq", "dk", "dv", "dslopes", "output, rows of a cache")
+            for what, a, b in zip(names, [*wanted, wanted[0]], got, strict=True):
                 scale = max(1.0, a.abs().max().item())
                 meter.close(what, a / scale, b.cpu().double() / scale, limit, at, (ORACLE, name))
 
