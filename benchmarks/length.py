@@ -173,7 +173,8 @@ def draw(results: Sequence[dict[str, Any]], trained: int, path: Path) -> None:
         axes.plot([math.sqrt(2) * a for a in at], bits, color=colour, marker="o", markersize=3,
                   label=f"{r['times']}× ({r['times'] * trained:,} tokens): {r['bits_per_byte']:.3f}")  # fmt: skip
     axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--")
-    axes.text(trained, axes.get_ylim()[1], " trained up to here", va="top", fontsize=8, color="grey")
+    axes.text(trained, 0.98, " trained up to here", va="top", fontsize=8, color="grey",
+              transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set(xscale="log", xlabel="tokens read before, in the window", ylabel="bits per byte, held out")
     axes.legend(title="window")
     axes.grid(alpha=0.3)
