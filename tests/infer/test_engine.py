@@ -89,6 +89,21 @@ def bos_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Decoder, "open", open_)
 
 
+def test_a_prompt_leaves_room() -> None:
+    """Caches are not copied as soon as the first block has been written; then they double."""
+    model, tokenizer = tiny("english", "memory")
+    with torch.inference_mode():
+        decoder = Decoder(model, tokenizer, 1, room=8)
+        sizes = []
+        for text in ("the cat sat on the mat " * 9, " dog", " dog", " dog " * 9):
+            decoder.read([0], [[tokenizer.encode_block(block) for block in tokenizer.split(text)]])
+            sizes.append(decoder.reader_caches[0].data.shape[3])
+    first = sizes[0]
+    assert first >= 100
+    assert sizes[1:] == [first, first, 2 * first]
+    assert sizes[-1] == decoder.capacity >= decoder.builders[0].n_read
+
+
 def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cache attended to where they lie, as those of long contexts are; a wrong one shows."""
     model, tokenizer = tiny("english", "memory")

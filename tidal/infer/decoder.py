@@ -55,22 +55,23 @@ class Decoder:
         slot   0 … max_block_units │ n_block …
                own block           │ keys and values of the reader's states
 
-    To be used without gradients.
+    Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full. To be used without
+    gradients.
     """
 
-    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, capacity: int = 256) -> None:
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256) -> None:
         model.config.check_tokenizer(tokenizer.fingerprint)
         self.model, self.tokenizer = model, tokenizer
         weight = model.unit_embedding.weight
         self.device = weight.device
         self.n_block = tokenizer.max_block_units + 1
-        self.capacity = capacity
-        self.reader_caches = [KeyValueCache(model, n_rows, capacity) for _ in model.reader]
+        self.capacity = self.room = room
+        self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
         self.writer_caches = [
-            KeyValueCache(model, n_rows, self.n_block + (capacity if model.has_memory and i == 0 else 0))
+            KeyValueCache(model, n_rows, self.n_block + (room if model.has_memory and i == 0 else 0))
             for i in range(len(model.writer))
         ]
-        self.positions = torch.zeros(n_rows, self.n_block + capacity, device=self.device)
+        self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device)
         self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=weight.dtype)
         n_tokens = len(tokenizer.spelling.order) if model.foretold else 0
         self.sums = torch.zeros(n_rows, 1 + n_tokens, device=self.device, dtype=torch.float64)
@@ -195,7 +196,7 @@ class Decoder:
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:
             return
-        self.capacity = max(n_tokens, 2 * self.capacity)
+        self.capacity = max(n_tokens + self.room, 2 * self.capacity)
         for cache in self.reader_caches:
             cache.grow(self.capacity)
         if self.model.has_memory:
