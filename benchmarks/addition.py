@@ -3,9 +3,9 @@
     python -m benchmarks.addition --parts samples exact length --seeds 0 1 2 3 4 --picture addition.png
     python -m benchmarks.addition --parts samples --samples 2000 10000 --seeds 0 1 --contrasts
 
-`samples`   a finite set of different sums of numbers of up to three digits; exact match on sums that are not in it,
-            numbers below 1000 each as often. Lee et al. 2023, "Teaching Arithmetic to Small Transformers", is the
-            comparison.
+`samples`   a finite set of different sums of numbers of up to three digits, each length as often; exact match on sums
+            that are not in it, numbers below 1000 each as often. The comparison is Lee et al. 2023, "Teaching
+            Arithmetic to Small Transformers", who balance lengths, too.
 `exact`     operands of up to ten digits; random pairs of numbers below 10^10, and cases chosen to be hard.
 `length`    operands of up to ten digits; sums of both shorter and longer ones.
 
@@ -56,7 +56,7 @@ class Settings:
     """Sizes of the finite sets."""
     sample_digits: int = 3
     """Most digits of an operand in the finite sets."""
-    sample_steps: int = 2000
+    sample_steps: int = 3000
     """Steps of a run of the first part."""
     digits: int = 10
     """Most digits of an operand in training, for the second part."""
@@ -121,7 +121,6 @@ def planned(settings: Settings) -> list[Run]:
         longest = max([digits, *(settings.lengths if part == "length" else [])])
         for size in sizes:
             own = replace(base.addition, digits=digits, samples=size,
-                          lengths="numbers" if part == "samples" else base.addition.lengths,
                           max_block_units=max(base.addition.max_block_units, longest + 4))  # fmt: skip
             shape = replace(base.model, place_jitter=max(base.model.place_jitter, longest))
             for variant, seed in variants:

@@ -55,8 +55,8 @@ class Decoder:
         slot   0 … max_block_units │ n_block …
                own block           │ keys and values of the reader's states
 
-    Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full. To be used without
-    gradients.
+    Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full. To be used
+    without gradients.
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256) -> None:
