@@ -247,7 +247,7 @@ class TidalRunner(Runner):
 
     def batch_of(self, some: Sequence[Window]) -> Batch:
         rows = [[self.recipe.regrouped(w.passage)] for w in some]
-        return self.entry.switches.on_batch(pack(rows, self.recipe.table, step_stride=self.train.model.step_stride))
+        return self.entry.switches.on_batch(pack(rows, self.recipe.table, steps=self.train.model.steps))
 
     def spelled(self, targets: Sequence[int]) -> tuple[bytes, int]:
         """An `<eob>` that is missing shows too: its block would run into the next, or never end."""

@@ -154,7 +154,7 @@ def charge(model: TidalTransformer, table: BlockTable, rows: Sequence[Passage]) 
     while order:
         size = int(table.n_tokens(rows[order[-1]].blocks).sum())
         some = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // size)))]
-        batch = pack([[rows[i]] for i in some], table, step_stride=model.config.shape.step_stride)
+        batch = pack([[rows[i]] for i in some], table, steps=model.config.shape.steps)
         with torch.inference_mode():
             nats = -model.log_probs(batch.to(device)).double().cpu().numpy()
         n_units = [table.n_targets(rows[i].blocks[rows[i].supervise_from :]) for i in some]

@@ -60,14 +60,14 @@ def assert_close(one: object, other: object, tolerance: float) -> None:
 
 @torch.inference_mode()
 def packed_log_probs(model: TidalTransformer, table: BlockTable, rows: Sequence[Sequence[Passage]]) -> Tensor:
-    return model.log_probs(streams.pack(rows, table, step_stride=model.config.shape.step_stride))
+    return model.log_probs(streams.pack(rows, table, steps=model.config.shape.steps))
 
 
 @torch.inference_mode()
 def packed_states(model: TidalTransformer, table: BlockTable, rows: Sequence[Sequence[Passage]],
                   ) -> tuple[Batch, Tensor, Tensor]:  # fmt: skip
     """Batch, reader states [B, R, D], and log-probabilities of all units [B, W, n_writable]."""
-    batch = streams.pack(rows, table, step_stride=model.config.shape.step_stride)
+    batch = streams.pack(rows, table, steps=model.config.shape.steps)
     reader, writer = model.states(batch)
     return batch, reader, model.head(writer).log_softmax(-1)[..., : model.config.n_writable]
 
@@ -152,7 +152,8 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
     if shape.foretell:
         x = x + torch.stack([hint(model, tokenizer, states[-1], targets[:t]) for t in range(len(targets))])
     position = len(tokens) + shape.step_stride * steps.double()
-    sees, distance = steps[None, :] <= steps[:, None], (position[:, None] - position[None, :]).abs()
+    ahead = steps[:, None] - steps[None, :]
+    sees, distance = (ahead >= 0) & (ahead < (shape.step_window or 99)), (position[:, None] - position[None, :]).abs()
     for i, layer in enumerate(model.writer):
         if i == 0 and shape.writer_attention == "memory":
             to_memory = (position[:, None] - index[None, :]).abs()

@@ -29,7 +29,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 def batch_for(model: TidalTransformer, *texts: str) -> Batch:
     table = BlockTable(tokenizers()["english"], suffixes=model.config.shape.suffix_rows > 0)
     rows = [[passage(table, "", text), passage(table, text[:9], text[9:])] for text in texts]
-    return streams.pack(rows, table, step_stride=model.config.shape.step_stride)
+    return streams.pack(rows, table, steps=model.config.shape.steps)
 
 
 # ---------------------------------------------------------------------------------------------- settings

@@ -16,7 +16,7 @@ from tests.strategies import passages, rows_of_passages, tokenizer_names, tokeni
 from tests.tokenizer.strategies import hostile_text
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
-from tidal.config import LAYOUT, TidalConfig
+from tidal.config import LAYOUT, PLAIN_STEPS, Steps, TidalConfig
 from tidal.model import sinusoids
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
@@ -60,7 +60,7 @@ def blocks_of(p: Passage, table: BlockTable) -> list[tuple[str, bool]]:
     return [(table.texts[index], rank >= p.supervise_from) for rank, index in enumerate(p.blocks) if rank]
 
 
-def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: float) -> Batch:
+def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) -> Batch:
     """The definition: `DocumentBuilder`, block by block."""
     tokenizer, n_bytes, done = table.tokenizer, 0, []
     for row in rows:
@@ -69,7 +69,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: floa
         targets: list[int] = []
         next_tokens: dict[int, int] = {}
         for p in row:
-            builder = streams.DocumentBuilder(tokenizer, step_stride=step_stride, place_offset=p.place_offset,
+            builder = streams.DocumentBuilder(tokenizer, steps=layout, place_offset=p.place_offset,
                                               position_scale=p.position_scale, reader_start=len(tokens),
                                               writer_start=len(steps))  # fmt: skip
             tokens += builder.opening
@@ -108,7 +108,7 @@ def units_of(text: str, tokenizer: MixedTokenizer) -> list[int]:
     return [unit for c in text for unit in ([characters[c]] if c in characters else [2 + b for b in c.encode()])]
 
 
-def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: float) -> Batch:
+def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) -> Batch:
     """DESIGN section 3 written out a second time, straight from the table and the text."""
     tokenizer, n_bytes, done = table.tokenizer, 0, []
     for row in rows:
@@ -128,13 +128,14 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: fl
                     out["next_tokens"][-1] = ids[j][-1] if text else tokenizer.eos_id
                     for t, target in enumerate(targets):
                         out["writer_ids"].append(targets[t - 1] if t else tokenizer.bob_id)
-                        out["writer_positions"].append(p.position_scale * (n_j + step_stride * t))
+                        out["writer_positions"].append(p.position_scale * (n_j + layout.stride * t))
                         out["writer_places"].append(t + p.place_offset)
                         out["suffixes"].append(suffix_hashes(targets[:t], tokenizer.digit_units))
                         out["nodes"].append(tokenizer.spelling.nodes.get(tuple(targets[:t]), -1))
                         out["context"].append(start + n_j - 1)
                         out["sees_reader"].append((start, start + n_j))
-                        out["sees_writer"].append((own, own + t + 1))
+                        first = max(0, t + 1 - layout.window) if layout.window else 0
+                        out["sees_writer"].append((own + first, own + t + 1))
                         out["targets"].append(target)
                     own += len(targets)
                 for i, token in enumerate(ids[j]):
@@ -153,16 +154,16 @@ def n_units_of(tokenizer: MixedTokenizer) -> Callable[[int], int]:
     return lambda token: 1 if token < 258 else len(tokenizer.id_bytes[token].decode())
 
 
-def check_twin(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: float = 0.0) -> None:
+def check_twin(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps = PLAIN_STEPS) -> None:
     """The vectorized twin equals the fold, field by field."""
-    assert_same(streams.pack(rows, table, step_stride=step_stride), fold(rows, table, step_stride))
+    assert_same(streams.pack(rows, table, steps=layout), fold(rows, table, layout))
 
 
-def check_tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, step_stride: float = 0.0) -> None:
+def check_tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps = PLAIN_STEPS) -> None:
     """The twin and the fold are what the design says."""
-    expected = tabled(rows, table, step_stride)
-    assert_same(streams.pack(rows, table, step_stride=step_stride), expected)
-    assert_same(fold(rows, table, step_stride), expected)
+    expected = tabled(rows, table, layout)
+    assert_same(streams.pack(rows, table, steps=layout), expected)
+    assert_same(fold(rows, table, layout), expected)
 
 
 def check_targets_are_text(rows: Sequence[Sequence[Passage]], table: BlockTable) -> None:
@@ -185,12 +186,12 @@ def check_targets_are_text(rows: Sequence[Sequence[Passage]], table: BlockTable)
 
 
 @settings(max_examples=120)
-@given(st.data(), tokenizer_names, st.sampled_from((0.0, 1.0, 0.375)))
-def test_rows_of_documents(data: st.DataObject, name: str, step_stride: float) -> None:
+@given(st.data(), tokenizer_names, st.builds(Steps, st.sampled_from((0.0, 1.0, 0.375)), st.sampled_from((0, 1, 3))))
+def test_rows_of_documents(data: st.DataObject, name: str, layout: Steps) -> None:
     table = BlockTable(tokenizers()[name])
     rows = data.draw(rows_of_passages(table))
-    check_twin(rows, table, step_stride)
-    check_tabled(rows, table, step_stride)
+    check_twin(rows, table, layout)
+    check_tabled(rows, table, layout)
     check_targets_are_text(rows, table)
 
 

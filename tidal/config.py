@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+
+
+class Steps(NamedTuple):
+    """How the steps of a block stand to each other."""
+
+    stride: float = 0.0
+    """Reader positions between two of them."""
+    window: int = 0
+    """How many of them a step sees, itself and those just before it; 0: all up to itself."""
+
+
+PLAIN_STEPS = Steps()
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,14 @@ class Shape:
     """In training, every document's places are moved by a random number up to this one."""
     step_stride: float = 0.0
     """How far apart, in reader positions, the steps of one block stand."""
+    step_window: int = 0
+    """Steps of its own block that a step sees, itself and those just before it; 0: all."""
 
     def __post_init__(self) -> None:
         for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 0),
                             ("writer_layers", 1), ("reader_ff", 1), ("context_ff", 0), ("writer_ff", 1),
                             ("suffix_rows", 0), ("query_gain", 0), ("place_jitter", 0),
-                            ("step_stride", 0)):  # fmt: skip
+                            ("step_stride", 0), ("step_window", 0)):  # fmt: skip
             if not getattr(self, name) >= least:  # NaN too
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.d_model % self.n_heads:
@@ -61,6 +75,11 @@ class Shape:
         if self.writer_attention not in ("memory", "block", "none"):
             raise ValueError(f"writer_attention is {self.writer_attention!r}; choose memory, block or none")
 
+    @property
+    def steps(self) -> Steps:
+        """What the builder must know."""
+        return Steps(self.step_stride, self.step_window)
+
 
 LAYOUT = 1
 """Raise it whenever the builder or the model feeds other ids, positions, places, hashes or encodings for the same
@@ -69,7 +88,7 @@ text: old weights would load, and write garbage."""
 MOST_PLACES = 1 << 17
 """Their encodings are computed when a model is built, and a config from elsewhere must not ask for any amount."""
 
-BEFORE = {"query_gain": 1.0, "context_ff": 0, "foretell": False}
+BEFORE = {"query_gain": 1.0, "context_ff": 0, "foretell": False, "step_window": 0}
 """Settings of a shape that came later than the first checkpoints, and what these have."""
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
+from tidal.config import PLAIN_STEPS, Steps
 from tidal.tokenizer import MixedTokenizer
 
 
@@ -58,10 +59,10 @@ class DocumentBuilder:
     `reader_start` and `writer_start` say where in the row the document's elements begin (0 when decoding).
     """
 
-    def __init__(self, tokenizer: MixedTokenizer, *, step_stride: float = 0.0, place_offset: int = 0,
+    def __init__(self, tokenizer: MixedTokenizer, *, steps: Steps = PLAIN_STEPS, place_offset: int = 0,
                  position_scale: float = 1.0, reader_start: int = 0, writer_start: int = 0) -> None:  # fmt: skip
         self.tokenizer = tokenizer
-        self.step_stride, self.place_offset, self.position_scale = step_stride, place_offset, position_scale
+        self.steps, self.place_offset, self.position_scale = steps, place_offset, position_scale
         self.reader_start, self.writer_start = reader_start, writer_start
         self.digits: list[bool] = tokenizer.digit_units.tolist()
         self.n_read = 0
@@ -72,13 +73,13 @@ class DocumentBuilder:
         t, end = len(written), self.reader_start + self.n_read
         return WriterStep(
             id=written[-1] if written else self.tokenizer.bob_id,
-            position=self.position_scale * (self.n_read + self.step_stride * t),
+            position=self.position_scale * (self.n_read + self.steps.stride * t),
             place=self.place_offset + t,
             suffixes=suffix_hashes(written, self.digits),
             node=self.tokenizer.spelling.node(written),
             context=end - 1,
             sees_reader=(self.reader_start, end),
-            sees_writer=(self.writer_start, self.writer_start + t + 1),
+            sees_writer=(self.writer_start + max(0, t + 1 - (self.steps.window or t + 1)), self.writer_start + t + 1),
         )
 
     def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
@@ -142,7 +143,7 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
     """Lay passages out in rows: the fold of `DocumentBuilder` over all blocks of all rows, at once.
 
     Names: `b` counts blocks, `i` reader tokens, `s` writer steps, all over the whole batch.
@@ -181,6 +182,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
     n_before_b = first_i_b - passage_start_b
     context_b = first_i_b - 1 - row_start_i[row_b]
     own_start_s = (first_s_b - row_start_s[row_b])[b_of_s]
+    unseen_s = np.maximum(0, t_s + 1 - (steps.window or t_s + 1))
     writer = _Padded(len(rows), row_s, np.arange(len(b_of_s)) - row_start_s[row_s])
 
     next_tokens = torch.full((len(rows), reader.width), NOTHING)
@@ -193,13 +195,13 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: f
         reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
         next_tokens=next_tokens,
         writer_ids=writer(previous_s),
-        writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + step_stride * t_s)).astype(np.float32)),
+        writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + steps.stride * t_s)).astype(np.float32)),
         writer_places=writer(t_s + offset_p[p_s]),
         suffixes=writer(table.hashes.view()[source_s], NOTHING),
         nodes=writer(table.nodes.view()[source_s], NOTHING),
         context=writer(context_b[b_of_s]),
         sees_reader=writer(np.stack([document_start_b, context_b + 1], 1)[b_of_s].astype(np.int32)),
-        sees_writer=writer(np.stack([own_start_s, own_start_s + t_s + 1], 1).astype(np.int32)),
+        sees_writer=writer(np.stack([own_start_s + unseen_s, own_start_s + t_s + 1], 1).astype(np.int32)),
         targets=writer(targets_s, NOTHING),
         n_units=len(targets_s),
         n_bytes=int(table.n_bytes.view()[index_b[supervised_b]].sum()),

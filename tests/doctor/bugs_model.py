@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.doctor.plant import INT32, Plant, everywhere, replacing
 from tidal.blocks import BlockTable, Passage, suffix_hashes
+from tidal.config import PLAIN_STEPS, Steps
 from tidal.foretold import Foretold
 from tidal.infer import decoder as decoding
 from tidal.model import TidalTransformer
@@ -79,9 +80,9 @@ def slope_reversed(slopes: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
 
 
 def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
-    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
         moved = [[dataclasses.replace(p, supervise_from=max(1, p.supervise_from + by)) for p in row] for row in rows]
-        return right(moved, table, step_stride=step_stride)
+        return right(moved, table, steps=steps)
 
     return everywhere(right, bugged)
 

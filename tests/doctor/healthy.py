@@ -29,6 +29,7 @@ def random_shape(r: random.Random) -> Shape:
         foretell=r.random() < 0.5,
         writer_attention=r.choice(("memory", "memory", "block", "none")), qk_norm=r.random() < 0.5,
         place_jitter=r.choice((0, 0, 1, 20)), step_stride=r.choice((0.0, 0.0, 0.3, 0.375, 1.0)),
+        step_window=r.choice((0, 0, 1, 2, 5)),
     )  # fmt: skip
 
 

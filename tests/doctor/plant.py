@@ -17,6 +17,7 @@ from torch import Tensor
 import tidal
 from tidal import streams
 from tidal.blocks import BlockTable, Passage
+from tidal.config import PLAIN_STEPS, Steps
 from tidal.kernels import cpu
 from tidal.model import TidalTransformer
 from tidal.streams import Batch, DocumentBuilder, ReaderToken, WriterStep
@@ -76,8 +77,8 @@ def in_packing(change: Callable[[Batch], dict[str, Any]]) -> Plant:
     """Training is fed other streams than decoding."""
     pack = streams.pack
 
-    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
-        batch = pack(rows, table, step_stride=step_stride)
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
+        batch = pack(rows, table, steps=steps)
         return dataclasses.replace(batch, **change(batch))
 
     return everywhere(pack, bugged)

@@ -30,6 +30,7 @@ from tests.test_laws import (
 from tests.test_streams import check_tabled, check_targets_are_text, check_twin
 from tidal import streams
 from tidal.blocks import BlockTable, Passage, passage, suffix_hashes
+from tidal.config import PLAIN_STEPS, Steps
 from tidal.infer import decoder as decoding
 from tidal.infer import engine, score
 from tidal.infer.grammar import Grammar
@@ -89,8 +90,8 @@ def walks() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    "twin": on_streams(check_twin, 0.375),
-    "tabled": on_streams(check_tabled, 0.375),
+    "twin": on_streams(check_twin, Steps(0.375, 2)),
+    "tabled": on_streams(check_tabled, Steps(0.375, 2)),
     "targets": on_streams(check_targets_are_text),
     "future": on_models(check_future, PROMPT, TEXT, " fox"),
     "rest of block": on_models(check_rest_of_block, PROMPT, " l", "midn", "ight"),
@@ -120,8 +121,8 @@ def in_packing(change: Callable[[Batch], dict[str, Tensor]]) -> Plant:
     """Training is fed other streams than decoding."""
     pack = streams.pack
 
-    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, step_stride: float = 0.0) -> Batch:
-        batch = pack(rows, table, step_stride=step_stride)
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
+        batch = pack(rows, table, steps=steps)
         return dataclasses.replace(batch, **change(batch))
 
     def plant(patch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_log_probs_are_those_of_training(tokenizer: str, shape: str, prompt: str
     if not traced.blocks:
         return
     with torch.inference_mode():
-        packed = model.log_probs(pack([[whole]], table, step_stride=model.config.shape.step_stride))
+        packed = model.log_probs(pack([[whole]], table, steps=model.config.shape.steps))
     mine = [step.log_prob for block in traced.blocks for step in block.steps]
     assert mine == pytest.approx(packed.tolist(), abs=1e-9)
 

@@ -133,7 +133,7 @@ def _trained_log_probs(model: TidalTransformer, patient: Patient, prompt: str, b
     indices = patient.table.indices([*before, *(block for block in blocks if block is not None)])
     ends = [EOS_BLOCK] * (None in blocks)
     one = Passage(np.array([BOS_BLOCK, *indices, *ends], np.int32), 1 + len(before))
-    return model.log_probs(pack([[one]], patient.table, step_stride=model.config.shape.step_stride))
+    return model.log_probs(pack([[one]], patient.table, steps=model.config.shape.steps))
 
 
 # ---------------------------------------------------------------------------- naming the first difference

@@ -82,7 +82,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
         _prefixes(patient, meter, document)
         if shape.place_jitter:
             moved = pack([[patient.passage(document, shape.place_jitter)]], patient.table,
-                         step_stride=shape.step_stride)  # fmt: skip
+                         steps=shape.steps)  # fmt: skip
             for name, places in (("reader places", moved.reader_places), ("writer places", moved.writer_places)):
                 meter.same(f"{name} less the offset", _features(layout)[name], places[0] - shape.place_jitter,
                            Where(document.text), (ORACLE, TRAINED))  # fmt: skip
@@ -97,7 +97,7 @@ def _prefixes(patient: Patient, meter: Meter, document: Document) -> None:
     for last in cuts:
         indices = table.indices(layout.blocks[1 : last + 1])
         batch = pack([[Passage(np.array([BOS_BLOCK, *indices], np.int32), first)]], table,
-                     step_stride=patient.model.config.shape.step_stride)  # fmt: skip
+                     steps=patient.model.config.shape.steps)  # fmt: skip
         n_tokens = sum(token.block <= last for token in layout.tokens)
         n_steps = sum(step.block <= last for step in layout.steps)
         short = dataclasses.replace(layout, tokens=layout.tokens[:n_tokens], steps=layout.steps[:n_steps])

@@ -66,6 +66,8 @@ class Layout:
     steps: tuple[Step, ...]
     spelled: tuple[tuple[int, tuple[int, ...]], ...]
     """every token that can be foretold, and how it is written: its units, last first, and `<eob>`"""
+    window: int
+    """how many steps of its block a step sees; 0: all up to itself"""
 
     def reader_sees(self) -> Tensor:
         """bool [I, J]"""
@@ -81,7 +83,13 @@ class Layout:
         """bool [S, T]: writer steps that writer steps see"""
         block = torch.tensor([step.block for step in self.steps])
         t = torch.tensor([step.t for step in self.steps])
-        return (block[None, :] == block[:, None]) & (t[None, :] <= t[:, None])
+        return (block[None, :] == block[:, None]) & within(t, self.window)
+
+
+def within(t: Tensor, window: int) -> Tensor:
+    """bool [S, T]: the steps of a block that each of these may see, itself and so many in all."""
+    ahead = t[:, None] - t[None, :]
+    return (ahead >= 0) & (ahead < window) if window else ahead >= 0
 
 
 class Oracle:
@@ -134,7 +142,7 @@ class Oracle:
                 for k, token in enumerate(ids):
                     after = sum(map(self.width, ids[k + 1 :]))
                     tokens.append(Token(token, float(n_before + k), place_offset + after, j))
-        return Layout(tuple(blocks), tuple(tokens), tuple(steps), self.spelled)
+        return Layout(tuple(blocks), tuple(tokens), tuple(steps), self.spelled, self.shape.step_window)
 
     def suffixes(self, written: Sequence[int]) -> tuple[int, int, int]:
         """Names of all units written in the block, of the last two, of the last three; -1: too short, or a digit."""
@@ -263,7 +271,7 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
         x = x + seen["hints"]
     here = torch.tensor([step.position for step in steps], dtype=torch.float64)
     order = torch.arange(len(steps))
-    sees, distance = order[None, :] <= order[:, None], (here[:, None] - here[None, :]).abs()
+    sees, distance = within(order, shape.step_window), (here[:, None] - here[None, :]).abs()
     for i, layer in enumerate(model.writer):
         assert isinstance(layer, Layer)
         if i == 0 and shape.writer_attention == "memory":

@@ -79,7 +79,7 @@ class Patient:
     def pack(self, rows: Sequence[Sequence[Document]]) -> Batch:
         """What training is fed for these rows of documents."""
         return pack([[self.passage(d) for d in row] for row in rows], self.table,
-                    step_stride=self.model.config.shape.step_stride)  # fmt: skip
+                    steps=self.model.config.shape.steps)  # fmt: skip
 
     @torch.inference_mode()
     def log_probs(self, rows: Sequence[Sequence[Document]]) -> Tensor:

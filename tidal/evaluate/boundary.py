@@ -97,7 +97,7 @@ def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer, cuts: 
     order = np.argsort([int(table.n_tokens(p.blocks).sum()) for p in passages])  # little padding
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
-        batch = pack([[passages[i]] for i in some], table, step_stride=model.config.shape.step_stride)
+        batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
         log_probs = model.log_probs(batch.to(model.unit_embedding.weight.device)).double().cpu().numpy()
         nats[some] = -np.add.reduceat(log_probs, np.cumsum(n_units[some]) - n_units[some])
     model.train(was_training)

@@ -187,7 +187,7 @@ class Decoder:
         return logits
 
     def _new_builder(self) -> DocumentBuilder:
-        return DocumentBuilder(self.tokenizer, step_stride=self.model.config.shape.step_stride)
+        return DocumentBuilder(self.tokenizer, steps=self.model.config.shape.steps)
 
     def _some(self, rows: Sequence[int]) -> list[int] | None:
         """These rows, if they are not simply all."""

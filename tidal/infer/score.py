@@ -48,7 +48,7 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
 
 
 def _packed(model: TidalTransformer, table: BlockTable, one: Passage) -> torch.Tensor:
-    batch = pack([[one]], table, step_stride=model.config.shape.step_stride)
+    batch = pack([[one]], table, steps=model.config.shape.steps)
     return model.log_probs(batch.to(model.unit_embedding.weight.device))
 
 
@@ -80,7 +80,7 @@ def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], ta
     model.eval()
     nats, n_units, n_bytes = 0.0, 0, 0
     for first in range(0, len(rows), rows_per_batch):
-        batch = pack(rows[first : first + rows_per_batch], table, step_stride=model.config.shape.step_stride)
+        batch = pack(rows[first : first + rows_per_batch], table, steps=model.config.shape.steps)
         nats -= model.log_probs(batch.to(model.unit_embedding.weight.device)).double().sum().item()
         n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
     model.train(was_training)

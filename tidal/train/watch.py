@@ -129,7 +129,7 @@ def misspelt(batch: Batch, tokenizer: MixedTokenizer, settings: Train) -> tuple[
         pairs.append((text, "".join(_other(c, rng) if typo else c
                                     for c, typo in zip(text, rng.random(len(text)) < 1 / 6, strict=True))))  # fmt: skip
     right, wrong = (pack([[passage(table, "", text, ends=False)] for text in texts], table,
-                         step_stride=settings.model.step_stride) for texts in zip(*pairs, strict=True))  # fmt: skip
+                         steps=settings.model.steps) for texts in zip(*pairs, strict=True))  # fmt: skip
     return right, wrong
 
 

@@ -166,7 +166,7 @@ class AdditionRecipe:
         rows = [[passage(self.table, text + prompt, answer, place_offset=offset, position_scale=scale)]
                 for (prompt, answer), offset, (text, _), scale
                 in zip(problems, offsets, moved, scales or [1.0] * len(problems), strict=True)]  # fmt: skip
-        batch = pack(rows, self.table, step_stride=self.settings.model.step_stride)
+        batch = pack(rows, self.table, steps=self.settings.model.steps)
         for places, (text, by) in zip(batch.reader_places, moved, strict=True):
             n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(text))).sum() if text else 0
             places[1 : 1 + n_tokens] += by  # after <bos>

@@ -173,7 +173,7 @@ class CharactersRecipe:
             asked = [self.question(rng) for _ in offsets]
             rows.append([passage(self.table, q.prompt, q.answer, place_offset=offset)
                          for q, offset in zip(asked, offsets, strict=True)])  # fmt: skip
-        return pack(rows, self.table, step_stride=s.model.step_stride)
+        return pack(rows, self.table, steps=s.model.steps)
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match of every task on held-out words; `quality` is the mean."""

@@ -56,7 +56,7 @@ class TextRecipe:
             rng = np.random.default_rng([s.seed, 2, step, i])  # of the row, whoever builds it
             row = self.rows[self._row(step * s.rows + i)]
             cut.append([cut_at_random(p, self.table, rng, s.text.cut_probability) for p in row])
-        return pack(cut, self.table, step_stride=s.model.step_stride)
+        return pack(cut, self.table, steps=s.model.steps)
 
     def _row(self, i: int) -> int:
         epoch, rank = divmod(i, len(self.rows))
