@@ -4,7 +4,8 @@
 
     reader  <bos> 5 ' +' ' ' 7 ' =' ' ' 1 2 \\n        a token sees its own block and all before it
     writer                           <bob> 2 1 ' '     a step sees the reader tokens before its block
-    targets                            2   1 ' ' <eob> and the steps of its block up to itself
+    targets                            2   1 ' ' <eob> and the steps of its block up to itself, or the
+                                                       last few of them (`Steps.window`)
 
 `DocumentBuilder` is the definition: it appends one block, and the decoder calls the very same methods after
 every block and before every unit. `pack` is its vectorized twin for training; a property test holds the two
