@@ -33,7 +33,7 @@ from benchmarks.switches import SwitchedRecipe, Switches, model_of, optimizer_of
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage, passage, windows
 from tidal.config import Text, TidalConfig, Train
 from tidal.corpora.build import build
-from tidal.evaluate.boundary import Floats, cut_pairs, figures
+from tidal.evaluate.boundary import Floats, cut_pairs, gap_between
 from tidal.model import TidalTransformer
 from tidal.prepare.make import prepare, tokenizer_for
 from tidal.prepare.survey import survey
@@ -62,7 +62,7 @@ class Window:
     """Whether the document ends here, and `<eos>` is charged."""
 
 
-def window(table: BlockTable, p: Passage) -> Window:
+def window_of(table: BlockTable, p: Passage) -> Window:
     """The window that a passage is."""
     texts, ends = tuple(table.texts[i] for i in p.blocks.tolist()), bool(p.blocks[-1] == EOS_BLOCK)
     return Window(p, texts[1 : p.supervise_from], texts[p.supervise_from : len(texts) - ends], ends)
@@ -102,7 +102,7 @@ class Texts:
         for document in self.held_out:
             whole = passage(recipe.table, "", document)
             cut = windows(whole, recipe.table, context, 1 << 40, overlap=context // 2)
-            here = [window(recipe.table, p) for p in cut]
+            here = [window_of(recipe.table, p) for p in cut]
             if "".join(t for w in here for t in w.completion) != document or [w.ends for w in here].count(True) != 1:
                 raise RuntimeError("the windows of a held-out document do not add up to it")
             found += here
@@ -161,26 +161,26 @@ class Runner(ABC):
         tidal.evaluate.boundary, which says more. The baselines read what is left of a cut word as tokens of its own.
         """
         pairs = cut_pairs(self.recipe.tokenizer, self.texts.held_out, count=count, **CUTS)
-        charged = {}
-        for kind in ("boundary", "inside"):
-            cuts = [(p.text[p.start : (at := getattr(p, kind))], p.text[at : p.end]) for p in pairs]
-            charged[kind] = self.charges([window(self.recipe.table, passage(self.recipe.table, *c, ends=False))
-                                          for c in cuts])  # fmt: skip
-        return {"cuts": len(pairs), **figures({k: nats / n for k, (nats, n, _) in charged.items()}, "unit"),
-                **figures({k: nats / n for k, (nats, _, n) in charged.items()}, "byte")}  # fmt: skip
+
+        def charge(cuts: Sequence[tuple[str, str]]) -> tuple[Floats, Floats]:
+            table = self.recipe.table
+            nats, n_targets, _ = self.charges([window_of(table, passage(table, *cut, ends=False)) for cut in cuts])
+            return nats, n_targets
+
+        return gap_between(pairs, charge)
 
     @torch.inference_mode()
-    def charges(self, windows: Sequence[Window]) -> tuple[Floats, Floats, Floats]:
+    def charges(self, chosen: Sequence[Window]) -> tuple[Floats, Floats, Floats]:
         """Of each window [n] the loss in nats, and how many targets and bytes it is of.
 
         Raises RuntimeError unless what is charged spells the text that is to be charged, byte for byte, and `<eos>`.
         """
         self.model.eval()
-        found = np.zeros((3, len(windows)))
-        order = sorted(range(len(windows)), key=lambda i: len("".join(windows[i].prompt + windows[i].completion)))
+        found = np.zeros((3, len(chosen)))
+        order = sorted(range(len(chosen)), key=lambda i: len("".join(chosen[i].prompt + chosen[i].completion)))
         for first in range(0, len(order), ROWS_AT_ONCE):  # of about the same length: little padding
             at = order[first : first + ROWS_AT_ONCE]
-            some = [windows[i] for i in at]
+            some = [chosen[i] for i in at]
             batch = self.batch_of(some)
             n_bytes = self.check_charges(batch.targets, some)
             sizes = (batch.targets >= 0).sum(1).tolist()

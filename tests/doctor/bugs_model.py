@@ -156,24 +156,19 @@ def logits_tempered_in_place(choose: Callable[..., list[int]]) -> Callable[..., 
     return lambda logits, *rest: choose(logits.mul_(0.5), *rest)
 
 
-def context_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
-        self.context = self.context.roll(1, 0)
-        logits = step(self, *args)
-        self.context = self.context.roll(-1, 0)
-        return logits
+def of_another_row(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A step is given what the decoder keeps under this name, [rows, …], of the row before."""
 
-    return bugged
+    def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
+            setattr(self, name, getattr(self, name).roll(1, 0))
+            logits = step(self, *args)
+            setattr(self, name, getattr(self, name).roll(-1, 0))
+            return logits
 
+        return bugged
 
-def foretold_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
-        self.sums = self.sums.roll(1, 0)
-        logits = step(self, *args)
-        self.sums = self.sums.roll(-1, 0)
-        return logits
-
-    return bugged
+    return wrap
 
 
 def foretold_once(sums: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
 
 Floats = npt.NDArray[np.float64]
+Charge = Callable[[Sequence[tuple[str, str]]], tuple[Floats, Floats]]
+"""Prompts and their continuations → losses in nats [n], and how many units, or tokens, they are of [n]."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,18 @@ def boundary_gap(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequ
     model.config.check_tokenizer(tokenizer.fingerprint)
     pairs = cut_pairs(tokenizer, texts, count=count, context_chars=context_chars,
                       continuation_chars=continuation_chars, seed=seed)  # fmt: skip
+    return gap_between(pairs, lambda cuts: continuation_nats(model, tokenizer, cuts, batch_size))
+
+
+def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
+    """The figures of `boundary_gap` for any model, of which `charge` gives the losses after these cuts."""
     per_unit, per_byte = {}, {}
     for kind in ("boundary", "inside"):
         cuts = [(p.text[p.start : (at := getattr(p, kind))], p.text[at : p.end]) for p in pairs]
-        nats, n_units = continuation_nats(model, tokenizer, cuts, batch_size)
+        nats, n_units = charge(cuts)
         per_unit[kind] = nats / n_units
         per_byte[kind] = nats / np.array([len(after.encode()) for _, after in cuts])
-    return {"cuts": len(pairs), **figures(per_unit, "unit"), **figures(per_byte, "byte")}
+    return {"cuts": len(pairs), **_figures(per_unit, "unit"), **_figures(per_byte, "byte")}
 
 
 @torch.inference_mode()
@@ -116,8 +123,7 @@ def _nearest(bounds: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> npt.ND
     return nearest
 
 
-def figures(means: dict[str, Floats], unit: str) -> dict[str, float]:
-    """Of the mean losses [n] after prompts cut at a `boundary` and `inside` a block: their means, and the gap's."""
+def _figures(means: dict[str, Floats], unit: str) -> dict[str, float]:
     gap = means["inside"] - means["boundary"]
     error = gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
     return {
