@@ -35,10 +35,10 @@ from tidal.config import Text, TidalConfig, Train
 from tidal.corpora.build import build
 from tidal.evaluate.boundary import Floats, cut_pairs, gap_between
 from tidal.model import TidalTransformer
+from tidal.prepare.documents import read_documents
 from tidal.prepare.make import prepare, tokenizer_for
 from tidal.prepare.survey import survey
 from tidal.streams import Batch, pack
-from tidal.train.documents import read_documents
 from tidal.train.gradient import gradients
 
 ROWS_AT_ONCE = 16  # of held-out windows

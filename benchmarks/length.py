@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
     from tidal.blocks import BlockTable, passage
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
-    from tidal.train.documents import read_documents
+    from tidal.prepare.documents import read_documents
 
     documents = [d.prompt + d.completion for d in read_documents(settings.data)]
     folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)

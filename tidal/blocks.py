@@ -17,6 +17,7 @@ Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
 _SEEDS = [0xCBF29CE484222325 + order for order in SUFFIX_ORDERS]
 _FACTOR, _64_BITS, _32_BITS = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF
+MAX_BLOCKS = 1 << 17  # of a table before `limit` empties it; about half a kilobyte each
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
 NOTHING = -1  # a target, hash or next token that is not there
 
@@ -104,6 +105,11 @@ class BlockTable:
 
     def __len__(self) -> int:
         return self.last_token.n
+
+    def limit(self) -> None:
+        """Forget all blocks if there are more than MAX_BLOCKS; for where endless text comes in."""
+        if len(self) > MAX_BLOCKS:
+            self.clear()
 
     def n_tokens(self, index: npt.NDArray[np.int32]) -> Ints:
         """How many tokens each of these blocks [n] is read as."""

@@ -19,7 +19,7 @@ from tests.corpora.checks import check_checksums, check_other_folders_are_refuse
 from tests.corpora.fabricated import pinned
 from tidal.cli import UserError
 from tidal.corpora import build, documents, english, fetch
-from tidal.train.documents import read_documents
+from tidal.prepare.documents import read_documents
 
 
 def texts(folder: Path) -> dict[str, str]:

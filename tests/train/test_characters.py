@@ -189,7 +189,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(monkeypatch: pytest.MonkeyP
     one, two = CharactersRecipe(SETTINGS), CharactersRecipe(SETTINGS)
     steps = [0, 1, 2, 7]
     wanted = {step: one.batch(step) for step in steps}
-    monkeypatch.setattr(characters, "MAX_TABLE", 3)
+    monkeypatch.setattr("tidal.blocks.MAX_BLOCKS", 3)
     assert all(equal(two.batch(step), wanted[step]) for step in reversed(steps))
     assert not any(equal(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
     other = CharactersRecipe(dataclasses.replace(SETTINGS, seed=1))

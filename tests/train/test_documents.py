@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
 from tidal.cli import UserError
-from tidal.train import reading
-from tidal.train.documents import Document, hold_out, read_documents
+from tidal.prepare import reading
+from tidal.prepare.documents import Document, hold_out, read_documents
 
 
 def texts(*paths: Path | str) -> list[str]:

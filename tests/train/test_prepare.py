@@ -20,17 +20,15 @@ from tests.train.test_recipes import SHAPE, equal, some_text
 from tidal.blocks import BlockTable, Passage, fill_rows, passage, windows
 from tidal.cli import UserError
 from tidal.config import Text, Train
-from tidal.prepare import corpus, make
+from tidal.prepare import corpus, make, reading
 from tidal.prepare.corpus import Rows
+from tidal.prepare.documents import Document, hold_out, read_documents
 from tidal.prepare.make import prepare, prepare_for_training
+from tidal.prepare.reading import Part
 from tidal.prepare.seams import at_seams
 from tidal.prepare.survey import Survey, survey
 from tidal.tokenizer import MixedTokenizer
-from tidal.train import reading
-from tidal.train.documents import Document, hold_out, read_documents
 from tidal.train.presets import PRESETS
-from tidal.train.reading import Part
-from tidal.train.recipes import text as text_recipe
 from tidal.train.recipes.text import TextRecipe
 
 # --------------------------------------------------------------------------------------------- seams
@@ -205,7 +203,7 @@ def test_shards_memory_and_cache_train_alike(folder: Path, tmp_path: Path, monke
     made = [TextRecipe(cached), TextRecipe(cached)]
     for name in ("one", "two"):
         made.append(TextRecipe(wanting(folder, data=(), tokenizer=None, prepared=str(tmp_path / name))))
-    monkeypatch.setattr(text_recipe, "MAX_TABLE", 3)
+    monkeypatch.setattr("tidal.blocks.MAX_BLOCKS", 3)
     for recipe in made:
         check_same(recipe, wanted)
     assert len(list((tmp_path / "cache").iterdir())) == 1

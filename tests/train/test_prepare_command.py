@@ -22,15 +22,15 @@ from commands import ENVIRONMENT, ROOT, SMALL_TEXT, run, tidal, tree
 from tests.train.test_recipes import some_text
 from tidal.cli import UserError
 from tidal.prepare import make
+from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.shards import verify
 from tidal.prepare.survey import survey
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.documents import Document, read_documents
 
 SMALL_SHARDS = """
 from tidal.cli import main
 from tidal.prepare import __main__ as command, make
-from tidal.train import reading
+from tidal.prepare import reading
 make.SHARD, make.PART, reading.PART = {}, 500, 500
 main(command.run, "tidal.prepare")
 """

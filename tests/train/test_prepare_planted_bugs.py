@@ -27,8 +27,8 @@ from tidal.blocks import BlockTable, Passage
 from tidal.cli import UserError
 from tidal.prepare import corpus, make, seams, shards
 from tidal.prepare.corpus import Rows
+from tidal.prepare.reading import Part
 from tidal.prepare.shards import Shard
-from tidal.train.reading import Part
 from tidal.train.recipes.text import TextRecipe
 
 

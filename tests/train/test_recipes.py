@@ -18,9 +18,9 @@ import torch
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage
 from tidal.cli import UserError
 from tidal.config import Addition, Shape, Text, Train
+from tidal.prepare.documents import hold_out, read_documents
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.documents import hold_out, read_documents
 from tidal.train.loop import Recipe
 from tidal.train.presets import PRESETS
 from tidal.train.recipes import addition
@@ -274,7 +274,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(
     wanted = {step: one.batch(step) for step in steps}
     for step in reversed(steps):
         assert equal(two.batch(step), wanted[step])
-    monkeypatch.setattr(addition, "MAX_TABLE", 3)
+    monkeypatch.setattr("tidal.blocks.MAX_BLOCKS", 3)
     for step in steps:
         torch.manual_seed(step)
         np.random.seed(step)

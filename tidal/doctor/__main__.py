@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
 
 def _data(settings: Doctor) -> list[Document]:
     from tidal.doctor.patient import Document
-    from tidal.train.documents import read_documents
+    from tidal.prepare.documents import read_documents
 
     return [Document(d.prompt, d.completion) for d in read_documents(settings.data)] if settings.data else []
 

@@ -82,7 +82,7 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
 
 def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], str]:
     """Documents like those a run was trained on, held out where possible, and a word on where they come from."""
-    from tidal.train.documents import hold_out, read_documents
+    from tidal.prepare.documents import hold_out, read_documents
     from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
 
     if settings.get("recipe") == "addition":

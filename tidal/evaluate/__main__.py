@@ -163,7 +163,7 @@ def bits_per_byte(settings: Bits) -> None:
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load
     from tidal.infer.score import bits_per_byte as measure
-    from tidal.train.documents import read_documents
+    from tidal.prepare.documents import read_documents
 
     documents = list(read_documents(settings.data))
     folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
@@ -186,7 +186,7 @@ def boundary(settings: Boundary) -> None:
     from tidal.device import pick_device, set_threads
     from tidal.evaluate.boundary import boundary_gap
     from tidal.infer.load import load
-    from tidal.train.documents import read_documents
+    from tidal.prepare.documents import read_documents
 
     texts = [d.prompt + d.completion for d in read_documents(settings.data)]
     model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
@@ -231,7 +231,7 @@ def samples(settings: Samples) -> None:
     from tidal.device import pick_device, set_threads
     from tidal.evaluate.samples import samples as measure
     from tidal.infer.load import load
-    from tidal.train.documents import read_documents
+    from tidal.prepare.documents import read_documents
 
     texts = [d.prompt + d.completion for d in read_documents(settings.data)]
     model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))

@@ -22,11 +22,11 @@ from tidal.cli import UserError, note, progress
 from tidal.config import Text
 from tidal.files import existing, free_bytes
 from tidal.prepare.corpus import Corpus
+from tidal.prepare.reading import PART, Part
 from tidal.prepare.seams import at_seams
 from tidal.prepare.shards import BYTES_PER_BYTE, SHARD, Shard, sync, verify, write_durably
 from tidal.prepare.survey import Survey, survey
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.reading import PART, Part
 
 VERSION = 1
 """Of the layout of the folder; raise it whenever the same data would give other shards."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from tidal.train.reading import Part
+from tidal.prepare.reading import Part
 
 _PUNCTUATION = r"!-&(-/:-@\[-^`{-~"
 _AFTER_PUNCTUATION = re.compile(rf"[{_PUNCTUATION}](?=[0-9A-Za-z])")

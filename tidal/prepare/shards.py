@@ -17,12 +17,10 @@ import numpy.typing as npt
 
 from tidal.blocks import BlockTable
 from tidal.cli import UserError
-from tidal.train.reading import Part
+from tidal.prepare.reading import Part
 
 SHARD = 1 << 22
 """Characters of a shard."""
-MAX_TABLE = 1 << 17
-"""Blocks of a table before it is emptied; about half a kilobyte each."""
 BYTES_PER_BYTE = 3
 """About how many bytes a shard has for each of its text: one of text, and three for a block."""
 ARRAYS = ("text", "blocks", "parts")
@@ -43,8 +41,7 @@ class Shard:
     @classmethod
     def encode(cls, parts: Sequence[Part], table: BlockTable) -> Self:
         """Split and count; the parts begin and end at seams. The table (of any content) is made use of."""
-        if len(table) > MAX_TABLE:
-            table.clear()
+        table.limit()
         blocks: list[str] = []
         counts = []
         for part in parts:

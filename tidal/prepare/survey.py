@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tidal.cli import UserError, progress
-from tidal.train.documents import Division, divide
-from tidal.train.reading import PART, Part, read_parts
+from tidal.prepare.documents import Division, divide
+from tidal.prepare.reading import PART, Part, read_parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from tidal.tokenizer import MixedTokenizer
 Sum = tuple[int, int]
 Problem = tuple[str, str]
 """A prompt, and its answer."""
-MAX_TABLE = 300_000  # distinct blocks remembered before the table is emptied
 
 
 def prompt_of(*numbers: int, operation: str = "+") -> str:
@@ -160,8 +159,7 @@ class AdditionRecipe:
         """A row for each problem, whose places are moved by its offset and whose positions are stretched by its scale;
         before it a text whose places are moved by so many more.
         """
-        if len(self.table) > MAX_TABLE:
-            self.table.clear()
+        self.table.limit()
         offsets, moved = offsets or [0] * len(problems), moved or [("", 0)] * len(problems)
         rows = [[passage(self.table, text + prompt, answer, place_offset=offset, position_scale=scale)]
                 for (prompt, answer), offset, (text, _), scale

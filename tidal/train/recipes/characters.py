@@ -40,7 +40,6 @@ PER_ROW = 8
 """Questions in a row; lengths differ much, and eight together have less padding than eight apart."""
 PER_TASK = 50
 """Questions of each task in a validation."""
-MAX_TABLE = 300_000  # distinct blocks remembered before the table is emptied
 
 
 class Question(NamedTuple):
@@ -164,8 +163,7 @@ class CharactersRecipe:
 
     def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
-        if len(self.table) > MAX_TABLE:
-            self.table.clear()
+        self.table.limit()
         s, rows = self.settings, []
         for i in share_of(s.rows, share):
             rng = np.random.default_rng([s.seed, 2, step, i])

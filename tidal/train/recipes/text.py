@@ -11,7 +11,6 @@ from tidal.infer.score import bits_per_byte
 from tidal.model import TidalTransformer
 from tidal.prepare.corpus import Rows
 from tidal.prepare.make import prepare_for_training
-from tidal.prepare.shards import MAX_TABLE
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 
@@ -50,7 +49,7 @@ class TextRecipe:
 
     def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
-        self._limit_table()
+        self.table.limit()
         s, cut = self.settings, []
         for i in share_of(s.rows, share):
             rng = np.random.default_rng([s.seed, 2, step, i])  # of the row, whoever builds it
@@ -67,19 +66,15 @@ class TextRecipe:
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Bits per byte of the held-out documents, cut into windows like the training data."""
-        self._limit_table()
+        self.table.limit()
         bits, _, _ = bits_per_byte(model, self.held_out, self.table)
         return {"quality": -bits, "held_out_bits_per_byte": bits}
 
     def sample_prompts(self, step: int) -> list[str]:
         """Of two held-out windows the prompts, or where there are none the beginnings."""
-        self._limit_table()
+        self.table.limit()
         rng = np.random.default_rng([self.settings.seed, 4, step])
         rows = [self._validation[int(i)] for i in rng.integers(0, min(VALIDATION_ROWS, len(self._validation)), 2)]
         passages = [row[0] for row in rows]
         ends = [p.supervise_from if p.supervise_from > 1 else 1 + PROMPT_BLOCKS for p in passages]
         return ["".join(self.table.texts[i] for i in p.blocks[1:end]) for p, end in zip(passages, ends, strict=True)]
-
-    def _limit_table(self) -> None:
-        if len(self.table) > MAX_TABLE:
-            self.table.clear()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidal.cli import UserError
-from tidal.train.reading import read_parts
+from tidal.prepare.reading import read_parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from tidal.cli import UserError
-from tidal.train.tabular import hugging_face_rows, parquet_rows
+from tidal.prepare.tabular import hugging_face_rows, parquet_rows
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 MAGIC = {b"\x1f\x8b": "it is gzipped: name it .gz", b"\xff\xfe": "it is UTF-16: convert it with iconv",
@@ -51,7 +51,7 @@ def read_parts(paths: Sequence[str]) -> Iterator[Part]:
     {"text": …} or {"prompt": …, "completion": …} (other keys are ignored) and is held in memory as a whole; any
     other file is one document, with its line ends as they are, and is not. A byte order mark is dropped. What holds
     nothing but white space is no document. A file that is named twice is read once, so that no text is both learned
-    and held out. `hf:NAME` streams a dataset, see `tidal.train.tabular.hugging_face_rows`.
+    and held out. `hf:NAME` streams a dataset, see `tidal.prepare.tabular.hugging_face_rows`.
 
     Raises:
         UserError: a path that is missing or cannot be read, a glob without a match, a binary file, broken
