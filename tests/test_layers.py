@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-LAYERS = ("cli", "lazy", "files", "config", "ranks", "device", "allocator", "tokenizer", "foretold", "blocks", "streams",
-          "kernels", "model", "checkpoint", "infer", "corpora", "prepare", "train", "evaluate", "report", "doctor",
-          "sizes")  # fmt: skip
+LAYERS = ("cli", "lazy", "files", "config", "ranks", "device", "allocator", "tokenizer", "foretold", "blocks",
+          "streams", "kernels", "model", "checkpoint", "infer", "corpora", "prepare", "train", "evaluate", "report",
+          "doctor", "sizes")  # fmt: skip
 PICTURE = "kernels/picture.py"  # a command that draws what the builder builds
 
 
@@ -24,7 +24,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def upwards(package: Path) -> list[str]:
-    """Imports of a later layer, as `FILE imports LAYER`. Commands may show what comes after them, and do as they like."""
+    """Imports of a later layer, as `FILE imports LAYER`. A command may show what comes after it."""
     found = []
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
@@ -44,4 +44,5 @@ def test_an_import_upwards_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "prepare").mkdir()
     (tmp_path / "prepare/shards.py").write_text("def late():\n    from tidal.train.loop import train\n")
     (tmp_path / "streams.py").write_text("import tidal.model\nfrom tidal import infer, tokenizer\n")
-    assert upwards(tmp_path) == ["prepare/shards.py imports train", "streams.py imports model", "streams.py imports infer"]
+    later = ("prepare/shards.py", "train"), ("streams.py", "model"), ("streams.py", "infer")
+    assert upwards(tmp_path) == [f"{name} imports {layer}" for name, layer in later]
