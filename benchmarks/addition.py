@@ -179,11 +179,11 @@ def recipe_of(train: Train, switches: Switches) -> AdditionRecipe:
     """The recipe, whose batches are as these switches feed them."""
     from benchmarks.switches import ForwardTable
     from tidal.streams import Batch
-    from tidal.train.recipes.addition import AdditionRecipe
+    from tidal.train.recipes.addition import AdditionRecipe, Row
 
     class Switched(AdditionRecipe):
-        def packed(self, problems: Sequence[Problem], *how: Any) -> Batch:
-            return switches.on_batch(super().packed(problems, *how))
+        def packed(self, rows: Sequence[Row]) -> Batch:
+            return switches.on_batch(super().packed(rows))
 
     recipe = Switched(train)
     if switches.write_order == "forward":
@@ -226,7 +226,7 @@ def ask(model: TidalTransformer, recipe: AdditionRecipe, problems: Sequence[Prob
     import torch
 
     from tidal.blocks import NOTHING
-    from tidal.train.recipes.addition import exact
+    from tidal.train.recipes.addition import Row, exact
 
     if decode:
         share, completions = exact(model, recipe.tokenizer, problems, rows)
@@ -234,7 +234,7 @@ def ask(model: TidalTransformer, recipe: AdditionRecipe, problems: Sequence[Prob
     wrong = []
     for first in range(0, len(problems), rows):
         some = problems[first : first + rows]
-        batch = recipe.packed(some).to(model.unit_embedding.weight.device)
+        batch = recipe.packed([Row(*problem) for problem in some]).to(model.unit_embedding.weight.device)
         with torch.inference_mode():
             likeliest = model.head(model.states(batch)[1]).argmax(-1)
         right = ((likeliest == batch.targets) | (batch.targets == NOTHING)).all(1).tolist()

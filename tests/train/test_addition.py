@@ -23,7 +23,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.__main__ import run as train
 from tidal.train.loop import model_for
 from tidal.train.presets import PRESETS
-from tidal.train.recipes.addition import AdditionRecipe, answer_of, exact, prompt_of
+from tidal.train.recipes.addition import AdditionRecipe, Row, answer_of, exact, prompt_of
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=16, writer_ff=16,
               suffix_rows=0, place_jitter=4)  # fmt: skip
@@ -173,7 +173,7 @@ def test_positions_are_stretched() -> None:
     assert 1 <= every.min() < 1.05
     assert 2.95 < every.max() <= 3
     assert 1.9 < every.mean() < 2.1
-    asked = stretched.packed([("12 + 3 =", " 15\n")])  # as in decoding
+    asked = stretched.packed([Row("12 + 3 =", " 15\n")])  # as in decoding
     assert asked.reader_positions[0].tolist() == list(range(asked.reader_positions.shape[1]))
 
 

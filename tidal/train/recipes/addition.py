@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +24,20 @@ from tidal.tokenizer import MixedTokenizer
 Sum = tuple[int, int]
 Problem = tuple[str, str]
 """A prompt, and its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A problem in a batch, and what stands before it in its document; by default, as it is decoded."""
+
+    prompt: str
+    answer: str
+    place_offset: int = 0
+    position_scale: float = 1.0
+    stray: str = ""
+    """A solved problem before the prompt, ..."""
+    stray_offset: int = 0
+    """... whose places are moved by this instead."""
 
 
 def prompt_of(*numbers: int, operation: str = "+") -> str:
@@ -142,32 +157,26 @@ class AdditionRecipe:
         offsets = rng.integers(0, s.model.place_jitter + 1, s.rows).tolist()
         before = rng.integers(0, self.own.problems, s.rows).tolist()
         strays = (rng.random(s.rows) < self.own.elsewhere).tolist()
-        problems, moved = list[Problem](), list[tuple[str, int]]()
-        for i in range(s.rows):
-            prompt, answer = self._sample(step * s.rows + i) if self.samples else self._new(rng)
-            problems.append(("".join(self._solved(rng) for _ in range(before[i])) + prompt, answer))
-            far = self._far(rng, offsets[i]) if strays[i] else None
-            moved.append(("", 0) if far is None else (self._solved(rng), far - offsets[i]))
+        rows = list[Row]()
+        for offset, n_before, has_stray in zip(offsets, before, strays, strict=True):
+            prompt, answer = self._sample(step * s.rows + len(rows)) if self.samples else self._new(rng)
+            prompt = "".join(self._solved(rng) for _ in range(n_before)) + prompt
+            far = self._far(rng, offset) if has_stray else None
+            stray = "" if far is None else self._solved(rng)
+            rows.append(Row(prompt, answer, offset, stray=stray, stray_offset=far or 0))
         scales = rng.uniform(1, self.own.stretch, s.rows).tolist()
-        mine = share_of(s.rows, share)
-        return self.packed([problems[i] for i in mine], [offsets[i] for i in mine], [moved[i] for i in mine],
-                           [scales[i] for i in mine])  # fmt: skip
+        return self.packed([replace(rows[i], position_scale=scales[i]) for i in share_of(s.rows, share)])
 
-    def packed(self, problems: Sequence[Problem], offsets: Sequence[int] | None = None,
-               moved: Sequence[tuple[str, int]] | None = None,
-               scales: Sequence[float] | None = None) -> Batch:  # fmt: skip
-        """A row for each problem, whose places are moved by its offset and whose positions are stretched by its scale;
-        before it a text whose places are moved by so many more.
-        """
+    def packed(self, rows: Sequence[Row]) -> Batch:
+        """These rows, with a document in each."""
         self.table.limit()
-        offsets, moved = offsets or [0] * len(problems), moved or [("", 0)] * len(problems)
-        rows = [[passage(self.table, text + prompt, answer, place_offset=offset, position_scale=scale)]
-                for (prompt, answer), offset, (text, _), scale
-                in zip(problems, offsets, moved, scales or [1.0] * len(problems), strict=True)]  # fmt: skip
-        batch = pack(rows, self.table, steps=self.settings.model.steps)
-        for places, (text, by) in zip(batch.reader_places, moved, strict=True):
-            n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(text))).sum() if text else 0
-            places[1 : 1 + n_tokens] += by  # after <bos>
+        documents = [[passage(self.table, r.stray + r.prompt, r.answer, place_offset=r.place_offset,
+                              position_scale=r.position_scale)] for r in rows]  # fmt: skip
+        batch = pack(documents, self.table, steps=self.settings.model.steps)
+        for places, row in zip(batch.reader_places, rows, strict=True):
+            if row.stray:
+                n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(row.stray))).sum()
+                places[1 : 1 + n_tokens] += row.stray_offset - row.place_offset  # after <bos>
         return batch
 
     def _far(self, rng: np.random.Generator, offset: int) -> int | None:
