@@ -87,6 +87,13 @@ def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
     return everywhere(right, bugged)
 
 
+def window_forgotten(right: Callable[..., Batch]) -> Callable[..., Batch]:
+    def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
+        return right(rows, table, steps=Steps(steps.stride))
+
+    return pack
+
+
 def window_loses_block(windows: Callable[..., list[Passage]]) -> Callable[..., list[Passage]]:
     def bugged(*args: Any, **kwargs: Any) -> list[Passage]:
         cut = windows(*args, **kwargs)

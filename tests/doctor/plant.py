@@ -37,6 +37,8 @@ class Mutant:
     check: int
     plant: Plant = lambda patch: None
     spoil: Spoil = lambda model: None
+    step_window: int = 0
+    """Of the model; the bug shows with such a one only."""
 
 
 # -------------------------------------------------------------------------------------- how to plant bugs

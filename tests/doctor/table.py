@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ def examine_mutant(mutant: Mutant, checks: Sequence[int] | None = None) -> Repor
     """The doctor's report on the small model, made and examined while the bug is there."""
     with pytest.MonkeyPatch.context() as patch:
         mutant.plant(patch)
-        model, tokenizer = TidalTransformer(BASE.config, TOKENIZER.spelling), copy.deepcopy(TOKENIZER)
+        shape = dataclasses.replace(BASE.config.shape, step_window=mutant.step_window)
+        config = dataclasses.replace(BASE.config, shape=shape)
+        model, tokenizer = TidalTransformer(config, TOKENIZER.spelling), copy.deepcopy(TOKENIZER)
         torch.nn.Module.load_state_dict(model, BASE.state_dict())
         model.train(False)
         mutant.spoil(model)
