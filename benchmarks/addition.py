@@ -3,9 +3,9 @@
     python -m benchmarks.addition --parts samples exact length --seeds 0 1 2 3 4 --picture addition.png
     python -m benchmarks.addition --parts samples --samples 2000 10000 --seeds 0 1 --contrasts
 
-`samples`   a finite set of different sums of numbers of up to three digits, each length as often; exact match on sums
-            that are not in it, numbers below 1000 each as often. The comparison is Lee et al. 2023, "Teaching
-            Arithmetic to Small Transformers", who balance lengths, too.
+`samples`   a finite set of different sums of numbers of up to three digits, lengths in proportion to themselves; exact
+            match on sums that are not in it, numbers below 1000 each as often. The comparison is Lee et al. 2023,
+            "Teaching Arithmetic to Small Transformers", who balance lengths, too.
 `exact`     operands of up to ten digits; random pairs of numbers below 10^10, and cases chosen to be hard.
 `length`    operands of up to ten digits; sums of both shorter and longer ones.
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.quality import COLOURS, machine, new_figure, save, write
 from tidal.cli import UserError, main, note, parse
-from tidal.config import Train
+from tidal.config import Lengths, Train
 from tidal.train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Settings:
     """Sizes of the finite sets."""
     sample_digits: int = 3
     """Most digits of an operand in the finite sets."""
+    sample_lengths: Lengths = "rising"
+    """--lengths of the first part's training."""
     sample_steps: int = 3000
     """Steps of a run of the first part."""
     digits: int = 10
@@ -119,8 +121,9 @@ def planned(settings: Settings) -> list[Run]:
         }  # fmt: skip
         steps, digits, sizes, asked = kinds[part]
         longest = max([digits, *(settings.lengths if part == "length" else [])])
+        lengths = settings.sample_lengths if part == "samples" else base.addition.lengths
         for size in sizes:
-            own = replace(base.addition, digits=digits, samples=size,
+            own = replace(base.addition, digits=digits, samples=size, lengths=lengths,
                           max_block_units=max(base.addition.max_block_units, longest + 4))  # fmt: skip
             shape = replace(base.model, place_jitter=max(base.model.place_jitter, longest))
             for variant, seed in variants:

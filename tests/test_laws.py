@@ -25,7 +25,7 @@ from tidal.infer.engine import Completion
 from tidal.kernels import cpu
 from tidal.model import Layer, SwiGLU, TidalTransformer
 from tidal.streams import Batch
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 EXACT = 1e-9  # in float64
 CAUSAL = 1e-12
@@ -126,7 +126,7 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
                     text: str | None) -> Tensor:  # fmt: skip
     """Log-probabilities of one block after others: everything recomputed from the definition, nothing packed."""
     shape, none = model.config.shape, torch.zeros(0, model.config.shape.d_model, dtype=torch.float64)
-    tokens = [(tokenizer.bos_id, 0, 0)]  # id, place, block
+    tokens = [(tokenizer.bos_id, NO_PLACE, 0)]  # id, place, block
     for j, block in enumerate(map(tokenizer.encode_block, before), 1):
         tokens += [(token, place, j) for token, place in zip(block.tokens, block.places, strict=True)]
     ids, places, block_of = torch.tensor(tokens).unbind(1)

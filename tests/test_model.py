@@ -15,11 +15,12 @@ from tests.strategies import SHAPES, config_of, random_model, tiny, tokenizers
 from tidal import model as model_module
 from tidal import streams
 from tidal.blocks import NOTHING, BlockTable, passage
-from tidal.config import BEFORE, Shape, TidalConfig
+from tidal.config import Shape, TidalConfig
 from tidal.infer.decoder import Decoder
 from tidal.kernels import TilePlan
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
+from tidal.tokenizer import NO_PLACE
 
 TEXT = "the light with the dogs, 12 + 34 = 46\n今é"
 
@@ -48,9 +49,6 @@ def test_unknown_and_missing_keys_are_refused() -> None:
             TidalConfig.from_dict({k: v for k, v in values.items() if k != key})
     for key in values["shape"]:
         less = {k: v for k, v in values["shape"].items() if k != key}
-        if key in BEFORE:  # older checkpoints have none
-            assert TidalConfig.from_dict({**values, "shape": less}).to_dict()["shape"][key] == BEFORE[key]
-            continue
         with pytest.raises(ValueError, match=rf"Shape lacks the keys .*'{key}'"):
             TidalConfig.from_dict({**values, "shape": less})
     with pytest.raises(ValueError, match=r"TidalConfig has unknown keys .*'rope'"):
@@ -236,6 +234,9 @@ def test_every_place_that_training_can_draw_has_a_row() -> None:
     longest = "w" * tokenizer.max_block_units
     batch = streams.pack([[passage(table, "", longest, place_offset=shape.place_jitter)]], table)
     assert int(batch.writer_places.max()) == model.config.n_places - 1
+    assert batch.reader_places[0, 0] == NO_PLACE
+    assert not model.place_table[NO_PLACE].any()
+    assert model.place_table[model.config.n_places - 1].norm() > 1
     with torch.no_grad():
         assert torch.isfinite(model.log_probs(batch)).all()
 

@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
@@ -101,7 +101,7 @@ class BlockTable:
         self.token_start.extend([0])
         self.target_start.extend([0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        self._append([("", (bos,), (0,), (), bos), ("", (), (), (eos,), eos)])
+        self._append([("", (bos,), (NO_PLACE,), (), bos), ("", (), (), (eos,), eos)])
 
     def __len__(self) -> int:
         return self.last_token.n

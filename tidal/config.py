@@ -81,15 +81,12 @@ class Shape:
         return Steps(self.step_stride, self.step_window)
 
 
-LAYOUT = 1
+LAYOUT = 2
 """Raise it whenever the builder or the model feeds other ids, positions, places, hashes or encodings for the same
 text: old weights would load, and write garbage."""
 
 MOST_PLACES = 1 << 17
 """Their encodings are computed when a model is built, and a config from elsewhere must not ask for any amount."""
-
-BEFORE = {"query_gain": 1.0, "context_ff": 0, "foretell": False, "step_window": 0}
-"""Settings of a shape that came later than the first checkpoints, and what these have."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +136,7 @@ class TidalConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises ValueError on unknown or missing keys (law 7)."""
         known = _checked(cls, values)
-        shape = known["shape"]
-        if isinstance(shape, dict):
-            shape = {**BEFORE, **shape}
-        return cls(**{**known, "shape": Shape(**_checked(Shape, shape))})
+        return cls(**{**known, "shape": Shape(**_checked(Shape, known["shape"]))})
 
 
 def _checked(kind: type, values: Any) -> dict[str, Any]:
@@ -180,15 +174,18 @@ class Optim:
     """Batches summed up for one step."""
 
 
+Lengths = Literal["uniform", "rising", "equal", "numbers"]
+
+
 @dataclass(frozen=True)
 class Addition:
     """The data of `--recipe addition`."""
 
     digits: int = 5
     """Most digits of an operand in training; one run sees all lengths up to it."""
-    lengths: Literal["uniform", "equal", "numbers"] = "uniform"
-    """Each length as often for each operand; the same for all operands of a problem; or numbers below 10^digits, each
-    as often."""
+    lengths: Lengths = "uniform"
+    """Of operands: each as often; each in proportion to itself; the same for all operands of a problem; or numbers
+    below 10^digits, each as often."""
     samples: int = 0
     """Learn from so many different problems, drawn once; 0: from new ones all the time."""
     operations: str = "+"

@@ -124,7 +124,7 @@ class TidalTransformer(nn.Module):
 
     head_mask: Tensor
     place_table: Tensor
-    """[n_places, D], one for reader and writer: digits line up by content alone"""
+    """[n_places + 1, D], one for reader and writer: digits line up by content alone"""
     recompute = False
     """Whether layers are computed again in the backward pass, instead of being remembered."""
 
@@ -136,7 +136,8 @@ class TidalTransformer(nn.Module):
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
-        self.register_buffer("place_table", sinusoids(config.n_places, d), persistent=False)
+        places = torch.cat([sinusoids(config.n_places, d), torch.zeros(1, d)])  # the last is NO_PLACE
+        self.register_buffer("place_table", places, persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)

@@ -26,7 +26,7 @@ import torch
 
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class ReaderToken:
     id: int
     position: float
     place: int
+    """NO_PLACE of `<bos>`, and as the block says"""
     sees: tuple[int, int]
 
 
@@ -67,7 +68,7 @@ class DocumentBuilder:
         self.reader_start, self.writer_start = reader_start, writer_start
         self.digits: list[bool] = tokenizer.digit_units.tolist()
         self.n_read = 0
-        self.opening = self.read([tokenizer.bos_id], [0])
+        self.opening = self.read([tokenizer.bos_id], [NO_PLACE])
 
     def step(self, written: Sequence[int]) -> WriterStep:
         """The step that follows `written`, the units of the current block so far, last character first."""
@@ -89,7 +90,7 @@ class DocumentBuilder:
         self.n_read += len(tokens)
         sees = (self.reader_start, self.reader_start + self.n_read)
         return [
-            ReaderToken(token, self.position_scale * (first + i), self.place_offset + place, sees)
+            ReaderToken(token, self.position_scale * (first + i), place + self.place_offset * (place != NO_PLACE), sees)
             for i, (token, place) in enumerate(zip(tokens, places, strict=True))
         ]
 
@@ -109,7 +110,7 @@ class Batch:
     reader_positions: torch.Tensor
     """float32 [B, R], counted in the document"""
     reader_places: torch.Tensor
-    """int64 [B, R]"""
+    """int64 [B, R], NO_PLACE where there is none"""
     reader_sees: torch.Tensor
     """int32 [B, R, 2], half-open range of reader indices in the row"""
     next_tokens: torch.Tensor
@@ -171,6 +172,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     b_of_i, within_i = _ragged(tokens_b)
     source_i = table.token_start.view()[index_b][b_of_i] + within_i
     row_i, p_i = row_b[b_of_i], p_of_b[b_of_i]
+    places_i = table.places.view()[source_i]
     index_i = np.arange(len(b_of_i))
     document_start_b, block_end_b = passage_start_b - row_start_i[row_b], first_i_b + tokens_b - row_start_i[row_b]
     reader = _Padded(len(rows), row_i, index_i - row_start_i[row_i])
@@ -192,7 +194,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         reader_ids=reader(table.tokens.view()[source_i]),
         reader_positions=reader((scale_p[p_i] * (index_i - passage_start_b[b_of_i])).astype(np.float32)),
-        reader_places=reader(table.places.view()[source_i] + offset_p[p_i]),
+        reader_places=reader(places_i + offset_p[p_i] * (places_i != NO_PLACE)),
         reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
         next_tokens=next_tokens,
         writer_ids=writer(previous_s),

@@ -149,6 +149,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the writer's place counts what is left of the block", 9, in_packing(place_of_what_is_left)),
     Mutant("the writer's place counts from 1, in decoding only", 9,
            builder(lambda self, written, step: {"place": step.place + 1})),
+    Mutant("spaces have places, in decoding only", 9,
+           builder(lambda self, written, step: {}, read=lambda i, t: {"place": max(0, t.place)})),
     Mutant("positions are stretched in decoding, too", 9,
            builder(lambda self, written, step: {"position": 1.5 * step.position},
                    read=lambda i, t: {"position": 1.5 * t.position})),

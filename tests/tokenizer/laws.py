@@ -90,7 +90,8 @@ def check_places(t: MixedTokenizer, text: str) -> None:
             after = b"".join(t.id_bytes[token] for token in block.tokens[index + 1 :])
             counts = range(len(block.units) + 1)
             tails = [b"".join(t.id_bytes[u] for u in block.units[len(block.units) - n :]) for n in counts]
-            assert place == tails.index(after)
+            spoken = any(byte > 127 or chr(byte).isalnum() for byte in t.id_bytes[block.tokens[index]])
+            assert place == (tails.index(after) if spoken else -1)
 
 
 def check_dropout(t: MixedTokenizer, text: str) -> None:

@@ -150,6 +150,10 @@ BUGS: dict[str, tuple[Callable[[MixedTokenizer, str], None], Plant]] = {
         laws.check_places,
         remake(lambda b: Block(b.text, b.tokens, b.units, b.places[::-1])),
     ),
+    "spaces have places": (
+        laws.check_places,
+        remake(lambda b: Block(b.text, b.tokens, b.units, tuple(max(p, 0) for p in b.places))),
+    ),
     "places counted in tokens": (
         laws.check_places,
         remake(lambda b: Block(b.text, b.tokens, b.units, tuple(range(len(b.tokens)))[::-1])),

@@ -19,7 +19,7 @@ from tidal.blocks import NOTHING
 from tidal.cli import UserError
 from tidal.config import Addition, Shape, Train
 from tidal.streams import Batch
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import NO_PLACE, MixedTokenizer
 from tidal.train.__main__ import run as train
 from tidal.train.loop import model_for
 from tidal.train.presets import PRESETS
@@ -96,10 +96,12 @@ def test_sums_of_several_numbers() -> None:
 
 def test_lengths_of_operands() -> None:
     lengths = {kind: [tuple(len(str(n)) for n in numbers(text)[:2]) for text in some(40, lengths=kind)]
-               for kind in ("uniform", "equal", "numbers")}  # fmt: skip
+               for kind in ("uniform", "rising", "equal", "numbers")}  # fmt: skip
     assert {a == b for a, b in lengths["equal"]} == {True}
     assert min(Counter(lengths["equal"]).values()) > 160  # 213 each are expected
     assert min(Counter(lengths["uniform"]).values()) > 40
+    rising = Counter(n for pair in lengths["rising"] for n in pair)
+    assert all(abs(rising[n] / rising.total() - n / 6) < 0.05 for n in (1, 2, 3))
     longest = sum(a == 3 for a, _ in lengths["numbers"]) / len(lengths["numbers"])
     assert 0.86 < longest < 0.94
     assert {a for a, _ in lengths["numbers"]} == {1, 2, 3}
@@ -140,15 +142,16 @@ def test_what_stands_elsewhere_meets_no_place_of_the_problem() -> None:
             assert a + b == c
             offset = int(batch.writer_places[row, 0])
             blocks = [recipe.tokenizer.encode_block(block) for block in recipe.tokenizer.split(last)]
-            own_places = [offset + place for block in blocks for place in block.places]
+            own_places = [offset + place if place != NO_PLACE else place for block in blocks for place in block.places]
             n_read = int((batch.reader_sees[row, :, 1] > 0).sum())
             places = batch.reader_places[row, :n_read].tolist()
-            assert places[0] == offset
             assert places[n_read - len(own_places) :] == own_places
             if stray:
                 blocks = [recipe.tokenizer.encode_block(block) for block in recipe.tokenizer.split(stray[0])]
                 plain = [place for block in blocks for place in block.places]
-                (moved,) = {place - before for place, before in zip(places[1 : 1 + len(plain)], plain, strict=True)}
+                fed = places[1 : 1 + len(plain)]
+                assert [p == NO_PLACE for p in fed] == [p == NO_PLACE for p in plain]
+                (moved,) = {place - before for place, before in zip(fed, plain, strict=True) if before != NO_PLACE}
                 assert 0 <= moved <= 12
                 assert abs(moved - offset) >= 5
                 distances[moved - offset] += 1

@@ -33,7 +33,7 @@ def head_fits(patient: Patient, meter: Meter) -> None:
     sizes = {"columns of the head": (config.n_head, model.unit_embedding.weight.shape[0]),
              "rows of the token table": (config.vocab_size, model.token_embedding.weight.shape[0]),
              "entries of the head's mask": (config.n_head, model.head_mask.shape[0]),
-             "places": (config.n_places, model.place_table.shape[0])}  # fmt: skip
+             "places, and none": (config.n_places + 1, model.place_table.shape[0])}  # fmt: skip
     for name, (wanted, got) in sizes.items():
         meter.same(name, wanted, got, Where(), ("config", "model"))
     writable = torch.arange(config.n_head) < config.n_writable

@@ -18,6 +18,7 @@ from tidal.doctor.report import Meter, Where
 from tidal.doctor.tape import Tape
 from tidal.infer.engine import generate
 from tidal.streams import Batch, pack
+from tidal.tokenizer import NO_PLACE
 
 
 def _features(layout: Layout) -> dict[str, Tensor]:
@@ -64,7 +65,8 @@ def coordinates(patient: Patient, meter: Meter) -> None:
     """
     shape, table = patient.model.config.shape, patient.model.place_table
     coarse = 4 * max(torch.finfo(table.dtype).eps, 1e-4)
-    meter.close("place encodings", place_encodings(*table.shape), table, coarse, Where(), (ORACLE, "model"))
+    wanted = torch.cat([place_encodings(len(table) - 1, table.shape[1]), torch.zeros_like(table[:1])])
+    meter.close("place encodings", wanted, table, coarse, Where(), (ORACLE, "model"))
     longest = max(patient.documents, key=lambda document: len(patient.layout(document).tokens))
     for document in patient.documents:
         layout, other = patient.layout(document), patient.layout(longest)
@@ -84,8 +86,9 @@ def coordinates(patient: Patient, meter: Meter) -> None:
             moved = pack([[patient.passage(document, shape.place_jitter)]], patient.table,
                          steps=shape.steps)  # fmt: skip
             for name, places in (("reader places", moved.reader_places), ("writer places", moved.writer_places)):
-                meter.same(f"{name} less the offset", _features(layout)[name], places[0] - shape.place_jitter,
-                           Where(document.text), (ORACLE, TRAINED))  # fmt: skip
+                back = torch.where(places[0] == NO_PLACE, NO_PLACE, places[0] - shape.place_jitter)
+                meter.same(f"{name} less the offset", _features(layout)[name], back, Where(document.text),
+                           (ORACLE, TRAINED))  # fmt: skip
 
 
 @torch.inference_mode()

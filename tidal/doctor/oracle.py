@@ -125,7 +125,7 @@ class Oracle:
 
     def lay_out(self, prompt: Sequence[str], completion: Sequence[str], ends: bool, place_offset: int = 0) -> Layout:
         """Blocks that are only read, blocks that are read and written, and perhaps the end of the document."""
-        tokens = [Token(self.tokenizer.bos_id, 0.0, place_offset, 0)]
+        tokens = [Token(self.tokenizer.bos_id, 0.0, -1, 0)]
         steps: list[Step] = []
         blocks = ["", *prompt, *completion, *[""] * ends]
         for j, text in enumerate(blocks[1:], 1):
@@ -140,8 +140,9 @@ class Oracle:
             if text:
                 ids = self.tokenizer.encode_block(text).tokens
                 for k, token in enumerate(ids):
-                    after = sum(map(self.width, ids[k + 1 :]))
-                    tokens.append(Token(token, float(n_before + k), place_offset + after, j))
+                    after = place_offset + sum(map(self.width, ids[k + 1 :]))
+                    spoken = any(chr(byte).isalnum() or byte > 127 for byte in self.tokenizer.id_bytes[token])
+                    tokens.append(Token(token, float(n_before + k), after if spoken else -1, j))
         return Layout(tuple(blocks), tuple(tokens), tuple(steps), self.spelled, self.shape.step_window)
 
     def suffixes(self, written: Sequence[int]) -> tuple[int, int, int]:

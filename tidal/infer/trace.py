@@ -22,7 +22,7 @@ from tidal.infer.engine import Limits, StopReason
 from tidal.infer.grammar import FIRST_BYTE, Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.model import TidalTransformer
-from tidal.tokenizer import Block, MixedTokenizer
+from tidal.tokenizer import NO_PLACE, Block, MixedTokenizer
 
 SHOWN, MOST = 200, 2000  # of a long prompt the last so many blocks and characters are shown
 OPEN = 12  # with more blocks than this, the page begins with their tables closed
@@ -308,7 +308,8 @@ def render_text(t: Trace) -> str:
                      percent(s.forbidden), others)  # fmt: skip
             lines.append(_row(*zip(widths, cells, strict=True)))
         if block.text:
-            tokens = " · ".join(f"{name} @{place}" for name, place in zip(block.names, block.places, strict=True))
+            tokens = " · ".join(name if place == NO_PLACE else f"{name} @{place}"
+                                for name, place in zip(block.names, block.places, strict=True))  # fmt: skip
             lines += [f"  turned round  {visible(block.text)}", f"  read as       {tokens}   (@: place)"]
     return "\n".join(lines) + "\n"
 

@@ -23,6 +23,7 @@ from tidal.infer.trace import (
     totals,
     visible,
 )
+from tidal.tokenizer import NO_PLACE
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #56616d; --line: #dfe4e8; --page: #f6f7f8; --card: #fff;
@@ -145,8 +146,9 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
     )
     turned = ""
     if block.text:
-        tokens = "".join(f'<li class="chip">{_u(name)}<small>place {place}</small></li>'
-                         for name, place in zip(block.names, block.places, strict=True))  # fmt: skip
+        said = ("" if place == NO_PLACE else f"place {place}" for place in block.places)
+        tokens = "".join(f'<li class="chip">{_u(name)}<small>{place}</small></li>'
+                         for name, place in zip(block.names, said, strict=True))  # fmt: skip
         turned = (f"<dt>turned round →</dt><dd>{_u(visible(block.text))}</dd>"
                   f'<dt>read as</dt><dd><ul class="read">{tokens}</ul></dd>')  # fmt: skip
     heads = ('<th scope="col" class="r">step<th scope="col" class="r">place<th scope="col" class="r">position'

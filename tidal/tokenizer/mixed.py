@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from tidal.tokenizer.split import RULES_VERSION, UNSPACED, by_script, cut_to_fit
 from tidal.tokenizer.training import SPACE_MARK, may_be_unit, train_model
 
 _EOB, _EOS, _FIRST_BYTE, _FIRST_CHAR = 0, 1, 2, 258
+NO_PLACE = -1
+_HAS_PLACE = re.compile(rb"[0-9A-Za-z\x80-\xff]").search
 _CACHE_ENTRIES = 1_000_000
 _MODEL_FILE, _RULES_FILE = "tokenizer.model", "tokenizer.json"
 
@@ -52,7 +55,8 @@ class Block:
     units: tuple[int, ...]
     """Writable ids in reading order (they are *written* last first), without `<bob>` and `<eob>`."""
     places: tuple[int, ...]
-    """For each token the number of units after it in the block: the last token has place 0."""
+    """For each token the number of units after it in the block: the last token has place 0. NO_PLACE for a token
+    without a letter or digit, such as a space: whoever looks for a place has no use for it."""
 
 
 class MixedTokenizer:
@@ -93,6 +97,7 @@ class MixedTokenizer:
         """UTF-8 bytes of every id; control ids have none."""
         self.id_bytes[_FIRST_BYTE:_FIRST_CHAR] = [bytes([byte]) for byte in range(256)]
         self._texts = texts
+        self._placed = [_HAS_PLACE(data) is not None for data in self.id_bytes]
         self._unit_of = {char: unit for unit, char in enumerate(alphabet, start=_FIRST_CHAR)}
         ids = {piece: index for index, piece in enumerate(texts) if piece}
         self._from_processor = {index: ids[piece] for index, piece in pieces.items()}
@@ -290,7 +295,8 @@ class MixedTokenizer:
         if b"".join(map(self.id_bytes.__getitem__, tokens)) != data:
             raise RuntimeError(f"sentencepiece changed {text!r} into tokens {tokens}")
         after = len(units)
-        places = tuple(after := after - (len(self._texts[token]) or 1) for token in tokens)
+        counts = [after := after - (len(self._texts[token]) or 1) for token in tokens]
+        places = tuple(n if self._placed[token] else NO_PLACE for n, token in zip(counts, tokens, strict=True))
         return Block(text, tuple(tokens), tuple(units), places)
 
     def _by_alphabet(self, text: str) -> Iterator[tuple[bool, str]]:

@@ -16,9 +16,9 @@ PRESETS: dict[str, Train] = {
         rows=64,
         validate_every=200,
         model=Shape(d_model=64, n_heads=4, n_kv_heads=4, reader_layers=1, writer_layers=2, reader_ff=192, writer_ff=192,
-                    suffix_rows=0, query_gain=2.0, place_jitter=20),
+                    suffix_rows=0, query_gain=2.0, place_jitter=50, step_window=2),
         optim=Optim(lr=3e-3, table_lr_scale=4.0, weight_decay=0.3, decay_fraction=0.4, aux_weight=0.0),
-        addition=Addition(elsewhere=0.5, stretch=3.0),
+        addition=Addition(elsewhere=0.5, stretch=4.0),
     ),
     "characters": Train(
         recipe="characters",

@@ -19,7 +19,7 @@ from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 Sum = tuple[int, int]
 Problem = tuple[str, str]
@@ -74,8 +74,10 @@ def random_problem(rng: np.random.Generator, settings: Addition, operation: str,
     elif settings.lengths == "numbers":  # of the numbers below 10^n, nine tenths have n digits
         lengths = [max(1, most + 1 - n) for n in rng.geometric(0.9, count).tolist()]
     else:
-        lengths = rng.integers(1, most + 1, count).tolist()
-        lengths = lengths if settings.lengths == "uniform" else lengths[:1] * count
+        every = np.arange(1, most + 1)
+        share = every / every.sum() if settings.lengths == "rising" else None
+        lengths = rng.choice(every, count, p=share).tolist()
+        lengths = lengths[:1] * count if settings.lengths == "equal" else lengths
     if operation == "*":
         lengths[1] = 1
     numbers = [random_operand(rng, n) for n in lengths]
@@ -176,7 +178,8 @@ class AdditionRecipe:
         for places, row in zip(batch.reader_places, rows, strict=True):
             if row.stray:
                 n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(row.stray))).sum()
-                places[1 : 1 + n_tokens] += row.stray_offset - row.place_offset  # after <bos>
+                moved = places[1 : 1 + n_tokens]  # after <bos>
+                moved += (row.stray_offset - row.place_offset) * (moved != NO_PLACE)
         return batch
 
     def _far(self, rng: np.random.Generator, offset: int) -> int | None:
