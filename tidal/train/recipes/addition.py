@@ -7,6 +7,7 @@ endless new ones, or a finite set of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,6 +87,11 @@ def random_problem(rng: np.random.Generator, settings: Addition, operation: str,
     return prompt_of(*numbers, operation=operation), answer_of(*numbers, operation=operation)
 
 
+def longest_number(text: str) -> int:
+    """Digits of the longest number in a text."""
+    return max(map(len, re.findall(r"[0-9]+", text)))
+
+
 def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, sums: Sequence[Sum],
                 batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
     """Share of sums answered exactly (greedy), and the wrong answers."""
@@ -163,9 +169,9 @@ class AdditionRecipe:
         for offset, n_before, has_stray in zip(offsets, before, strays, strict=True):
             prompt, answer = self._sample(step * s.rows + len(rows)) if self.samples else self._new(rng)
             prompt = "".join(self._solved(rng) for _ in range(n_before)) + prompt
-            far = self._far(rng, offset) if has_stray else None
-            stray = "" if far is None else self._solved(rng)
-            rows.append(Row(prompt, answer, offset, stray=stray, stray_offset=far or 0))
+            stray = self._solved(rng) if has_stray else ""
+            far = self._far(rng, offset, prompt + answer, stray) if stray else None
+            rows.append(Row(prompt, answer, offset, stray="" if far is None else stray, stray_offset=far or 0))
         scales = rng.uniform(1, self.own.stretch, s.rows).tolist()
         return self.packed([replace(rows[i], position_scale=scales[i]) for i in share_of(s.rows, share)])
 
@@ -182,14 +188,17 @@ class AdditionRecipe:
                 moved += (row.stray_offset - row.place_offset) * (moved != NO_PLACE)
         return batch
 
-    def _far(self, rng: np.random.Generator, offset: int) -> int | None:
-        """Another offset, from which no number reaches to this one's places; None where there is none."""
-        gap, jitter = self.own.digits + 2, self.settings.model.place_jitter
-        below, above = max(0, offset - gap + 1), max(0, jitter - offset - gap + 1)
+    def _far(self, rng: np.random.Generator, offset: int, text: str, stray: str) -> int | None:
+        """An offset for a stray whose digits then have none of the places that are read or written in this text, moved
+        by its own offset; None where there is none.
+        """
+        own, strange = longest_number(text) + 2, longest_number(stray)  # a space and `<eob>` are written, too
+        below = max(0, offset - strange + 1)
+        above = max(0, self.settings.model.place_jitter - offset - own + 1)
         if below + above == 0:
             return None
         far = int(rng.integers(below + above))
-        return far if far < below else offset + gap + far - below
+        return far if far < below else offset + own + far - below
 
     def _solved(self, rng: np.random.Generator) -> str:
         """A problem with its answer, to stand before another one."""
