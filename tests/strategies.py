@@ -43,7 +43,7 @@ tokenizer_names = st.sampled_from(TOKENIZERS)
 
 SHAPES = {
     "memory": Shape(d_model=16, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=1, reader_ff=24, writer_ff=24,
-                    context_ff=8, suffix_rows=61, qk_norm=False),
+                    context_ff=8, suffix_rows=61, qk_norm=False, rotary_places=True),
     "memory deep": Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=0, writer_layers=3, reader_ff=16,
                          writer_ff=40, suffix_rows=0, qk_norm=True, query_gain=2.0, step_stride=1.0, step_window=3,
                          place_jitter=5),

@@ -79,7 +79,18 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, distance_lk: Tensor) -> Tensor:
+def rotated(x_ld: Tensor, table: Tensor, places: Tensor) -> Tensor:
+    """Every pair of the first half of a head, turned by the angle of its place; by nothing where there is no place."""
+    n, out = table.shape[1] // 2, x_ld.clone()
+    for j in range(n):
+        sin, cos = table[places, j], table[places, n + j]
+        out[:, j] = cos * x_ld[:, j] - sin * x_ld[:, n + j]
+        out[:, n + j] = sin * x_ld[:, j] + cos * x_ld[:, n + j]
+    return out
+
+
+def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, distance_lk: Tensor,
+                table: Tensor | None, places: Tensor) -> Tensor:  # fmt: skip
     """One layer, head by head, with a dense softmax; keys are `memory` and then the elements themselves."""
     if layer.attends:
         h = norm(x_ld, layer.norm_attention.weight)
@@ -91,6 +102,8 @@ def dense_layer(layer: Layer, x_ld: Tensor, memory_md: Tensor, sees_lk: Tensor, 
             q, k, v = h @ weight_q[i].T, keys @ weight_kv[0, group].T, keys @ weight_kv[1, group].T
             if isinstance(layer.norm_query, torch.nn.RMSNorm):
                 q, k = norm(q, layer.norm_query.weight), norm(k, layer.norm_key.weight)
+            if table is not None:
+                q, k = rotated(q, table, places[len(memory_md) :]), rotated(k, table, places)
             scores = q @ k.T / layer.d_head**0.5 - layer.slopes[i] * distance_lk
             heads.append(scores.masked_fill(~sees_lk, -torch.inf).softmax(-1) @ v)
         x_ld = x_ld + torch.cat(heads, -1) @ layer.out.weight.T
@@ -131,16 +144,17 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
         tokens += [(token, place, j) for token, place in zip(block.tokens, block.places, strict=True)]
     ids, places, block_of = torch.tensor(tokens).unbind(1)
     index = torch.arange(len(tokens))
-    x = model.token_embedding.weight[ids] + model.place_table[places]
+    table = model.place_table if shape.rotary_places else None
+    x = model.token_embedding.weight[ids] + (0 if shape.rotary_places else model.place_table[places])
     sees = block_of[None, :] <= block_of[:, None]
     for layer in model.reader:
-        x = dense_layer(layer, x, none, sees, (index[:, None] - index[None, :]).abs().double())
+        x = dense_layer(layer, x, none, sees, (index[:, None] - index[None, :]).abs().double(), table, places)
     states = norm(x, model.reader_norm.weight)
 
     targets = [*tokenizer.encode_block(text).units[::-1], tokenizer.eob_id] if text else [tokenizer.eos_id]
     steps = torch.arange(len(targets))
     x = model.unit_embedding.weight[torch.tensor([tokenizer.bob_id, *targets[:-1]])]
-    x = x + model.place_table[steps]
+    x = x + (0 if shape.rotary_places else model.place_table[steps])
     context = states[-1] @ model.context.weight.T + (mlp(model.context_mlp, states[-1]) if shape.context_ff else 0)
     if shape.suffix_rows:
         for t in range(len(targets)):
@@ -158,9 +172,10 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
         if i == 0 and shape.writer_attention == "memory":
             to_memory = (position[:, None] - index[None, :]).abs()
             everything = torch.ones_like(to_memory, dtype=torch.bool)
-            x = dense_layer(layer, x, states, torch.cat([everything, sees], 1), torch.cat([to_memory, distance], 1))
+            x = dense_layer(layer, x, states, torch.cat([everything, sees], 1), torch.cat([to_memory, distance], 1),
+                            table, torch.cat([places, steps]))  # fmt: skip
         else:
-            x = dense_layer(layer, x, none, sees, distance)
+            x = dense_layer(layer, x, none, sees, distance, table, steps)
     logits = norm(x, model.writer_norm.weight) @ model.unit_embedding.weight[: tokenizer.n_writable].T
     return logits.log_softmax(-1)[steps, torch.tensor(targets)]
 

@@ -241,6 +241,19 @@ def test_every_place_that_training_can_draw_has_a_row() -> None:
         assert torch.isfinite(model.log_probs(batch)).all()
 
 
+@pytest.mark.parametrize("text", ["12 + 345 = 357\n", "the fox said", "9 dogs, 10 foxes 今"])
+def test_of_rotary_places_only_differences_matter(text: str) -> None:
+    tokenizer = tokenizers()["english"]
+    table = BlockTable(tokenizer)
+    for rotary in (True, False):
+        shape = dataclasses.replace(SHAPES["memory"], rotary_places=rotary, place_jitter=4)
+        model = random_model(tokenizer, shape)
+        with torch.inference_mode():
+            here, there = (model.log_probs(streams.pack([[passage(table, "", text, place_offset=o)]], table))
+                           for o in (0, 4))  # fmt: skip
+        assert torch.allclose(here, there, rtol=0, atol=1e-6) == rotary
+
+
 def test_the_head_is_a_distribution_over_units_only() -> None:
     model, tokenizer = tiny("english", "memory")
     with torch.no_grad():

@@ -54,6 +54,9 @@ class Shape:
     """Normalize queries and keys."""
     query_gain: float = 1.0
     """What the gains of normalized queries begin at; more begins with sharper attention."""
+    rotary_places: bool = False
+    """Places turn queries and keys (RoPE, half of each head), so that only their differences matter, rather than being
+    added to what is read and fed."""
     place_jitter: int = 0
     """In training, every document's places are moved by a random number up to this one."""
     step_stride: float = 0.0
@@ -72,6 +75,8 @@ class Shape:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.rotary_places and self.d_model // self.n_heads % 4:
+            raise ValueError(f"heads are {self.d_model // self.n_heads} wide; rotary_places needs a multiple of 4")
         if self.writer_attention not in ("memory", "block", "none"):
             raise ValueError(f"writer_attention is {self.writer_attention!r}; choose memory, block or none")
 

@@ -48,11 +48,25 @@ def sinusoids(n: int, d: int) -> Tensor:
     """Fixed encodings [n, d] of places, after Vaswani et al. 2017, with wavelengths from 2.5 to 200 places.
 
     Fixed, because a learnt table drifts: pairs of places that never meet in training (all numbers being short)
-    come to look alike, and longer numbers fail (docs/design.md). Rows have twice the norm of an embedding.
+    come to look alike, and longer numbers fail (docs/design.md).
     """
-    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2)
+    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2, dtype=torch.float64)
     angles = torch.arange(n)[:, None] * turns
-    return (math.sqrt(8 / d) * torch.cat([angles.sin(), angles.cos()], 1))[:, :d]
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :d].float()
+
+
+def turned(x_bhld: Tensor, turns_blr: Tensor | None) -> Tensor:
+    """Rotate the first R of each head's D elements, in pairs, by sines and cosines (Su et al. 2021, "RoFormer").
+
+    The product of two such vectors depends on the difference of their places only. Where sine and cosine are 0,
+    there is no place, and the product is that of the other elements.
+    """
+    if turns_blr is None:
+        return x_bhld
+    sin, cos = turns_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
+    n = sin.shape[-1]
+    a, b, rest = x_bhld[..., :n], x_bhld[..., n : 2 * n], x_bhld[..., 2 * n :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
 class SwiGLU(nn.Module):
@@ -91,18 +105,19 @@ class Layer(nn.Module):
         self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
         self.mlp = SwiGLU(shape.d_model, d_ff)
 
-    def keys_values(self, x_bkd: Tensor) -> KeysValues:
-        """Keys and values [B, H_kv, K, D] of normalized states."""
+    def keys_values(self, x_bkd: Tensor, turns_bkr: Tensor | None = None) -> KeysValues:
+        """Keys and values [B, H_kv, K, D] of normalized states, the keys turned."""
         kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.norm_key(k.to(x_bkd.dtype)).to(v.dtype), v  # under autocast products are bfloat16, norms are not
+        # under autocast products are bfloat16, norms are not
+        return turned(self.norm_key(k.to(x_bkd.dtype)), turns_bkr).to(v.dtype), v
 
-    def forward(self, x_bld: Tensor, view: View) -> Tensor:
+    def forward(self, x_bld: Tensor, view: View, turns_blr: Tensor | None = None) -> Tensor:
         if self.attends:
             h = self.norm_attention(x_bld)
             q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-            k_bhkd, v_bhkd = view.extend(*self.keys_values(h))
-            q_bhld = self.norm_query(q_bhld).to(v_bhkd.dtype)
+            k_bhkd, v_bhkd = view.extend(*self.keys_values(h, turns_blr))
+            q_bhld = turned(self.norm_query(q_bhld), turns_blr).to(v_bhkd.dtype)
             a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
                                         self.slopes, plan=view.plan, rows=view.rows)  # fmt: skip
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
@@ -124,7 +139,7 @@ class TidalTransformer(nn.Module):
 
     head_mask: Tensor
     place_table: Tensor
-    """[n_places + 1, D], one for reader and writer: digits line up by content alone"""
+    """[n_places + 1, D], one for reader and writer, added to embeddings; or [n_places + 1, R], to turn heads by"""
     recompute = False
     """Whether layers are computed again in the backward pass, instead of being remembered."""
 
@@ -136,7 +151,11 @@ class TidalTransformer(nn.Module):
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
-        places = torch.cat([sinusoids(config.n_places, d), torch.zeros(1, d)])  # the last is NO_PLACE
+        if shape.rotary_places:
+            places = sinusoids(config.n_places, d // shape.n_heads // 2)
+        else:  # rows have twice the norm of an embedding
+            places = math.sqrt(8 / d) * sinusoids(config.n_places, d)
+        places = torch.cat([places, torch.zeros_like(places[:1])])  # the last is NO_PLACE
         self.register_buffer("place_table", places, persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
@@ -170,16 +189,21 @@ class TidalTransformer(nn.Module):
         if self.foretold:  # what is expected of a unit begins as a vote for it
             self.foretold.embedding.weight.data.copy_(self.unit_embedding.weight.data)
 
-    def _layer(self, layer: nn.Module, x_bld: Tensor, view: View) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x_bld, view, use_reentrant=False)  # type: ignore[no-any-return]
-        return layer(x_bld, view)  # type: ignore[no-any-return]
+    def _placed(self, x_bld: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings with their places [B, L] added, or as they are and what turns their queries and keys."""
+        rows = self.place_table[places]
+        return (x_bld, rows) if self.config.shape.rotary_places else (x_bld + rows, None)
 
-    def memory(self, states_bid: Tensor) -> KeysValues:
-        """The first writer layer's keys and values of the reader's states."""
+    def _layer(self, layer: nn.Module, x_bld: Tensor, view: View, turns_blr: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x_bld, view, turns_blr, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x_bld, view, turns_blr)  # type: ignore[no-any-return]
+
+    def memory(self, states_bid: Tensor, places: Tensor) -> KeysValues:
+        """The first writer layer's keys and values of the reader's states, whose places [B, I] are these."""
         first = self.writer[0]
         assert isinstance(first, Layer)
-        return first.keys_values(states_bid)
+        return first.keys_values(states_bid, self._placed(states_bid, places)[1])
 
     @property
     def has_memory(self) -> bool:
@@ -192,9 +216,9 @@ class TidalTransformer(nn.Module):
 
     def read(self, ids: Tensor, places: Tensor, views: list[View]) -> Tensor:
         """Read tokens: ids and places int64 [B, I], one view a reader layer; returns states [B, I, D]."""
-        x_bid = self.token_embedding(ids) + self.place_table[places]
+        x_bid, turns = self._placed(self.token_embedding(ids), places)
         for layer, view in zip(self.reader, views, strict=True):
-            x_bid = self._layer(layer, x_bid, view)
+            x_bid = self._layer(layer, x_bid, view, turns)
         states: Tensor = self.reader_norm(x_bid)
         return states
 
@@ -219,7 +243,7 @@ class TidalTransformer(nn.Module):
         A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
         of it matter. `hints` [B, S, D] are what `Foretold` tells. Returns states [B, S, D] for `head`.
         """
-        x_bsd = self.unit_embedding(ids) + self.place_table[places]
+        x_bsd, turns = self._placed(self.unit_embedding(ids), places)
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
             summed = F.embedding_bag(rows.flatten(0, 1), self.suffix_embedding.weight, mode="sum", padding_idx=0)
@@ -229,7 +253,7 @@ class TidalTransformer(nn.Module):
         if hints_bsd is not None:
             x_bsd = x_bsd + hints_bsd
         for layer, view in zip(self.writer, views, strict=True):
-            x_bsd = self._layer(layer, x_bsd, view)
+            x_bsd = self._layer(layer, x_bsd, view, turns)
         states: Tensor = self.writer_norm(x_bsd)
         return states
 
@@ -251,7 +275,7 @@ class TidalTransformer(nn.Module):
         own = torch.stack([batch.sees_writer, torch.zeros_like(batch.sees_writer)], 2)
         views = [_planned(own, batch.writer_positions, batch.writer_positions)] * len(self.writer)
         if self.has_memory:
-            k_memory, v_memory = self.memory(reader_brd)
+            k_memory, v_memory = self.memory(reader_brd, batch.reader_places)
             n_memory = reader_brd.shape[1]
             ranges = torch.stack([batch.sees_reader, batch.sees_writer + n_memory], 2)
             k_position = torch.cat([batch.reader_positions, batch.writer_positions], 1)

@@ -125,13 +125,22 @@ def suffix_row_zero(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
         self, ids, places, torch.where(suffixes < 0, suffixes, suffixes - 1), *rest)  # fmt: skip
 
 
-def keys_not_normed(keys_values: Callable[..., Any]) -> Callable[..., Any]:
-    def bugged(self: TidalTransformer, states: Tensor) -> Any:
+def keys_not_normed(memory: Callable[..., Any]) -> Callable[..., Any]:
+    def bugged(self: TidalTransformer, *args: Tensor) -> Any:
         first: Any = self.writer[0]
-        k, v = keys_values(self, states)
+        k, v = memory(self, *args)
         return k / (1e-9 + first.norm_key.weight), v
 
     return bugged
+
+
+def keys_not_turned(memory: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, states, places: memory(self, states, torch.full_like(places, -1))
+
+
+def turned_by_place_zero(placed: Callable[..., Any]) -> Callable[..., Any]:
+    """What has no place, too: in training and decoding alike."""
+    return lambda self, x, places: placed(self, x, places.clamp(min=0))
 
 
 def slot_off_by_one(put: Callable[..., None]) -> Callable[..., None]:

@@ -22,8 +22,9 @@ WORDS = ("the", "light", "night", "and", "land", "said", "let", "be", "fox", "do
 def random_shape(r: random.Random) -> Shape:
     heads = r.choice((1, 2, 3, 4, 6, 12))
     kv_heads = r.choice([n for n in (1, 2, 3, 4, 6, 12) if heads % n == 0])
+    width = r.choice([n for n in (2, 4, 7, 16) if n >= heads // kv_heads] or [16])
     return Shape(
-        d_model=heads * r.choice([n for n in (2, 4, 7, 16) if n >= heads // kv_heads] or [16]), n_heads=heads,
+        d_model=heads * width, n_heads=heads, rotary_places=width % 4 == 0 and r.random() < 0.5,
         n_kv_heads=kv_heads, reader_layers=r.randint(1, 3), writer_layers=r.randint(1, 3), reader_ff=r.randint(4, 40),
         writer_ff=r.randint(4, 40), suffix_rows=r.choice((0, 1, 7, 61, 1000)), context_ff=r.choice((0, 8)),
         foretell=r.random() < 0.5,

@@ -6,8 +6,8 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -37,8 +37,8 @@ class Mutant:
     check: int
     plant: Plant = lambda patch: None
     spoil: Spoil = lambda model: None
-    step_window: int = 0
-    """Of the model; the bug shows with such a one only."""
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """What the model must have, for the bug to show."""
 
 
 # -------------------------------------------------------------------------------------- how to plant bugs

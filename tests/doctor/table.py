@@ -28,7 +28,7 @@ def examine_mutant(mutant: Mutant, checks: Sequence[int] | None = None) -> Repor
     """The doctor's report on the small model, made and examined while the bug is there."""
     with pytest.MonkeyPatch.context() as patch:
         mutant.plant(patch)
-        shape = dataclasses.replace(BASE.config.shape, step_window=mutant.step_window)
+        shape = dataclasses.replace(BASE.config.shape, **mutant.shape)
         config = dataclasses.replace(BASE.config, shape=shape)
         model, tokenizer = TidalTransformer(config, TOKENIZER.spelling), copy.deepcopy(TOKENIZER)
         torch.nn.Module.load_state_dict(model, BASE.state_dict())

@@ -65,7 +65,8 @@ def coordinates(patient: Patient, meter: Meter) -> None:
     """
     shape, table = patient.model.config.shape, patient.model.place_table
     coarse = 4 * max(torch.finfo(table.dtype).eps, 1e-4)
-    wanted = torch.cat([place_encodings(len(table) - 1, table.shape[1]), torch.zeros_like(table[:1])])
+    norm = 1.0 if shape.rotary_places else (8 / shape.d_model) ** 0.5
+    wanted = torch.cat([norm * place_encodings(len(table) - 1, table.shape[1]), torch.zeros_like(table[:1])])
     meter.close("place encodings", wanted, table, coarse, Where(), (ORACLE, "model"))
     longest = max(patient.documents, key=lambda document: len(patient.layout(document).tokens))
     for document in patient.documents:

@@ -172,11 +172,11 @@ def closed_form_slopes(n_heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def place_encodings(n: int, d: int) -> Tensor:
-    """float64 [n, d]: sines, then cosines, of wavelengths from 2.5 to 200 places; rows of norm √(8/d)·√(d/2) = 2."""
+    """float64 [n, d]: sines, then cosines, of wavelengths from 2.5 to 200 places."""
     half = (d + 1) // 2
     waves = torch.tensor([2.5 * 80 ** (k / max(1, half - 1)) for k in range(half)], dtype=torch.float64)
     angles = torch.arange(n, dtype=torch.float64)[:, None] * (2 * math.pi / waves)
-    return (torch.cat([angles.sin(), angles.cos()], 1) * math.sqrt(8 / d))[:, :d]
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :d]
 
 
 # ------------------------------------------------------------------------------------ the model, densely
@@ -195,8 +195,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, distance: Tensor, slop
     return out
 
 
-def dense_layer(layer: Layer, x: Tensor, memory: Tensor, sees: Tensor, distance: Tensor, slopes: Tensor) -> Tensor:
-    """One layer, head by head; keys are those of `memory` [M, d] and then of the elements x [L, d] themselves."""
+def rotate(x: Tensor, turns: Tensor | None) -> Tensor:
+    """The first half of x [L, d] as complex numbers, turned; or x as it is."""
+    if turns is None:
+        return x
+    half = turns.shape[1] // 2
+    by = torch.complex(turns[:, half:], turns[:, :half])
+    spun = torch.complex(x[:, :half], x[:, half : 2 * half]) * by
+    return torch.cat([spun.real, spun.imag, x[:, 2 * half :]], 1)
+
+
+def dense_layer(layer: Layer, x: Tensor, memory: Tensor, sees: Tensor, distance: Tensor, slopes: Tensor,
+                turns: Tensor | None) -> Tensor:  # fmt: skip
+    """One layer, head by head; keys are those of `memory` [M, d] and then of the elements x [L, d] themselves; `turns`
+    [M + L, r] of all these."""
     if layer.attends:
         h = norm(x, layer.norm_attention.weight)
         keys, heads = torch.cat([memory, h]), []
@@ -207,6 +219,7 @@ def dense_layer(layer: Layer, x: Tensor, memory: Tensor, sees: Tensor, distance:
             q, k, v = h @ weight_q[i].T, keys @ weight_kv[0, group].T, keys @ weight_kv[1, group].T
             if isinstance(layer.norm_query, torch.nn.RMSNorm) and isinstance(layer.norm_key, torch.nn.RMSNorm):
                 q, k = norm(q, layer.norm_query.weight), norm(k, layer.norm_key.weight)
+            q, k = rotate(q, None if turns is None else turns[len(memory) :]), rotate(k, turns)
             heads.append(attend(q, k, v, sees, distance, slope))
         x = x + torch.cat(heads, -1) @ layer.out.weight.T
     return x + swiglu(layer.mlp, norm(x, layer.norm_mlp.weight))
@@ -251,14 +264,16 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
     position = torch.tensor([token.position for token in tokens], dtype=torch.float64)
     block_of = torch.tensor([token.block for token in tokens])
     x = model.token_embedding.weight[[token.id for token in tokens]]
-    x = x + model.place_table[[token.place for token in tokens]]
+    read, fed = (model.place_table[[e.place for e in elements]] for elements in (tokens, steps))
+    turns = (read, fed) if shape.rotary_places else (None, None)
+    x = x if shape.rotary_places else x + read
     sees, distance = block_of[None, :] <= block_of[:, None], (position[:, None] - position[None, :]).abs()
     for i, layer in enumerate(model.reader):
         assert isinstance(layer, Layer)
-        seen[f"reader.{i}"] = x = dense_layer(layer, x, nothing, sees, distance, slopes)
+        seen[f"reader.{i}"] = x = dense_layer(layer, x, nothing, sees, distance, slopes, turns[0])
     seen["reader_norm"] = states = norm(x, model.reader_norm.weight)
 
-    x = model.unit_embedding.weight[[step.id for step in steps]] + model.place_table[[step.place for step in steps]]
+    x = model.unit_embedding.weight[[step.id for step in steps]] + (0 if shape.rotary_places else fed)
     told = (states[-1] @ model.context.weight.T).expand_as(x)
     if shape.context_ff:
         told = told + swiglu(model.context_mlp, states[-1])
@@ -278,9 +293,10 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
         if i == 0 and shape.writer_attention == "memory":
             both_sees = torch.cat([torch.ones(len(steps), len(tokens), dtype=torch.bool), sees], 1)
             both_distance = torch.cat([(here[:, None] - position[None, :]).abs(), distance], 1)
-            x = dense_layer(layer, x, states, both_sees, both_distance, slopes)
+            both = torch.cat([read, fed]) if shape.rotary_places else None
+            x = dense_layer(layer, x, states, both_sees, both_distance, slopes, both)
         else:
-            x = dense_layer(layer, x, nothing, sees, distance, slopes)
+            x = dense_layer(layer, x, nothing, sees, distance, slopes, turns[1])
         seen[f"writer.{i}"] = x
     seen["writer_norm"] = final = norm(x, model.writer_norm.weight)
     logits = final @ model.unit_embedding.weight[: config.n_writable].T

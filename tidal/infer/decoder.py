@@ -140,7 +140,7 @@ class Decoder:
         if self.model.foretold:
             self.sums[row[grown]] = self.model.foretold.sums(self.model.foretell(last))
         if self.model.has_memory:
-            self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states), source)
+            self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states, data[..., 1]), source)
 
     def step(self, rows: Sequence[int], written: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block."""
