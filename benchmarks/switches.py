@@ -20,7 +20,7 @@ from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
 from tidal.config import Optim, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
-from tidal.tokenizer import MixedTokenizer, Spelling
+from tidal.tokenizer import NO_PLACE, MixedTokenizer, Spelling
 from tidal.train.optim import Optimizer
 from tidal.train.recipes.text import TextRecipe
 
@@ -82,8 +82,10 @@ class ForwardTable(BlockTable):
 
     def _entry(self, text: str) -> tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         block = self.tokenizer.encode_block(text)
-        widths = -np.diff([len(block.units), *block.places])
-        places = tuple((np.cumsum(widths) - widths).tolist())
+        long = [i >= self.tokenizer.n_writable for i in block.tokens]
+        widths = [len(self.tokenizer.id_bytes[i].decode()) if x else 1 for i, x in zip(block.tokens, long, strict=True)]
+        before = (np.cumsum(widths) - widths).tolist()
+        places = tuple(n if place != NO_PLACE else place for n, place in zip(before, block.places, strict=True))
         return text, block.tokens, places, (*block.units, self.tokenizer.eob_id), block.tokens[0]
 
 

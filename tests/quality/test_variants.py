@@ -13,6 +13,7 @@ from tests.quality.tiny import CPU, entry
 from tests.strategies import tokenizers
 from tidal.blocks import NOTHING, BlockTable, passage
 from tidal.streams import pack
+from tidal.tokenizer import NO_PLACE
 
 SWITCHED = [Switches(), Switches(write_order="forward"), Switches(reading="causal"), Switches(reading="tokens"),
             Switches(places="off"), Switches(suffix_orders="0"), Switches(suffix_gains="off"),
@@ -111,7 +112,9 @@ def test_switches_do_what_they_say(texts: Texts) -> None:
         places = forth._entry(entry_text)[2]
         widths = [len(tokenizer.encode_block(tokenizer.id_bytes[t].decode()).units) if entry_text != "☃" else 1
                   for t in block_of.tokens]  # fmt: skip
-        assert list(places) == [sum(widths[:i]) for i in range(len(widths))]
+        wanted = [sum(widths[:i]) for i in range(len(widths))]
+        assert list(places) == [n if old != NO_PLACE else old for n, old in zip(wanted, block_of.places, strict=True)]
+        assert max(places) == sum(widths[:-1])
 
     assert Switches().on_batch(one) is one
     causal = Switches(reading="tokens").on_batch(one)
