@@ -320,17 +320,23 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         raise UserError("--picture shows the part `length`, of which there is no run yet")
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    kinds = dict.fromkeys((r["variant"], r["train"]["addition"]["digits"]) for r in runs)
-    for (variant, digits), colour in zip(kinds, COLOURS, strict=False):
-        some = [r for r in runs if (r["variant"], r["train"]["addition"]["digits"]) == (variant, digits)]
+    kinds: dict[str, list[Run]] = {}
+    for r in runs:
+        kinds.setdefault(json.dumps([r["variant"], {**r["train"], "seed": 0}]), []).append(r)
+    for some, colour in zip(kinds.values(), COLOURS, strict=False):
+        variant, digits = some[0]["variant"], some[0]["train"]["addition"]["digits"]
         for r in some:
             axes.plot([int(n) for n in r["exact_match"]], list(r["exact_match"].values()), color=colour, alpha=0.3,
                       linewidth=1)  # fmt: skip
         shared = [n for n in some[0]["exact_match"] if all(n in r["exact_match"] for r in some)]
-        axes.plot([int(n) for n in shared], [statistics.fmean(r["exact_match"][n] for r in some) for n in shared],
-                  color=colour, marker="o", markersize=4, label=f"{variant}, up to {digits} digits")  # fmt: skip
+        means = [statistics.fmean(r["exact_match"][n] for r in some) for n in shared]
+        axes.plot([int(n) for n in shared], means, color=colour, marker="o", markersize=4,
+                  label=f"{variant}, up to {digits} digits, seeds: {len(some)}")  # fmt: skip
         axes.axvline(digits, color=colour, linewidth=0.8, linestyle="--")
+    lengths = sorted({int(n) for r in runs for n in r["exact_match"]})
     axes.set(xscale="log", xlabel="digits of both operands (dashed: trained up to here)", ylabel="exact match")
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_xticks([], minor=True)
     axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
