@@ -20,6 +20,7 @@ from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
+from tidal.places import sinusoids, turned
 from tidal.streams import Batch
 from tidal.tokenizer import Spelling
 
@@ -43,31 +44,6 @@ class View:
     plan: TilePlan | None = None
     rows: Sequence[int] | None = None
     """Of these keys and values, one for each row of queries, where a cache has others, too."""
-
-def sinusoids(n: int, d: int) -> Tensor:
-    """Fixed encodings [n, d] of places, after Vaswani et al. 2017, with wavelengths from 2.5 to 200 places.
-
-    Fixed, because a learnt table drifts: pairs of places that never meet in training (all numbers being short)
-    come to look alike, and longer numbers fail (docs/design.md).
-    """
-    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2, dtype=torch.float64)
-    angles = torch.arange(n)[:, None] * turns
-    return torch.cat([angles.sin(), angles.cos()], 1)[:, :d].float()
-
-
-def turned(x_bhld: Tensor, turns_blr: Tensor | None) -> Tensor:
-    """Rotate the first R of each head's D elements, in pairs, by sines and cosines (Su et al. 2021, "RoFormer").
-
-    The product of two such vectors depends on the difference of their places only. Where sine and cosine are 0,
-    there is no place, and the product is that of the other elements.
-    """
-    if turns_blr is None:
-        return x_bhld
-    sin, cos = turns_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
-    n = sin.shape[-1]
-    a, b, rest = x_bhld[..., :n], x_bhld[..., n : 2 * n], x_bhld[..., 2 * n :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
-
 
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""

@@ -26,6 +26,7 @@ import torch
 
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
+from tidal.places import moved
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 
@@ -90,7 +91,7 @@ class DocumentBuilder:
         self.n_read += len(tokens)
         sees = (self.reader_start, self.reader_start + self.n_read)
         return [
-            ReaderToken(token, self.position_scale * (first + i), place + self.place_offset * (place != NO_PLACE), sees)
+            ReaderToken(token, self.position_scale * (first + i), moved(place, self.place_offset), sees)
             for i, (token, place) in enumerate(zip(tokens, places, strict=True))
         ]
 
@@ -172,7 +173,6 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     b_of_i, within_i = _ragged(tokens_b)
     source_i = table.token_start.view()[index_b][b_of_i] + within_i
     row_i, p_i = row_b[b_of_i], p_of_b[b_of_i]
-    places_i = table.places.view()[source_i]
     index_i = np.arange(len(b_of_i))
     document_start_b, block_end_b = passage_start_b - row_start_i[row_b], first_i_b + tokens_b - row_start_i[row_b]
     reader = _Padded(len(rows), row_i, index_i - row_start_i[row_i])
@@ -194,7 +194,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         reader_ids=reader(table.tokens.view()[source_i]),
         reader_positions=reader((scale_p[p_i] * (index_i - passage_start_b[b_of_i])).astype(np.float32)),
-        reader_places=reader(places_i + offset_p[p_i] * (places_i != NO_PLACE)),
+        reader_places=reader(moved(table.places.view()[source_i], offset_p[p_i])),
         reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
         next_tokens=next_tokens,
         writer_ids=writer(previous_s),

@@ -145,6 +145,7 @@ def test_what_stands_elsewhere_meets_no_place_of_the_problem() -> None:
             own_places = [offset + place if place != NO_PLACE else place for block in blocks for place in block.places]
             n_read = int((batch.reader_sees[row, :, 1] > 0).sum())
             places = batch.reader_places[row, :n_read].tolist()
+            assert places[0] == NO_PLACE
             assert places[n_read - len(own_places) :] == own_places
             if stray:
                 blocks = [recipe.tokenizer.encode_block(block) for block in recipe.tokenizer.split(stray[0])]

@@ -18,9 +18,10 @@ from tidal.cli import UserError
 from tidal.config import Addition, Train
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
+from tidal.places import moved
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
-from tidal.tokenizer import NO_PLACE, MixedTokenizer
+from tidal.tokenizer import MixedTokenizer
 
 Sum = tuple[int, int]
 Problem = tuple[str, str]
@@ -184,8 +185,8 @@ class AdditionRecipe:
         for places, row in zip(batch.reader_places, rows, strict=True):
             if row.stray:
                 n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(row.stray))).sum()
-                moved = places[1 : 1 + n_tokens]  # after <bos>
-                moved += (row.stray_offset - row.place_offset) * (moved != NO_PLACE)
+                stray = slice(1, 1 + n_tokens)  # after <bos>
+                places[stray] = moved(places[stray], row.stray_offset - row.place_offset)
         return batch
 
     def _far(self, rng: np.random.Generator, offset: int, text: str, stray: str) -> int | None:
