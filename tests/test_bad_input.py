@@ -100,6 +100,7 @@ CASES = {
     TEXT: "--recipe text needs --data",
     "train --recipe addition --data good.txt": "--data goes with --recipe text",
     "train --data good.txt --recipe addition": "--data goes with --recipe text",
+    f"{TEXT} --data good.txt --aux-weight 0": "--aux-weight is 0, .* give --no-foretell, too",
     "train --recipe characters --data good.txt": "the characters recipe makes its own data",
     f"{BITS} --data missing.txt": "no such file or folder: 'missing.txt'",
     f"{BITS} --data empty.txt": "no text in 'empty.txt'",

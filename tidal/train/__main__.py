@@ -188,6 +188,8 @@ def _check(settings: Train) -> None:
         raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
     if settings.recipe != "text" and (settings.text.data or settings.text.prepared):
         raise UserError(f"--data goes with --recipe text; the {settings.recipe} recipe makes its own data")
+    if settings.model.foretell and not settings.optim.aux_weight:
+        raise UserError("--aux-weight is 0, but what --foretell tells is learnt with it; give --no-foretell, too")
 
 
 if __name__ == "__main__":
