@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import BlockTable, Passage, passage
+from tidal.blocks import NOTHING, BlockTable, Passage, passage
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -48,9 +49,10 @@ SHAPES = {
                          writer_ff=40, suffix_rows=0, qk_norm=True, query_gain=2.0, step_stride=1.0, step_window=3,
                          place_jitter=5),
     "block": Shape(d_model=24, n_heads=3, n_kv_heads=1, reader_layers=2, writer_layers=2, reader_ff=24, writer_ff=24,
-                   suffix_rows=7, writer_attention="block", qk_norm=True, step_stride=0.375, step_window=2),
+                   recall=True, suffix_rows=7, writer_attention="block", qk_norm=True, step_stride=0.375,
+                   step_window=2),
     "none": Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=3, writer_layers=2, reader_ff=24, writer_ff=24,
-                  context_ff=40, foretell=True, suffix_rows=1000, writer_attention="none", qk_norm=False),
+                  context_ff=40, foretell=True, recall=True, suffix_rows=1000, writer_attention="none", qk_norm=False),
 }  # fmt: skip
 shape_names = st.sampled_from(tuple(SHAPES))
 
@@ -121,3 +123,16 @@ def rows_of_passages(draw: st.DrawFn, table: BlockTable) -> list[list[Passage]]:
 def short_text() -> st.SearchStrategy[str]:
     """Hostile, and short enough to be decoded step by step."""
     return hostile_text(max_size=4).map(lambda text: text[:14])
+
+
+def remembered(scripts: Sequence[list[int]], written: list[int]) -> list[int]:
+    """What followed `written` the last time, of blocks written as `scripts` (the first is `<bos>`): in any of them, in
+    one that followed the same block, the same two. A search, where the package looks up hashes."""
+    found = []
+    for order in range(3):
+        same = scripts[-order:] if order else []
+        at = [i for i in range(max(1, order), len(scripts))
+              if scripts[i][: len(written)] == written and len(scripts[i]) > len(written)
+              and scripts[i - order : i] == same and (order or written)]  # fmt: skip
+        found.append(scripts[at[-1]][len(written)] if at else NOTHING)
+    return found

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.strategies import SHAPES, TOKENIZERS, passages, shape_names, short_text, tiny, tokenizer_names
+from tests.strategies import SHAPES, TOKENIZERS, passages, remembered, shape_names, short_text, tiny, tokenizer_names
 from tests.test_streams import READER
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
@@ -163,6 +163,11 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
             gain, added = model.suffix_embedding.weight[rows].sum(0).split(shape.d_model)
             x[t] += added + gain * context
     x = x + context
+    if shape.recall:
+        scripts = [[], *([*tokenizer.encode_block(block).units[::-1], tokenizer.eob_id] for block in before)]
+        for t in range(len(targets)):
+            for order, unit in enumerate(remembered(scripts, targets[:t])):
+                x[t] += model.recall_embedding.weight[order * (model.config.n_head + 1) + 1 + unit]
     if shape.foretell:
         x = x + torch.stack([hint(model, tokenizer, states[-1], targets[:t]) for t in range(len(targets))])
     position = len(tokens) + shape.step_stride * steps.double()

@@ -6,8 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-LAYERS = ("cli", "lazy", "files", "config", "ranks", "device", "allocator", "tokenizer", "places", "foretold",
-          "blocks", "streams", "kernels", "model", "checkpoint", "infer", "corpora", "prepare", "train", "evaluate",
+LAYERS = ("cli", "lazy", "files", "config", "ranks", "device", "allocator", "tokenizer", "places", "foretold", "blocks",
+          "recall", "streams", "kernels", "model", "checkpoint", "infer", "corpora", "prepare", "train", "evaluate",
           "report", "doctor", "sizes")  # fmt: skip
 PICTURE = "kernels/picture.py"  # a command that draws what the builder builds
 

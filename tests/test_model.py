@@ -82,8 +82,9 @@ def test_parameters_add_up(shape: str) -> None:
     config, chosen = model.config, model.config.shape
     rows = config.vocab_size + (1 + chosen.foretell) * config.n_head
     rows += 2 * (chosen.suffix_rows + 1) if chosen.suffix_rows else 0
+    rows += 3 * (config.n_head + 1) if chosen.recall else 0
     assert counts["tables"] == rows * chosen.d_model == sum(t.numel() for t in model.tables())
-    assert len({id(t) for t in model.tables()}) == 2 + (chosen.suffix_rows > 0) + chosen.foretell
+    assert len({id(t) for t in model.tables()}) == 2 + (chosen.suffix_rows > 0) + chosen.foretell + chosen.recall
 
 
 @shapes

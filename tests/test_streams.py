@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import passages, rows_of_passages, tokenizer_names, tokenizers
+from tests.strategies import passages, remembered, rows_of_passages, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import hostile_text
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
@@ -45,8 +45,8 @@ def batch_of(rows: Sequence[Row], n_bytes: int) -> Batch:
     fields = {}
     for name in rows[0]:
         width = n_reader if name in READER else n_writer
-        missing = NOTHING if name in ("next_tokens", "suffixes", "nodes", "targets") else 0
-        inner = {"suffixes": (3,), "reader_sees": (2,), "sees_reader": (2,), "sees_writer": (2,)}.get(name, ())
+        missing = NOTHING if name in ("next_tokens", "suffixes", "recalled", "nodes", "targets") else 0
+        inner = {"suffixes": (3,), "recalled": (3,)}.get(name, (2,) if "sees" in name else ())
         values = np.full((len(rows), width, *inner), missing, DTYPES.get(name, np.int64))
         for i, row in enumerate(rows):
             values[i, : len(row[name])] = np.array(row[name]).reshape(-1, *inner)
@@ -82,7 +82,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
                     next_tokens[len(tokens) - 1] = block.tokens[-1] if block else tokenizer.eos_id
                     n_bytes += len(text.encode())
                 if block:
-                    tokens += builder.read(block.tokens, block.places)
+                    tokens += builder.read(block)
         done.append({
             "reader_ids": [t.id for t in tokens],
             "reader_positions": [t.position for t in tokens],
@@ -93,6 +93,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
             "writer_positions": [s.position for s in steps],
             "writer_places": [s.place for s in steps],
             "suffixes": [s.suffixes for s in steps],
+            "recalled": [s.recalled for s in steps],
             "nodes": [s.node for s in steps],
             "context": [s.context for s in steps],
             "sees_reader": [s.sees_reader for s in steps],
@@ -119,6 +120,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
             blocks = [("", False), *blocks_of(p, table)]
             ids = [list(tokenizer.encode_block(text).tokens) if text else [] for text, _ in blocks]
             ids[0] = [tokenizer.bos_id]
+            scripts = [[*reversed(units_of(text, tokenizer)), tokenizer.eob_id] for text, _ in blocks]
             for j, (text, supervised) in enumerate(blocks):
                 n_j = sum(map(len, ids[:j]))  # reader tokens of the document before block j
                 units = units_of(text, tokenizer)
@@ -131,6 +133,8 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                         out["writer_positions"].append(p.position_scale * (n_j + layout.stride * t))
                         out["writer_places"].append(t + p.place_offset)
                         out["suffixes"].append(suffix_hashes(targets[:t], tokenizer.digit_units))
+                        told = remembered(scripts[:j], targets[:t]) if layout.recall else [NOTHING] * 3
+                        out["recalled"].append(told)
                         out["nodes"].append(tokenizer.spelling.nodes.get(tuple(targets[:t]), -1))
                         out["context"].append(start + n_j - 1)
                         out["sees_reader"].append((start, start + n_j))
@@ -191,8 +195,12 @@ def check_targets_are_text(rows: Sequence[Sequence[Passage]], table: BlockTable)
         assert written == [text or None for p in row for text, supervised in blocks_of(p, table) if supervised]
 
 
+RECALLING = Steps(recall=True)
+
+
 @settings(max_examples=120)
-@given(st.data(), tokenizer_names, st.builds(Steps, st.sampled_from((0.0, 1.0, 0.375)), st.sampled_from((0, 1, 3))))
+@given(st.data(), tokenizer_names,
+       st.builds(Steps, st.sampled_from((0.0, 1.0, 0.375)), st.sampled_from((0, 1, 3)), st.booleans()))  # fmt: skip
 def test_rows_of_documents(data: st.DataObject, name: str, layout: Steps) -> None:
     table = BlockTable(tokenizers()[name])
     rows = data.draw(rows_of_passages(table))
@@ -234,9 +242,9 @@ def test_rows_do_not_depend_on_each_other(data: st.DataObject, name: str) -> Non
     """Law 3 for the streams: a row alone is the beginning of the same row in a batch, bit for bit."""
     table = BlockTable(tokenizers()[name])
     rows = data.draw(rows_of_passages(table))
-    together = streams.pack(rows, table)
+    together = streams.pack(rows, table, steps=RECALLING)
     for i, row in enumerate(rows):
-        alone = streams.pack([row], table)
+        alone = streams.pack([row], table, steps=RECALLING)
         for field in dataclasses.fields(Batch):
             mine = getattr(alone, field.name)
             if isinstance(mine, torch.Tensor):
@@ -248,7 +256,7 @@ def test_rows_do_not_depend_on_each_other(data: st.DataObject, name: str) -> Non
 def test_a_document_in_a_row_is_the_document_alone_moved(data: st.DataObject, name: str) -> None:
     table = BlockTable(tokenizers()[name])
     first, second = data.draw(passages(table)), data.draw(passages(table))
-    row, alone = streams.pack([[first, second]], table), streams.pack([[second]], table)
+    row, alone = (streams.pack([some], table, steps=RECALLING) for some in ([first, second], [second]))
     before = streams.pack([[first]], table)
     n_reader, n_writer = before.reader_ids.shape[1], before.targets.shape[1]
     moved = {"reader_sees": n_reader, "context": n_reader, "sees_reader": n_reader, "sees_writer": n_writer}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,8 @@ from tidal.tokenizer import NO_PLACE, MixedTokenizer
 Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
 _SEEDS = [0xCBF29CE484222325 + order for order in SUFFIX_ORDERS]
-_FACTOR, _64_BITS, _32_BITS = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF
+FACTOR, _64_BITS = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF
+NOTHING_WRITTEN = _SEEDS[0]  # the code of no units at all
 MAX_BLOCKS = 1 << 17  # of a table before `limit` empties it; about half a kilobyte each
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
 NOTHING = -1  # a target, hash or next token that is not there
@@ -30,15 +30,14 @@ def suffix_hashes_along(written: Sequence[int], digits: Sequence[bool]) -> list[
     spelt by rote), is NOTHING. Multiplicative hashing (Knuth, TAOCP 6.4): the upper half of 64 bits is kept.
     """
     steps = [(NOTHING, NOTHING, NOTHING)]
-    whole, plain, before, last = _SEEDS[0], 0, 0, 0  # plain: how many units since the last digit
-    for t, unit in enumerate(written, start=1):
+    plain, before, last = 0, 0, 0  # plain: how many units since the last digit
+    for t, (unit, whole) in enumerate(zip(written, codes_along(written)[1:], strict=True), start=1):
         plain = 0 if digits[unit] else plain + 1
-        whole = (whole ^ unit + 1) * _FACTOR & _64_BITS
         two = three = NOTHING
         if plain >= 2:
-            two = (_ngram(_SEEDS[1], last) ^ unit + 1) * _FACTOR >> 32 & _32_BITS
+            two = fold(fold(_SEEDS[1], last), unit) >> 32
         if plain >= 3:
-            three = (_ngram(_ngram(_SEEDS[2], before), last) ^ unit + 1) * _FACTOR >> 32 & _32_BITS
+            three = fold(fold(fold(_SEEDS[2], before), last), unit) >> 32
         steps.append((whole >> 32 if plain == t else NOTHING, two, three))
         before, last = last, unit
     return steps
@@ -49,9 +48,14 @@ def suffix_hashes(written: Sequence[int], digits: Sequence[bool]) -> tuple[int, 
     return suffix_hashes_along(written, digits)[-1]
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _ngram(code: int, unit: int) -> int:
-    return (code ^ unit + 1) * _FACTOR & _64_BITS
+def codes_along(written: Sequence[int]) -> list[int]:
+    """For every t from 0 to len(written): 64 bits that name the first t units."""
+    return list(accumulate(written, fold, initial=NOTHING_WRITTEN))
+
+
+def fold(code: int, unit: int) -> int:
+    """A step of multiplicative hashing, in 64 bits: the code of what `code` names with one more unit."""
+    return (code ^ unit + 1) * FACTOR & _64_BITS
 
 
 class Growing:
@@ -96,7 +100,7 @@ class BlockTable:
         self.index: dict[str, int] = {}
         self.texts: list[str] = []
         self.tokens, self.places, self.targets, self.hashes = Growing(), Growing(), Growing(), Growing(3)
-        self.nodes = Growing()
+        self.nodes, self.codes = Growing(), Growing()
         self.token_start, self.target_start, self.last_token, self.n_bytes = (Growing() for _ in range(4))
         self.token_start.extend([0])
         self.target_start.extend([0])
@@ -157,6 +161,8 @@ class BlockTable:
             self.hashes.extend(list(chain.from_iterable(steps)))
         else:
             self.hashes.extend([(NOTHING, NOTHING, NOTHING)] * sum(map(len, targets)))
+        codes = chain.from_iterable(codes_along(written[:-1]) for written in targets if written)
+        self.codes.extend(np.array(list(codes), np.uint64).view(np.int64))
         nodes = map(self.tokenizer.spelling.along, (written[:-1] for written in targets if written))
         self.nodes.extend(list(chain.from_iterable(nodes)))
         self.last_token.extend(last_tokens)

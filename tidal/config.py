@@ -11,12 +11,14 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 
 class Steps(NamedTuple):
-    """How the steps of a block stand to each other."""
+    """What the steps of a block are fed besides what is written: how they stand to each other, and what is recalled."""
 
     stride: float = 0.0
     """Reader positions between two of them."""
     window: int = 0
     """How many of them a step sees, itself and those just before it; 0: all up to itself."""
+    recall: bool = False
+    """Whether a step is told what followed the same units the last time."""
 
 
 PLAIN_STEPS = Steps()
@@ -46,6 +48,8 @@ class Shape:
     foretell: bool = False
     """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
     over spellings."""
+    recall: bool = False
+    """Tell the writer what followed, the last time in this document, the units that its block now begins with."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -83,7 +87,7 @@ class Shape:
     @property
     def steps(self) -> Steps:
         """What the builder must know."""
-        return Steps(self.step_stride, self.step_window)
+        return Steps(self.step_stride, self.step_window, self.recall)
 
 
 LAYOUT = 2

@@ -21,6 +21,7 @@ from tidal.config import TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 from tidal.places import sinusoids, turned
+from tidal.recall import N_RECALLED
 from tidal.streams import Batch
 from tidal.tokenizer import Spelling
 
@@ -140,6 +141,8 @@ class TidalTransformer(nn.Module):
             self.context_mlp = SwiGLU(d, shape.context_ff)
         if shape.suffix_rows:  # gains of the context, and what is added to it; row 0 is "no suffix" and stays zero
             self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, 2 * d, padding_idx=0)
+        if shape.recall:  # the first of each n_head + 1 rows says that nothing is recalled
+            self.recall_embedding = nn.Embedding(N_RECALLED * (config.n_head + 1), d)
         self.writer = nn.ModuleList(
             Layer(config, shape.writer_ff, attends=shape.writer_attention != "none")
             for _ in range(shape.writer_layers)
@@ -162,6 +165,9 @@ class TidalTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=d**-0.5)
         if self.config.shape.suffix_rows:  # strings never met add nothing
             nn.init.zeros_(self.suffix_embedding.weight)
+        if self.config.shape.recall:  # what is recalled begins as a vote for it
+            table = self.recall_embedding.weight.data.view(N_RECALLED, -1, d)
+            table[:, 0], table[:, 1:] = 0, self.unit_embedding.weight.data / math.sqrt(N_RECALLED)
         if self.foretold:  # what is expected of a unit begins as a vote for it
             self.foretold.embedding.weight.data.copy_(self.unit_embedding.weight.data)
 
@@ -212,9 +218,10 @@ class TidalTransformer(nn.Module):
         logits = F.linear(states, self.token_embedding.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context_bsd: Tensor, views: list[View],
-              hints_bsd: Tensor | None = None) -> Tensor:  # fmt: skip
-        """One step for every [B, S]: suffixes [B, S, 3] hashes, context [B, S, D] as `context_of` gives it.
+    def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, recalled: Tensor, context_bsd: Tensor,
+              views: list[View], hints_bsd: Tensor | None = None) -> Tensor:  # fmt: skip
+        """One step for every [B, S]: suffixes [B, S, 3] hashes, recalled [B, S, 3] units, context [B, S, D] as
+        `context_of` gives it.
 
         A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
         of it matter. `hints` [B, S, D] are what `Foretold` tells. Returns states [B, S, D] for `head`.
@@ -225,6 +232,10 @@ class TidalTransformer(nn.Module):
             summed = F.embedding_bag(rows.flatten(0, 1), self.suffix_embedding.weight, mode="sum", padding_idx=0)
             gain_bsd, added_bsd = summed.view(*ids.shape, 2, self.config.shape.d_model).unbind(-2)
             x_bsd, context_bsd = x_bsd + added_bsd, context_bsd * (1 + gain_bsd)
+        if self.config.shape.recall:
+            first = (self.config.n_head + 1) * torch.arange(N_RECALLED, device=ids.device)
+            rows = (recalled - NOTHING + first).flatten(0, 1)
+            x_bsd = x_bsd + F.embedding_bag(rows, self.recall_embedding.weight, mode="sum").view_as(x_bsd)
         x_bsd = x_bsd + context_bsd
         if hints_bsd is not None:
             x_bsd = x_bsd + hints_bsd
@@ -269,8 +280,8 @@ class TidalTransformer(nn.Module):
             next_nv = self.foretell(reader_brd[asked])
             which_bs = (asked.flatten().cumsum(0) - 1)[context_bs]
             hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
-        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, context_bsd, views,
-                                      hints_bsd), next_nv  # fmt: skip
+        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled,
+                                      context_bsd, views, hints_bsd), next_nv  # fmt: skip
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of a packed batch: every block of every row in one pass."""

@@ -15,6 +15,7 @@ still being written, of a row or of a batch (law 3).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ import torch
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
 from tidal.places import moved
-from tidal.tokenizer import NO_PLACE, MixedTokenizer
+from tidal.recall import N_RECALLED, Recollection, recalled
+from tidal.tokenizer import NO_PLACE, Block, MixedTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class WriterStep:
     position: float
     place: int
     suffixes: tuple[int, int, int]
+    recalled: tuple[int, ...]
     node: int
     context: int
     sees_reader: tuple[int, int]
@@ -68,8 +71,15 @@ class DocumentBuilder:
         self.steps, self.place_offset, self.position_scale = steps, place_offset, position_scale
         self.reader_start, self.writer_start = reader_start, writer_start
         self.digits: list[bool] = tokenizer.digit_units.tolist()
+        self.recollection = Recollection()
         self.n_read = 0
-        self.opening = self.read([tokenizer.bos_id], [NO_PLACE])
+        self.opening = self._append([tokenizer.bos_id], [NO_PLACE])
+
+    def copy(self) -> Self:
+        """A builder of a document that goes on on its own."""
+        other = copy.copy(self)
+        other.recollection = self.recollection.copy()
+        return other
 
     def step(self, written: Sequence[int]) -> WriterStep:
         """The step that follows `written`, the units of the current block so far, last character first."""
@@ -79,14 +89,20 @@ class DocumentBuilder:
             position=self.position_scale * (self.n_read + self.steps.stride * t),
             place=self.place_offset + t,
             suffixes=suffix_hashes(written, self.digits),
+            recalled=self.recollection.recall(written) if self.steps.recall else (NOTHING,) * N_RECALLED,
             node=self.tokenizer.spelling.node(written),
             context=end - 1,
             sees_reader=(self.reader_start, end),
             sees_writer=(self.writer_start + max(0, t + 1 - (self.steps.window or t + 1)), self.writer_start + t + 1),
         )
 
-    def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
+    def read(self, block: Block) -> list[ReaderToken]:
         """Append a finished block to the reader stream."""
+        if self.steps.recall:
+            self.recollection.read(block.units[::-1], self.tokenizer.eob_id)
+        return self._append(block.tokens, block.places)
+
+    def _append(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
         first = self.n_read
         self.n_read += len(tokens)
         sees = (self.reader_start, self.reader_start + self.n_read)
@@ -124,6 +140,8 @@ class Batch:
     """int64 [B, W]"""
     suffixes: torch.Tensor
     """int64 [B, W, 3], hashes, -1 where there is none"""
+    recalled: torch.Tensor
+    """int64 [B, W, 3], units that followed what is written, the last times; -1 where there is none"""
     nodes: torch.Tensor
     """int64 [B, W], nodes of the tokenizer's `Spelling`, -1 where what is written ends no token"""
     context: torch.Tensor
@@ -163,7 +181,8 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     scale_p = np.array([p.position_scale for p in passages], np.float64)
 
     tokens_b = table.n_tokens(index_b)
-    steps_b = table.n_targets(index_b) * supervised_b
+    n_targets_b = table.n_targets(index_b)
+    steps_b = n_targets_b * supervised_b
     first_i_b, first_s_b = _starts(tokens_b), _starts(steps_b)
     # where a row, and a passage, begin among all tokens and all steps
     row_start_i = _starts(np.bincount(row_b, tokens_b, len(rows)).astype(np.int64))
@@ -186,6 +205,12 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     context_b = first_i_b - 1 - row_start_i[row_b]
     own_start_s = (first_s_b - row_start_s[row_b])[b_of_s]
     unseen_s = np.maximum(0, t_s + 1 - (steps.window or t_s + 1))
+    recalled_s = np.full((len(targets_s), N_RECALLED), NOTHING)
+    if steps.recall:  # of prompts, too
+        b_of_all, t_all = _ragged(n_targets_b)
+        source = table.target_start.view()[index_b][b_of_all] + t_all
+        recalled_s = recalled(table.codes.view()[source], table.targets.view()[source], b_of_all, _starts(n_targets_b),
+                              rank_b, p_of_b)[supervised_b[b_of_all]]  # fmt: skip
     writer = _Padded(len(rows), row_s, np.arange(len(b_of_s)) - row_start_s[row_s])
 
     next_tokens = torch.full((len(rows), reader.width), NOTHING)
@@ -201,6 +226,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
         writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + steps.stride * t_s)).astype(np.float32)),
         writer_places=writer(t_s + offset_p[p_s]),
         suffixes=writer(table.hashes.view()[source_s], NOTHING),
+        recalled=writer(recalled_s, NOTHING),
         nodes=writer(table.nodes.view()[source_s], NOTHING),
         context=writer(context_b[b_of_s]),
         sees_reader=writer(np.stack([document_start_b, context_b + 1], 1)[b_of_s].astype(np.int32)),

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.doctor.plant import INT32, Plant, everywhere, replacing
-from tidal.blocks import BlockTable, Passage, suffix_hashes
+from tidal.blocks import BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
 from tidal.foretold import Foretold
 from tidal.infer import decoder as decoding
 from tidal.model import TidalTransformer
+from tidal.recall import Recollection
 from tidal.streams import Batch, DocumentBuilder, WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
 
@@ -89,7 +91,7 @@ def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
 
 def window_forgotten(right: Callable[..., Batch]) -> Callable[..., Batch]:
     def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-        return right(rows, table, steps=Steps(steps.stride))
+        return right(rows, table, steps=steps._replace(window=0))
 
     return pack
 
@@ -123,6 +125,32 @@ def suffix_row_zero(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Without the row that is kept for "no suffix": in training and decoding alike."""
     return lambda self, ids, places, suffixes, *rest: write(
         self, ids, places, torch.where(suffixes < 0, suffixes, suffixes - 1), *rest)  # fmt: skip
+
+
+def recalled_from_the_future(right: Callable[..., Ints]) -> Callable[..., Ints]:
+    """The next block that begins like this one, in place of the last."""
+
+    def bugged(codes: Ints, units: Ints, block: Ints, first: Ints, rank: Ints, passage: Ints) -> Ints:
+        found, later = right(codes, units, block, first, rank, passage), dict[tuple[int, int], int]()
+        for i in reversed(range(len(codes))):
+            key = int(passage[block[i]]), int(codes[i])
+            found[i, 0], later[key] = later.get(key, -1), int(units[i])
+        return found
+
+    return bugged
+
+
+def recalled_from_other_documents(right: Callable[..., Ints]) -> Callable[..., Ints]:
+    return lambda *args: right(*args[:-1], np.zeros_like(args[-1]))
+
+
+def first_is_recalled(read: Callable[..., None]) -> Callable[..., None]:
+    def bugged(self: Recollection, *args: Any) -> None:
+        before = self._followed.copy()
+        read(self, *args)
+        self._followed |= before
+
+    return bugged
 
 
 def keys_not_normed(memory: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from tests.doctor.bugs_model import (
     end_inclusive,
     eob_dropped,
     every_tile_full,
+    first_is_recalled,
     first_slice_only,
     foretold_once,
     half_gradient,
@@ -40,6 +41,8 @@ from tests.doctor.bugs_model import (
     position_from_padded_length,
     positions_lost,
     prompt_as_one_block,
+    recalled_from_other_documents,
+    recalled_from_the_future,
     rounded_when_saved,
     rows_in_order,
     select,
@@ -79,7 +82,7 @@ from tests.doctor.bugs_text import (
     wider_head,
 )
 from tests.doctor.plant import Mutant, both, builder, clamped, everywhere, geometry, in_packing, replacing, with_block
-from tidal import blocks, checkpoint, streams
+from tidal import blocks, checkpoint, recall, streams
 from tidal.blocks import BlockTable
 from tidal.foretold import Foretold
 from tidal.infer import beam, engine, sampling
@@ -156,6 +159,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("positions are stretched in decoding, too", 9,
            builder(lambda self, written, step: {"position": 1.5 * step.position},
                    read=lambda i, t: {"position": 1.5 * t.position})),
+    Mutant("what is recalled is what comes next", 9,
+           everywhere(recall.recalled, recalled_from_the_future(recall.recalled))),
     Mutant("suffixes from the wrong side, in decoding only", 9, builder(suffixes_forwards)),
     Mutant("ALiBi with the wrong sign", 10, geometry(lambda right, *args: (-(r := right(*args))[0], r[1]))),
     Mutant("ALiBi slopes that begin at 1", 10, everywhere(api.alibi_slopes, slopes_from_one(api.alibi_slopes))),
@@ -177,6 +182,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("packed documents see those before them", 12, in_packing(document_start_ignored)),
     Mutant("a step sees the last one of the block before", 12,
            in_packing(lambda b: clamped(b, "sees_writer", (-1, 0), b.targets.shape[1]))),
+    Mutant("what is recalled comes from the documents before", 12,
+           everywhere(recall.recalled, recalled_from_other_documents(recall.recalled))),
     Mutant("suffix rows off by one, in training and decoding", 13,
            replacing(TidalTransformer, "write", suffix_row_zero)),
     Mutant("keys of the memory are not normed as others are", 13,
@@ -191,6 +198,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the step window is forgotten in decoding", 14,
            builder(lambda self, written, s: {"sees_writer": (self.writer_start, s.sees_writer[1])}),
            shape={"step_window": 2}),
+    Mutant("nothing is recalled in decoding", 14,
+           builder(lambda self, written, s: {"recalled": (-1, -1, -1)})),
+    Mutant("the first of equal blocks is recalled in decoding", 14,
+           replacing(recall.Recollection, "read", first_is_recalled)),
     Mutant("stale slots of the block before are seen", 14,
            builder(lambda self, written, s: {"sees_writer": (s.sees_writer[0], min(s.sees_writer[1] + 1, 13))})),
     Mutant("the reader is causal inside blocks, in decoding only", 14,
@@ -211,6 +222,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("caches are not reordered", 16, select(lambda self, rows: False)),
     Mutant("caches are not reordered when two beams share a parent", 16,
            select(lambda self, rows: len(set(rows)) == len(rows))),
+    Mutant("beams share what they recall", 16, replacing(recall.Recollection, "copy", lambda right: lambda self: self)),
     Mutant("the context is not reordered", 16, select(lambda self, rows: True, context=False)),
     Mutant("beams take candidates apart by a wrong width", 16, replacing(beam, "_take", beams_count_in_writable)),
     Mutant("finished blocks of every second beam are not read", 16,

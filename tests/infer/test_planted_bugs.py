@@ -139,8 +139,8 @@ def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[st
             right = super().step(written)
             return dataclasses.replace(right, **(step(self, written, right) if step else {}))
 
-        def read(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
-            first, right = self.n_read, super().read(tokens, places)
+        def _append(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
+            first, right = self.n_read, super()._append(tokens, places)
             return [dataclasses.replace(t, **(read(first + i, t) if read else {})) for i, t in enumerate(right)]
 
     return Bugged

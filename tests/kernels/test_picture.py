@@ -91,7 +91,7 @@ def test_streams_are_the_builders() -> None:
         tokens, steps = [*builder.opening], []
         for block in (tokenizer.encode_block(b) for b in tokenizer.split(text)):
             steps += builder.write([*block.units[::-1], tokenizer.eob_id])
-            tokens += builder.read(block.tokens, block.places)
+            tokens += builder.read(block)
         steps += builder.write([tokenizer.eos_id])
         reader += [token.sees for token in tokens]
         writer += [(step.sees_reader, step.sees_writer) for step in steps]

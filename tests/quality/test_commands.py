@@ -88,7 +88,7 @@ def test_ablations_run_and_go_on(corpus: Path, tmp_path: Path, capsys: pytest.Ca
     flags = ["--corpus", str(corpus), "--steps", "2", "--set", *TINY, "--out", str(out), "--only", "aux 0", "baselines"]
     ablations.run([*flags[:-2], "aux 0", "token transformer"])
     shown, tokens = capsys.readouterr().out, ["token transformer", "token transformer, bf16"]
-    assert [r["variant"] for r in json.loads(out.read_text())] == ["default", "aux 0", "aux 0.1", *tokens]
+    assert [r["variant"] for r in json.loads(out.read_text())] == ["default", "not foretold, aux 0", "aux 0.1", *tokens]
     assert re.search(r"\| aux 0\.1 \| \d+\.\d{4} \| [+-]\d+\.\d\d% \| 1 \| × ", shown)
     ablations.run(flags)  # only what is missing
     assert [r["variant"] for r in json.loads(out.read_text())][5:] == ["default", "byte transformer"]

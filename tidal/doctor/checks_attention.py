@@ -140,6 +140,7 @@ def _scrambled(patient: Patient, batch: Batch, n_tokens: int, n_steps: int) -> B
         writer_ids=moved(batch.writer_ids, n_steps, config.n_writable),
         writer_places=moved(batch.writer_places, n_steps, config.n_places),
         suffixes=moved(batch.suffixes, n_steps, 1 << 32),
+        recalled=moved(batch.recalled, n_steps, config.n_writable),
     )
 
 

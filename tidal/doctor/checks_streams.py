@@ -32,6 +32,7 @@ def _features(layout: Layout) -> dict[str, Tensor]:
         "writer positions": torch.tensor([step.position for step in steps], dtype=torch.float32),
         "writer places": torch.tensor([step.place for step in steps]),
         "suffixes": torch.tensor([step.suffixes for step in steps]),
+        "recalled": torch.tensor([step.recalled for step in steps]),
         "context": torch.tensor([step.n_memory - 1 for step in steps]),
     }
 
@@ -43,7 +44,8 @@ def _fed(batch: Batch, row: int, first: tuple[int, int], count: tuple[int, int])
         "reader ids": batch.reader_ids[row, reader], "reader positions": batch.reader_positions[row, reader],
         "reader places": batch.reader_places[row, reader], "writer ids": batch.writer_ids[row, writer],
         "writer positions": batch.writer_positions[row, writer], "writer places": batch.writer_places[row, writer],
-        "suffixes": batch.suffixes[row, writer], "context": batch.context[row, writer] - first[0],
+        "suffixes": batch.suffixes[row, writer], "recalled": batch.recalled[row, writer],
+        "context": batch.context[row, writer] - first[0],
     }  # fmt: skip
 
 
@@ -60,8 +62,9 @@ def _compare(patient: Patient, meter: Meter, document: Document, fed: dict[str, 
 @check(9, "coordinates are causal",
        "positions or places depend on the total or the padded length, which a decoder cannot know")
 def coordinates(patient: Patient, meter: Meter) -> None:
-    """Positions, places, suffixes and contexts are those of the definition: alone, padded, behind another document,
-    with the future cut off, and in decoding; and the log-probabilities of a prefix do not depend on what follows it.
+    """Positions, places, suffixes, what is recalled and contexts are those of the definition: alone, padded, behind
+    another document, with the future cut off, and in decoding; and the log-probabilities of a prefix do not depend on
+    what follows it.
     """
     shape, table = patient.model.config.shape, patient.model.place_table
     coarse = 4 * max(torch.finfo(table.dtype).eps, 1e-4)

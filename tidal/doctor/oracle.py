@@ -54,6 +54,7 @@ class Step:
     """tokens before its block: what it sees; the last of them is its context"""
     target: int
     suffixes: tuple[int, int, int]
+    recalled: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Oracle:
                     fed = targets[t - 1] if t else self.tokenizer.bob_id
                     position = float(np.float32(n_before + self.shape.step_stride * t))  # as tabled: float32
                     steps.append(Step(fed, position, place_offset + t, j, t, n_before, target,
-                                      self.suffixes(targets[:t])))  # fmt: skip
+                                      self.suffixes(targets[:t]), self.recalled(blocks[:j], targets[:t])))  # fmt: skip
             if text:
                 ids = self.tokenizer.encode_block(text).tokens
                 for k, token in enumerate(ids):
@@ -150,6 +151,16 @@ class Oracle:
         if not self.shape.suffix_rows:
             return (-1, -1, -1)
         return tuple(self._name(written[-n:] if n else written, n) for n in (0, 2, 3))  # type: ignore[return-value]
+
+    def recalled(self, before: Sequence[str], written: Sequence[int]) -> tuple[int, ...]:
+        """What followed these units the last time, in any block, in one after the same block, after the same two."""
+        found = [-1, -1, -1]
+        for i in range(1, len(before)) if self.shape.recall else ():
+            script = self.script([before[i]], False)
+            for order in range(0 if written else 1, 1 + min(2, i)):
+                if script[: len(written)] == [*written] and before[i - order : i] == before[len(before) - order :]:
+                    found[order] = script[len(written)]
+        return tuple(found)
 
     def _name(self, units: Sequence[int], order: int) -> int:
         if not units or len(units) < order or any(map(self.is_digit, units)):
@@ -282,6 +293,9 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
         table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])
         x, told = x + table[:, shape.d_model :], told + told * table[:, : shape.d_model]
     x = x + told
+    if shape.recall:
+        tables = model.recall_embedding.weight.view(3, -1, shape.d_model)
+        x = x + torch.stack([tables[[0, 1, 2], [1 + unit for unit in step.recalled]].sum(0) for step in steps])
     if shape.foretell:
         seen["hints"] = expected_units(model, states[-1], layout, [step.id for step in steps[1:]])
         x = x + seen["hints"]

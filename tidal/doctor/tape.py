@@ -14,7 +14,7 @@ from tidal.model import Layer, TidalTransformer, View
 from tidal.streams import Batch
 
 FED = ("reader ids", "reader positions", "reader places", "writer ids", "writer positions", "writer places", "suffixes",
-       "context")  # fmt: skip
+       "recalled", "context")  # fmt: skip
 
 
 class Tape:
@@ -37,17 +37,18 @@ class Tape:
         with self._layers("reader"):
             return self._original.read(ids, places, views)
 
-    def _write(self, ids: Tensor, places: Tensor, suffixes: Tensor, context: Tensor, views: list[View],
-               hints: Tensor | None = None) -> Tensor:  # fmt: skip
+    def _write(self, ids: Tensor, places: Tensor, suffixes: Tensor, recalled: Tensor, context: Tensor,
+               views: list[View], hints: Tensor | None = None) -> Tensor:  # fmt: skip
         self._add("writer ids", ids)
         self._add("writer places", places)
         self._add("writer positions", views[0].q_position)
         self._add("suffixes", suffixes)
+        self._add("recalled", recalled)
         self._add("context", context)
         if hints is not None:
             self._add("hints", hints)
         with self._layers("writer"):
-            return self._original.write(ids, places, suffixes, context, views, hints)
+            return self._original.write(ids, places, suffixes, recalled, context, views, hints)
 
     def _add(self, name: str, value: Tensor) -> None:
         self.entries.setdefault(name, []).append(value.detach().clone())

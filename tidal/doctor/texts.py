@@ -39,6 +39,7 @@ BUILT_IN: tuple[Document, ...] = (
     Document("the light and", " the darkness: naïve café, 3.14\n"),
     Document("def f(x):\n", "    return '👍é你好' + x_1\n"),
     Document("", "abba noon"),
+    Document("the cat sat on the mat", ", the cat saw the mat, the hat sat.\n"),  # what is recalled matters
 )
 """Used where there is no data; the laws hold for any text."""
 

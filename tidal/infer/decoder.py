@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -94,7 +93,9 @@ class Decoder:
         self.positions, self.context = self.positions[index], self.context[index]
         self.sums = self.sums[index]
         self._unread = {new for new, old in enumerate(rows) if old in self._unread}
-        self.builders = [copy.copy(self.builders[row]) for row in rows]
+        first = {row: new for new, row in reversed(list(enumerate(rows)))}
+        self.builders = [self.builders[row] if first[row] == new else self.builders[row].copy()
+                         for new, row in enumerate(rows)]  # fmt: skip
 
     def read(self, rows: Sequence[int], blocks: Sequence[Sequence[Block]]) -> None:
         """Append finished blocks to each of these rows, in one reader pass."""
@@ -102,7 +103,7 @@ class Decoder:
         for row, mine in zip(rows, blocks, strict=True):
             builder = self.builders[row]
             opening = builder.opening if row in self._unread else []
-            news.append([*opening, *(token for block in mine for token in builder.read(block.tokens, block.places))])
+            news.append([*opening, *(token for block in mine for token in builder.read(block))])
         self._unread.difference_update(rows)
         if any(news):
             self._append(rows, news)
@@ -151,12 +152,12 @@ class Decoder:
         here = slice(None) if some is None else some
         memory_end = n + max(s.sees_reader[1] for s in steps)
         data = torch.tensor(
-            [[(r, len(w), s.id, s.place, s.node, *s.suffixes,
+            [[(r, len(w), s.id, s.place, s.node, *s.suffixes, *s.recalled,
                s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
              for r, w, s in zip(rows, written, steps, strict=True)], device=self.device,
         )  # fmt: skip
         at = data[:, 0, 0], data[:, 0, 1]
-        ranges = data[..., 8:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
+        ranges = data[..., 11:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
         q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
         self.positions[at] = q_position[:, 0]
 
@@ -172,7 +173,7 @@ class Decoder:
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
         context = self.context[here][:, None]
         hints = self.model.foretold(self.sums, data[..., 0], data[..., 4]) if self.model.foretold else None
-        states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], context, views, hints)
+        states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], data[..., 8:11], context, views, hints)
         return self._checked(self.model.head(states[:, 0]), len(rows))
 
     def _checked(self, logits: Tensor, n_rows: int) -> Tensor:

@@ -34,8 +34,8 @@ PRESETS: dict[str, Train] = {
         max_steps=1000,
         rows=8,
         validate_every=200,
-        model=Shape(reader_layers=2, context_ff=512, foretell=True, writer_ff=128, writer_attention="none",
-                    suffix_rows=24576),
+        model=Shape(reader_layers=2, context_ff=512, foretell=True, recall=True, writer_ff=128,
+                    writer_attention="none", suffix_rows=24576),
         # docs/ablations.md
         optim=Optim(lr=4e-3),
     ),
@@ -51,8 +51,8 @@ def _size(d: int, heads: int, kv_heads: int, layers: tuple[int, int], suffix_row
         text, rows=rows, optim=dataclasses.replace(text.optim, lr=lr),
         text=dataclasses.replace(text.text, vocab_size=vocab, reader_budget=budget),
         model=Shape(d_model=d, n_heads=heads, n_kv_heads=kv_heads, reader_layers=layers[0], writer_layers=layers[1],
-                    reader_ff=3 * d, context_ff=4 * d, foretell=True, writer_ff=d, writer_attention="none",
-                    suffix_rows=suffix_rows),
+                    reader_ff=3 * d, context_ff=4 * d, foretell=True, recall=True, writer_ff=d,
+                    writer_attention="none", suffix_rows=suffix_rows),
     )  # fmt: skip
 
 

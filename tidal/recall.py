@@ -1,0 +1,87 @@
+"""What followed, the last time in this document, what is written now.
+
+    … | ' Trav' 'ers' 'able' | 'Res' 'ources' | '(' | …           ' Traversable', written last character first
+                                               'elba'             now, where 's' followed 'elba' the last time
+
+A cache of the document itself (Kuhn & De Mori 1990, "A cache-based natural language model for speech recognition"), in
+units: the reader foretells the last token of the next block, and the rest of a word that has been met before is a
+lookup. A step asks three times: for the last block that was begun like its own, for the last of them that followed the
+same block as its own, and the same two blocks. The model learns what to make of the answers; docs/design.md says what
+they are worth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from tidal.blocks import FACTOR, NOTHING, NOTHING_WRITTEN, Ints, codes_along, fold
+
+N_RECALLED: Final = 3
+"""Units that a step is told: the first from among all blocks, the second and the third from among those that came after
+the same one, and the same two."""
+
+
+class Recollection:
+    """The definition: what a document that grows block by block recalls. Units are those written, last first."""
+
+    def __init__(self) -> None:
+        self._followed: dict[int, int] = {}
+        self._blocks: tuple[int, ...] = (NOTHING_WRITTEN,)  # codes of the last two, the very last first; now `<bos>`
+
+    def copy(self) -> Recollection:
+        """One that grows on its own."""
+        other = Recollection()
+        other._followed, other._blocks = self._followed.copy(), self._blocks
+        return other
+
+    def read(self, units: Sequence[int], eob_id: int) -> None:
+        """Remember a finished block."""
+        codes = codes_along(units)
+        for order, before in self._contexts():
+            for code, unit in zip(codes[not order :], (*units, eob_id)[not order :], strict=True):
+                self._followed[_key(before, code)] = unit
+        self._blocks = (codes[-1], *self._blocks)[: N_RECALLED - 1]
+
+    def recall(self, written: Sequence[int]) -> tuple[int, ...]:
+        """The N_RECALLED units that followed, NOTHING for those that are not there."""
+        code = functools.reduce(fold, written, NOTHING_WRITTEN)
+        found = [self._followed.get(_key(before, code), NOTHING) for _, before in self._contexts()]
+        return (*found, *[NOTHING] * (N_RECALLED - len(found)))
+
+    def _contexts(self) -> Iterator[tuple[int, int]]:
+        """How many blocks before are to be the same, and their code, as far as there are so many."""
+        before = 0
+        for order in range(len(self._blocks) + 1):
+            before = _key(before, self._blocks[order - 1]) if order else before
+            yield order, before
+
+
+def _key(before: int, code: int) -> int:
+    return fold(before, code - 1)
+
+
+def recalled(codes: Ints, units: Ints, block: Ints, first: Ints, rank: Ints, passage: Ints) -> Ints:
+    """The vectorized twin, for all steps of all blocks of a batch, in order: [n, 3].
+
+    Of each step [n] the code of what is written, the unit that follows, and its block; of each block [m] its first
+    step, its number in its passage (0: `<bos>`, without steps), and the passage.
+    """
+    codes = codes.view(np.uint64)
+    ends = np.append(first[1:], len(codes))
+    whole = np.where(ends > first, codes[np.maximum(ends - 1, 0)] if len(codes) else 0, np.uint64(NOTHING_WRITTEN))
+    before = np.zeros(len(first), np.uint64)
+    found = np.full((len(codes), N_RECALLED), NOTHING)
+    for order in range(N_RECALLED):
+        if order:
+            before = (before ^ np.roll(whole, order)) * np.uint64(FACTOR)
+        keys = (before[block] ^ codes) * np.uint64(FACTOR)
+        usable = np.flatnonzero(rank[block] >= order if order else codes != NOTHING_WRITTEN)
+        by_key = usable[np.argsort(keys[usable], kind="stable")]  # of equal keys, earlier steps stay before later ones
+        last, now = by_key[:-1], by_key[1:]
+        same = (keys[last] == keys[now]) & (passage[block[last]] == passage[block[now]])
+        found[now[same], order] = units[last[same]]
+    return found
