@@ -27,6 +27,8 @@ class Baseline:
     d_ff: int = 384
     position_scale: float = 1.0
     """Distances are multiplied by it before ALiBi sees them. A byte is further away in bytes than in tokens."""
+    recall: bool = False
+    """Told what followed the same one, two and three ids the last time, as Tidal's writer is told."""
 
 
 @dataclass(frozen=True)

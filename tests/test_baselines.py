@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from benchmarks.baselines.causal import (
     Document,
     TokenCoder,
     pack,
+    recalled,
 )
 from tests.strategies import tokenizers
 
@@ -27,9 +29,9 @@ def coder_of(name: str) -> Coder:
     return ByteCoder() if name == "bytes" else TokenCoder(tokenizers()["english"])
 
 
-def random_model(coder: Coder, dtype: torch.dtype = torch.float64) -> CausalTransformer:
+def random_model(coder: Coder, dtype: torch.dtype = torch.float64, recall: bool = False) -> CausalTransformer:
     torch.manual_seed(0)
-    config = CausalConfig.of(coder, d_model=16, n_heads=4, n_kv_heads=2, layers=3, d_ff=24)
+    config = CausalConfig.of(coder, d_model=16, n_heads=4, n_kv_heads=2, layers=3, d_ff=24, recall=recall)
     return CausalTransformer(config).to(dtype).eval()
 
 
@@ -58,20 +60,33 @@ def test_loss_by_hand(coder: Coder) -> None:
     torch.testing.assert_close(loss, -torch.stack(expected).sum(), rtol=0, atol=1e-9)
 
 
-def test_packed_rows_equal_documents_alone(coder: Coder) -> None:
-    model = random_model(coder)
+@pytest.mark.parametrize("recall", [False, True])
+def test_packed_rows_equal_documents_alone(coder: Coder, recall: bool) -> None:
+    model = random_model(coder, recall=recall)
     documents = [Document(coder.encode(TEXTS[i - 1]), coder.encode(text), ends=i != 2) for i, text in enumerate(TEXTS)]
-    alone = [model.log_probs(pack([[d]], coder)) for d in documents]
+    alone = [model.log_probs(pack([[d]], coder, recall)) for d in documents]
     assert [len(x) for x in alone] == [len(d.completion) + d.ends for d in documents]
-    packed = model.log_probs(pack([documents[:3], documents[3:]], coder))
+    packed = model.log_probs(pack([documents[:3], documents[3:]], coder, recall))
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-9)
 
 
-def test_nothing_leaks_from_later_ids(coder: Coder) -> None:
-    model, ids = random_model(coder), coder.encode(TEXTS[0])
+def test_what_is_recalled_by_hand() -> None:
+    #      <bos> a  b  c  a  b  d  <bos> a  b
+    ids = [9, 1, 2, 3, 1, 2, 4, 9, 1, 2]
+    told = recalled(np.array(ids), np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 2], np.float32))
+    assert told[:4].tolist() == [[-1, -1, -1]] * 4
+    assert told[4].tolist() == [2, -1, -1]  # after a came b; after c a, nothing yet
+    assert told[5].tolist() == [3, 3, -1]  # after b, and after a b, came c; after c a b nothing yet
+    assert told[6:].tolist() == [[-1, -1, -1]] * 4  # another document
+    assert recalled(np.array([9, 1, 1, 1, 1]), np.arange(5, dtype=np.float32)).tolist()[-1] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("recall", [False, True])
+def test_nothing_leaks_from_later_ids(coder: Coder, recall: bool) -> None:
+    model, ids = random_model(coder, recall=recall), coder.encode(TEXTS[0])
     for changed in range(len(ids)):
         other = [*ids[:changed], ids[changed] - 1, *ids[changed + 1 :]]
-        one, two = (model.log_probs(pack([[Document([], x)]], coder)) for x in (ids, other))
+        one, two = (model.log_probs(pack([[Document([], x)]], coder, recall)) for x in (ids, other))
         assert torch.equal(one[:changed], two[:changed])
         assert not torch.equal(one[changed:], two[changed:])
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
 from tidal.model import Layer, View
@@ -110,14 +112,16 @@ class CausalBatch:
     """int32 [B, L, 2, 2], ranges from the document's start up to the position itself"""
     targets: Tensor
     """int64 [B, L], -1 where nothing is learnt"""
+    recalled: Tensor | None = None
+    """int64 [B, L, 3], what followed the same one, two and three ids the last time, -1 where nothing did"""
 
     def to(self, device: torch.device | str) -> CausalBatch:
         """The batch on another device."""
-        return CausalBatch(*(x.to(device) for x in (self.ids, self.positions, self.sees, self.targets)))
+        return CausalBatch(*(x.to(device) for f in fields(self) if (x := getattr(self, f.name)) is not None))
 
 
-def pack(rows: Sequence[Sequence[Document]], coder: Coder) -> CausalBatch:
-    """Lay documents out in rows."""
+def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False) -> CausalBatch:
+    """Lay documents out in rows; with what they recall, if that is asked for."""
     width = max(sum(1 + len(d.prompt) + len(d.completion) for d in row) for row in rows)
     ids, targets = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), NOTHING, np.int64)
     positions, sees = np.zeros((len(rows), width), np.float32), np.zeros((len(rows), width, 2, 2), np.int32)
@@ -131,7 +135,27 @@ def pack(rows: Sequence[Sequence[Document]], coder: Coder) -> CausalBatch:
             positions[row, start:end] = np.arange(end - start)
             sees[row, start:end, 0, 0], sees[row, start:end, 0, 1] = start, np.arange(start, end) + 1
             start = end
-    return CausalBatch(*(torch.from_numpy(x) for x in (ids, positions, sees, targets)))
+    arrays = [ids, positions, sees, targets]
+    if recall:
+        arrays.append(np.stack([recalled(*row) for row in zip(ids, positions, strict=True)]))
+    return CausalBatch(*map(torch.from_numpy, arrays))
+
+
+def recalled(ids: npt.NDArray[np.int64], position: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """For every id [L] of a row the ids [L, 3] that followed it, it and the one before, it and the two before, the last
+    time in its document; what tidal/recall.py tells a writer. Positions [L] are counted in the document.
+    """
+    document = np.cumsum(position == 0)
+    found = np.full((len(ids), 3), NOTHING)
+    key = document.astype(np.uint64)
+    for order in range(3):
+        key = (key ^ (np.roll(ids, order) + 1).astype(np.uint64)) * np.uint64(FACTOR)
+        usable = np.flatnonzero(position >= order)
+        by_key = usable[np.argsort(key[usable], kind="stable")]
+        last, now = by_key[:-1], by_key[1:]
+        same = (key[last] == key[now]) & (document[last] == document[now])
+        found[now[same], order] = ids[last[same] + 1]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- model
@@ -151,6 +175,8 @@ class CausalConfig:
     layers: int = 4
     d_ff: int = 384
     qk_norm: bool = True
+    recall: bool = False
+    """As Tidal's; it cannot be decoded with, and is there to be fair in benchmarks/quality.py."""
 
     @classmethod
     def of(cls, coder: Coder, **shape: Any) -> CausalConfig:
@@ -178,6 +204,8 @@ class CausalTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, d)  # also the head
         self.layers = nn.ModuleList(Layer(as_tidal, config.d_ff) for _ in range(config.layers))
         self.norm = nn.RMSNorm(d, eps=1e-6)
+        if config.recall:  # of each V + 1 rows, the first says that nothing is recalled
+            self.recall_embedding = nn.Embedding(3 * (config.vocab_size + 1), d)
         mask = torch.zeros(config.vocab_size)
         mask[list(config.never)] = -math.inf
         self.register_buffer("head_mask", mask, persistent=False)
@@ -193,10 +221,19 @@ class CausalTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=d**-0.5 * scale)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=d**-0.5)
+        if self.config.recall:
+            table = self.recall_embedding.weight.data.view(3, -1, d)
+            table[:, 0], table[:, 1:] = 0, self.embedding.weight.data / math.sqrt(3)
 
-    def run(self, ids: Tensor, views: Sequence[View]) -> Tensor:
+    def run(self, ids: Tensor, views: Sequence[View], recalled: Tensor | None = None) -> Tensor:
         """States [B, L, D] of ids [B, L]; one view a layer."""
         x_bld = self.embedding(ids)
+        if self.config.recall:
+            if recalled is None:
+                raise RuntimeError("this baseline recalls; pack its batches with recall=True")
+            rows = recalled - NOTHING + (self.config.vocab_size + 1) * torch.arange(3, device=ids.device)
+            told = F.embedding_bag(rows.flatten(0, 1), self.recall_embedding.weight, mode="sum")
+            x_bld = x_bld + told.view_as(x_bld)
         for layer, view in zip(self.layers, views, strict=True):
             x_bld = layer(x_bld, view)
         states: Tensor = self.norm(x_bld)
@@ -211,7 +248,7 @@ class CausalTransformer(nn.Module):
         plan = TilePlan.build(batch.sees, batch.ids.shape[1])
         view = View(batch.sees, batch.positions, batch.positions, plan=plan)
         learnt = batch.targets != NOTHING
-        return self.head(self.run(batch.ids, [view] * len(self.layers))[learnt]), batch.targets[learnt]
+        return self.head(self.run(batch.ids, [view] * len(self.layers), batch.recalled)[learnt]), batch.targets[learnt]
 
     def forward(self, batch: CausalBatch) -> tuple[Tensor, int]:
         """Sum of the losses in nats, and of how many targets."""
@@ -225,11 +262,11 @@ class CausalTransformer(nn.Module):
 
     def tables(self) -> list[Tensor]:
         """The parameters that learn faster and without weight decay, as in Tidal."""
-        return [self.embedding.weight]
+        return [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
 
     def n_parameters(self) -> dict[str, int]:
         """Counts of parameters: `tables` and `total`."""
-        return {"tables": self.embedding.weight.numel(), "total": sum(p.numel() for p in self.parameters())}
+        return {"tables": sum(t.numel() for t in self.tables()), "total": sum(p.numel() for p in self.parameters())}
 
     def cache_bytes(self, n: int) -> int:
         """Bytes of cached keys and values for a context of `n` ids, in the dtype of the weights."""
