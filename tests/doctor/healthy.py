@@ -28,6 +28,7 @@ def random_shape(r: random.Random) -> Shape:
         n_kv_heads=kv_heads, reader_layers=r.randint(1, 3), writer_layers=r.randint(1, 3), reader_ff=r.randint(4, 40),
         writer_ff=r.randint(4, 40), suffix_rows=r.choice((0, 1, 7, 61, 1000)), context_ff=r.choice((0, 8)),
         foretell=r.random() < 0.5,
+        recall=r.random() < 0.5,
         writer_attention=r.choice(("memory", "memory", "block", "none")), qk_norm=r.random() < 0.5,
         place_jitter=r.choice((0, 0, 1, 20)), step_stride=r.choice((0.0, 0.0, 0.3, 0.375, 1.0)),
         step_window=r.choice((0, 0, 1, 2, 5)),
