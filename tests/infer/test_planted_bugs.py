@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.doctor.bugs_model import first_is_recalled, recalled_from_other_documents, recalled_from_the_future
 from tests.infer.test_grammar import check_admits, check_never_unwritable, check_walks
 from tests.strategies import tiny, tiny_copy, tokenizers
 from tests.test_laws import (
@@ -28,7 +29,7 @@ from tests.test_laws import (
     table_for,
 )
 from tests.test_streams import check_tabled, check_targets_are_text, check_twin
-from tidal import streams
+from tidal import recall, streams
 from tidal.blocks import BlockTable, Passage, passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
 from tidal.infer import decoder as decoding
@@ -42,7 +43,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 # ------------------------------------------------------------------------------------------------ checks
 
-PROMPT, TEXT = "the light and", " the dogs with 12 + 7 = é👍\n"
+PROMPT, TEXT = "the light and", " the dogs with the 12 + 7 = é👍\n"
 
 
 def rows(table: BlockTable, offset: int = 0) -> list[list[Passage]]:
@@ -90,8 +91,8 @@ def walks() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    "twin": on_streams(check_twin, Steps(0.375, 2)),
-    "tabled": on_streams(check_tabled, Steps(0.375, 2)),
+    "twin": on_streams(check_twin, Steps(0.375, 2, recall=True)),
+    "tabled": on_streams(check_tabled, Steps(0.375, 2, recall=True)),
     "targets": on_streams(check_targets_are_text),
     "future": on_models(check_future, PROMPT, TEXT, " fox"),
     "rest of block": on_models(check_rest_of_block, PROMPT, " l", "midn", "ight"),
@@ -397,6 +398,12 @@ BUGS: dict[str, tuple[Plant, str]] = {  # bug: how to plant it, the checks that 
     "<eob> dropped": (eob_dropped, "twin, tabled, targets, naive, decoded"),
     "suffixes from the wrong side in decoding only": (
         in_decoding(suffixes_forwards), "decoded, side by side, engine"),
+    "what is recalled comes from other documents": (
+        replacing(streams, "recalled", recalled_from_other_documents), "twin, tabled"),
+    "what is recalled comes from the future": (
+        replacing(streams, "recalled", recalled_from_the_future), "twin, tabled"),
+    "the first of equal blocks is recalled": (
+        replacing(recall.Recollection, "read", first_is_recalled), "twin, tabled"),
     "stale block slots visible": (
         in_decoding(lambda self, written, s: {"sees_writer": (s.sees_writer[0], min(s.sees_writer[1] + 1, 9))}),
         "decoded, side by side, engine"),
