@@ -1,7 +1,7 @@
 """What followed, the last time in this document, what is written now.
 
-    … | ' Trav' 'ers' 'able' | 'Res' 'ources' | '(' | …           ' Traversable', written last character first
-                                               'elba'             now, where 's' followed 'elba' the last time
+    read    … class Traversable ( …           a block that was written   e l b a s r e v a r T ␣ <eob>
+    now     … class ?                         of its next block written  e l b a                      told: s
 
 A cache of the document itself (Kuhn & De Mori 1990, "A cache-based natural language model for speech recognition"), in
 units: the reader foretells the last token of the next block, and the rest of a word that has been met before is a
@@ -61,7 +61,7 @@ class Recollection:
 
 
 def _key(before: int, code: int) -> int:
-    return fold(before, code - 1)
+    return fold(before, code - 1)  # (before ^ code) * FACTOR, in 64 bits
 
 
 def recalled(codes: Ints, units: Ints, block: Ints, first: Ints, rank: Ints, passage: Ints) -> Ints:
