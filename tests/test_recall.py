@@ -25,7 +25,7 @@ def told(found: Recollection, written: str) -> str:
 
 def test_what_followed_the_last_time() -> None:
     found = recollection("Traversable", ".", "stable", ".")
-    assert told(found, "able") == "tt-"  # of two that end so, the later one, which stood after `.`, but not `stable` `.`
+    assert told(found, "able") == "tt-"  # of two the later one, which came after `.`, not after `stable` `.`
     assert told(found, "sable") == "r--"  # the earlier one did not
     assert told(found, "stable") == "||-"
     assert told(found, "x") == "---"

@@ -169,6 +169,9 @@ class Optim:
     """Embedding tables learn with this multiple of it, and without weight decay."""
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
+    sharpen: float = 0.0
+    """Weight decay of the gains of queries, with the other sign: they grow, and attention that was soft while it was
+    learnt ends sharp enough for longer texts."""
     beta2: float = 0.98
     """Second moment rate of AdamW, which learns the tables."""
     warmup_steps: int = 100

@@ -93,7 +93,7 @@ class Decoder:
         self.positions, self.context = self.positions[index], self.context[index]
         self.sums = self.sums[index]
         self._unread = {new for new, old in enumerate(rows) if old in self._unread}
-        first = {row: new for new, row in reversed(list(enumerate(rows)))}
+        first = {row: new for new, row in reversed(list(enumerate(rows)))}  # keeps its builder, others get copies
         self.builders = [self.builders[row] if first[row] == new else self.builders[row].copy()
                          for new, row in enumerate(rows)]  # fmt: skip
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tidal.config import Optim
-from tidal.model import TidalTransformer
+from tidal.model import Layer, TidalTransformer
 from tidal.train.parallel import is_sharded, like, whole
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay).
+    """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay; those of
+    queries may grow).
 
     Muon (Jordan et al. 2024) is torch's own, with updates as large as AdamW's (Liu et al. 2025, "Muon is scalable
     for LLM training"), so that one learning rate serves both.
@@ -23,7 +24,9 @@ class Optimizer:
         tables = model.tables()
         is_table = {id(p) for p in tables}
         others = [p for p in model.parameters() if id(p) not in is_table]
-        gains = [p for p in others if p.ndim < 2]
+        attending = [m for m in model.modules() if isinstance(m, Layer) and m.attends]
+        of_queries = [p for layer in attending for p in layer.norm_query.parameters()]
+        gains = [p for p in others if p.ndim < 2 and not any(p is q for q in of_queries)]
         matrices = [p for p in others if p.ndim == 2]
         self.parts: list[torch.optim.Optimizer] = [
             (ShardedMuon if is_sharded(matrices[0]) else torch.optim.Muon)(
@@ -31,7 +34,8 @@ class Optimizer:
                 lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw",
             ),
             torch.optim.AdamW(
-                [{"params": tables, "scale": settings.table_lr_scale}, {"params": gains, "scale": 1.0}],
+                [{"params": tables, "scale": settings.table_lr_scale}, {"params": gains, "scale": 1.0},
+                 {"params": of_queries, "scale": 1.0, "weight_decay": -settings.sharpen}],
                 lr=settings.lr, weight_decay=0.0, betas=(0.9, settings.beta2), fused=True,
             ),
         ]  # fmt: skip
