@@ -216,7 +216,7 @@ def tidal_units(tokenizer: MixedTokenizer, text: str) -> list[int]:
 def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, new: str) -> Tensor:
     """Log-probabilities of a continuation in the packed pass."""
     table = BlockTable(tokenizer)
-    return model.log_probs(pack([[passage(table, prompt, new)]], table))
+    return model.log_probs(pack([[passage(table, prompt, new)]], table, steps=model.config.shape.steps))
 
 
 # --------------------------------------------------------------------------------------------------- timing

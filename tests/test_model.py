@@ -91,7 +91,7 @@ def test_parameters_add_up(shape: str) -> None:
 def test_flops_are_those_that_torch_counts(shape: str) -> None:
     model, _ = tiny("english", shape)
     table = BlockTable(tokenizers()["english"])
-    batch = streams.pack([[passage(table, "", TEXT)]], table)
+    batch = streams.pack([[passage(table, "", TEXT)]], table, steps=model.config.shape.steps)
     n_tokens, n_steps = batch.reader_ids.shape[1], batch.targets.shape[1]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head(model.states(batch)[1])
@@ -120,7 +120,7 @@ def test_writer_plans_stay_within_their_blocks(shape: str, monkeypatch: pytest.M
     """Between blocks there are no scores: a tile's slices are the hull of its own steps' blocks, and the memory."""
     model, tokenizer = tiny("english", shape)
     table = BlockTable(tokenizer)
-    batch = streams.pack([[passage(table, "", TEXT * 9)]], table)
+    batch = streams.pack([[passage(table, "", TEXT * 9)]], table, steps=model.config.shape.steps)
     plans: list[tuple[TilePlan, torch.Tensor]] = []
     build = TilePlan.build
 
@@ -233,7 +233,7 @@ def test_every_place_that_training_can_draw_has_a_row() -> None:
     shape, tokenizer = SHAPES["memory deep"], tokenizers()["english"]
     model, table = tiny("english", "memory deep")[0], BlockTable(tokenizer)
     longest = "w" * tokenizer.max_block_units
-    batch = streams.pack([[passage(table, "", longest, place_offset=shape.place_jitter)]], table)
+    batch = streams.pack([[passage(table, "", longest, place_offset=shape.place_jitter)]], table, steps=shape.steps)
     assert int(batch.writer_places.max()) == model.config.n_places - 1
     assert batch.reader_places[0, 0] == NO_PLACE
     assert not model.place_table[NO_PLACE].any()
@@ -253,6 +253,15 @@ def test_of_rotary_places_only_differences_matter(text: str) -> None:
             here, there = (model.log_probs(streams.pack([[passage(table, "", text, place_offset=o)]], table))
                            for o in (0, 4))  # fmt: skip
         assert torch.allclose(here, there, rtol=0, atol=1e-6) == rotary
+
+
+def test_a_batch_for_another_model_is_refused() -> None:
+    """Packed for other distances, windows or without what is recalled, it would train, and decoding would differ."""
+    model, tokenizer = tiny("english", "none")
+    table = BlockTable(tokenizer)
+    batch = streams.pack([[passage(table, "", TEXT)]], table)
+    with pytest.raises(ValueError, match=r"packed for Steps\(.*recall=False\), the model has Steps\(.*recall=True\)"):
+        model(batch)
 
 
 def test_the_head_is_a_distribution_over_units_only() -> None:

@@ -43,7 +43,7 @@ def tokenizer() -> MixedTokenizer:
 def made(shape: Shape, tokenizer: MixedTokenizer) -> tuple[TidalTransformer, Batch]:
     """A model with the vocabulary and head of `tidal.sizes`, and a row without padding."""
     table = BlockTable(tokenizer)
-    batch = pack([[passage(table, "", TEXT)]], table)
+    batch = pack([[passage(table, "", TEXT)]], table, steps=shape.steps)
     config = TidalConfig(2048, sizes.N_WRITABLE, sizes.N_HEAD, 32, tokenizer.fingerprint, shape)
     return TidalTransformer(config, tokenizer.spelling), batch
 

@@ -38,7 +38,7 @@ def assert_same(one: Batch, other: Batch) -> None:
             assert a == b, name
 
 
-def batch_of(rows: Sequence[Row], n_bytes: int) -> Batch:
+def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps) -> Batch:
     """Rows of lists, padded by hand."""
     n_reader = max(len(row["reader_ids"]) for row in rows)
     n_writer = max(len(row["targets"]) for row in rows)
@@ -51,7 +51,7 @@ def batch_of(rows: Sequence[Row], n_bytes: int) -> Batch:
         for i, row in enumerate(rows):
             values[i, : len(row[name])] = np.array(row[name]).reshape(-1, *inner)
         fields[name] = torch.from_numpy(values)
-    return Batch(**fields, n_units=sum(len(row["targets"]) for row in rows), n_bytes=n_bytes)
+    return Batch(**fields, n_units=sum(len(row["targets"]) for row in rows), n_bytes=n_bytes, steps=layout)
 
 
 def blocks_of(p: Passage, table: BlockTable) -> list[tuple[str, bool]]:
@@ -100,7 +100,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
             "sees_writer": [s.sees_writer for s in steps],
             "targets": targets,
         })  # fmt: skip
-    return batch_of(done, n_bytes)
+    return batch_of(done, n_bytes, layout)
 
 
 def units_of(text: str, tokenizer: MixedTokenizer) -> list[int]:
@@ -114,7 +114,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
     tokenizer, n_bytes, done = table.tokenizer, 0, []
     for row in rows:
         out: Row = {name: [] for name in (f.name for f in dataclasses.fields(Batch)) if name not in
-                    ("n_units", "n_bytes")}  # fmt: skip
+                    ("n_units", "n_bytes", "steps")}  # fmt: skip
         for p in row:
             start, own = len(out["reader_ids"]), len(out["targets"])
             blocks = [("", False), *blocks_of(p, table)]
@@ -151,7 +151,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                     out["reader_sees"].append((start, start + n_j + len(ids[j])))
                     out["next_tokens"].append(NOTHING)
         done.append(out)
-    return batch_of(done, n_bytes)
+    return batch_of(done, n_bytes, layout)
 
 
 def placed(data: bytes) -> bool:

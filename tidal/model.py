@@ -254,6 +254,8 @@ class TidalTransformer(nn.Module):
 
     def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same, and `foretell` [n, V] at the n places that are asked for the next token, if the writer is told."""
+        if batch.steps != self.config.shape.steps:
+            raise ValueError(f"the batch is packed for {batch.steps}, the model has {self.config.shape.steps}")
         none = torch.zeros_like(batch.reader_sees)
         reader_view = _planned(torch.stack([batch.reader_sees, none], 2), batch.reader_positions,
                                batch.reader_positions)  # fmt: skip

@@ -156,6 +156,8 @@ class Batch:
     """Supervised units."""
     n_bytes: int
     """UTF-8 bytes of the supervised text."""
+    steps: Steps = PLAIN_STEPS
+    """What it was packed for."""
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on another device."""
@@ -234,6 +236,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
         targets=writer(targets_s, NOTHING),
         n_units=len(targets_s),
         n_bytes=int(table.n_bytes.view()[index_b[supervised_b]].sum()),
+        steps=steps,
     )
 
 
