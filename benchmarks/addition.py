@@ -285,7 +285,7 @@ def markdown(runs: Sequence[Run]) -> str:
         first = found[0]
         digits, rows = first["train"]["addition"]["digits"], first["train"]["rows"]
         lines += [f"**{first['part']}**: operands of at most {digits} digits, {first['steps']} steps of {rows} rows, "
-                  f"{first['parameters']:,} parameters", ""]  # fmt: skip
+                  f"{first['parameters']:,} parameters{unusual(first)}", ""]  # fmt: skip
         lengths = first["part"] == "length"
         columns = [f"{n} digits" for n in first["asked"]["lengths"]] if lengths else ["exact match"]
         columns += {"samples": ["Lee et al."], "exact": ["edge cases"], "length": []}[first["part"]]
@@ -306,6 +306,14 @@ def markdown(runs: Sequence[Run]) -> str:
             lines.append(f"| {variant} | {samples or 'endless'} | {' | '.join(cells)} | {len(some)} | {seconds:.0f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def unusual(run: Run) -> str:
+    """Settings of model and optimizer that are not the recipe's own, as --set takes them."""
+    own = asdict(PRESETS["addition"])
+    changed = {name: value for part in ("model", "optim") for name, value in run["train"][part].items()
+               if value != own[part].get(name)}  # fmt: skip
+    return "".join(f", {name.replace('_', '-')}={value}" for name, value in changed.items())
 
 
 def spread(shares: Sequence[float]) -> str:
@@ -331,7 +339,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         shared = [n for n in some[0]["exact_match"] if all(n in r["exact_match"] for r in some)]
         means = [statistics.fmean(r["exact_match"][n] for r in some) for n in shared]
         axes.plot([int(n) for n in shared], means, color=colour, marker="o", markersize=4,
-                  label=f"{variant}, up to {digits} digits, seeds: {len(some)}")  # fmt: skip
+                  label=f"{variant}, up to {digits} digits{unusual(some[0])}, seeds: {len(some)}")  # fmt: skip
         axes.axvline(digits, color=colour, linewidth=0.8, linestyle="--")
     lengths = sorted({int(n) for r in runs for n in r["exact_match"]})
     axes.set(xscale="log", xlabel="digits of both operands (dashed: trained up to here)", ylabel="exact match")
