@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, str]] = {
         "lr 8e-3, table rate ×5": "lr=8e-3,table-lr-scale=5",
         "AdamW for matrices": "matrices=adamw",
         "AdamW for matrices, lr 1e-3, table rate ×20": "matrices=adamw,lr=1e-3,table-lr-scale=20",
+        "nothing recalled": "recall=off",
         "not foretold": "foretell=off",
         "not foretold, aux 0": "foretell=off,aux-weight=0",
         "aux 0.1": "aux-weight=0.1",
@@ -88,6 +89,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "baselines": {
         "token transformer": "token",
         "token transformer, bf16": "token:precision=bf16",
+        "token model that recalls": "token:recall=on",
         "byte transformer": "byte",
     },
 }  # fmt: skip
