@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from tidal.blocks import FACTOR, NOTHING, NOTHING_WRITTEN, Ints, codes_along, fold
 
@@ -80,8 +81,17 @@ def recalled(codes: Ints, units: Ints, block: Ints, first: Ints, rank: Ints, pas
             before = (before ^ np.roll(whole, order)) * np.uint64(FACTOR)
         keys = (before[block] ^ codes) * np.uint64(FACTOR)
         usable = np.flatnonzero(rank[block] >= order if order else codes != NOTHING_WRITTEN)
-        by_key = usable[np.argsort(keys[usable], kind="stable")]  # of equal keys, earlier steps stay before later ones
-        last, now = by_key[:-1], by_key[1:]
-        same = (keys[last] == keys[now]) & (passage[block[last]] == passage[block[now]])
-        found[now[same], order] = units[last[same]]
+        last, now = repeats(keys, passage[block], usable)
+        found[now, order] = units[last]
     return found
+
+
+def repeats(keys: npt.NDArray[np.integer], document: Ints, usable: Ints) -> tuple[Ints, Ints]:
+    """Pairs (earlier, later) of elements with the same key in the same document, nothing between them having it.
+
+    Of all elements [n], in order, their keys and documents; `usable` are the indices of those that count, rising.
+    """
+    by_key = usable[np.argsort(keys[usable], kind="stable")]  # of equal keys, earlier ones stay before later ones
+    last, now = by_key[:-1], by_key[1:]
+    same = (keys[last] == keys[now]) & (document[last] == document[now])
+    return last[same], now[same]

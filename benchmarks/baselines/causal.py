@@ -26,6 +26,7 @@ from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
 from tidal.model import Layer, View
+from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
 
 NOTHING = -1  # the target of a position that is not learnt
@@ -146,15 +147,12 @@ def recalled(ids: npt.NDArray[np.int64], position: npt.NDArray[np.float32]) -> n
     time in its document; what tidal/recall.py tells a writer. Positions [L] are counted in the document.
     """
     document = np.cumsum(position == 0)
-    found = np.full((len(ids), 3), NOTHING)
+    found = np.full((len(ids), N_RECALLED), NOTHING)
     key = document.astype(np.uint64)
-    for order in range(3):
+    for order in range(N_RECALLED):
         key = (key ^ (np.roll(ids, order) + 1).astype(np.uint64)) * np.uint64(FACTOR)
-        usable = np.flatnonzero(position >= order)
-        by_key = usable[np.argsort(key[usable], kind="stable")]
-        last, now = by_key[:-1], by_key[1:]
-        same = (key[last] == key[now]) & (document[last] == document[now])
-        found[now[same], order] = ids[last[same] + 1]
+        last, now = repeats(key, document, np.flatnonzero(position >= order))
+        found[now, order] = ids[last + 1]
     return found
 
 
@@ -205,7 +203,7 @@ class CausalTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(as_tidal, config.d_ff) for _ in range(config.layers))
         self.norm = nn.RMSNorm(d, eps=1e-6)
         if config.recall:  # of each V + 1 rows, the first says that nothing is recalled
-            self.recall_embedding = nn.Embedding(3 * (config.vocab_size + 1), d)
+            self.recall_embedding = nn.Embedding(N_RECALLED * (config.vocab_size + 1), d)
         mask = torch.zeros(config.vocab_size)
         mask[list(config.never)] = -math.inf
         self.register_buffer("head_mask", mask, persistent=False)
@@ -222,8 +220,8 @@ class CausalTransformer(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=d**-0.5)
         if self.config.recall:
-            table = self.recall_embedding.weight.data.view(3, -1, d)
-            table[:, 0], table[:, 1:] = 0, self.embedding.weight.data / math.sqrt(3)
+            table = self.recall_embedding.weight.data.view(N_RECALLED, -1, d)
+            table[:, 0], table[:, 1:] = 0, self.embedding.weight.data / math.sqrt(N_RECALLED)
 
     def run(self, ids: Tensor, views: Sequence[View], recalled: Tensor | None = None) -> Tensor:
         """States [B, L, D] of ids [B, L]; one view a layer."""
@@ -231,7 +229,7 @@ class CausalTransformer(nn.Module):
         if self.config.recall:
             if recalled is None:
                 raise RuntimeError("this baseline recalls; pack its batches with recall=True")
-            rows = recalled - NOTHING + (self.config.vocab_size + 1) * torch.arange(3, device=ids.device)
+            rows = recalled - NOTHING + (self.config.vocab_size + 1) * torch.arange(N_RECALLED, device=ids.device)
             told = F.embedding_bag(rows.flatten(0, 1), self.recall_embedding.weight, mode="sum")
             x_bld = x_bld + told.view_as(x_bld)
         for layer, view in zip(self.layers, views, strict=True):

@@ -36,12 +36,11 @@ def test_no_false_alarms(seed: int) -> None:
     assert report.ok, f"{report.subject}\n{report.table()}"
 
 
-@pytest.mark.parametrize("sure", [8.0, 30.0])
-def test_a_reader_that_is_sure_is_no_false_alarm(sure: float) -> None:
+def test_a_reader_that_is_sure_is_no_false_alarm() -> None:
     """Shares of what it rules out are differences of sums that are nearly equal."""
     model, tokenizer = make()
     with torch.no_grad():
-        model.token_embedding.weight *= sure
+        model.token_embedding.weight *= 8
     report = run(model, tokenizer, quick=True, checks=[13, 14, 15, 16])
     assert report.ok, report.table()
 
