@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from benchmarks.addition_results import Run, draw, markdown
 from benchmarks.quality import machine, write
+from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Lengths, Train
 from tidal.train.presets import PRESETS
@@ -85,6 +86,7 @@ class Settings:
 def run(argv: list[str]) -> None:
     """Measure what is missing, print the tables and one JSON line."""
     settings = parse(Settings, argv, "python -m benchmarks.addition", __doc__)
+    keep_memory()  # as training does
     if min(settings.samples, default=0) < 1 or min(settings.lengths, default=0) < 1 or not settings.seeds:
         raise UserError("--samples, --lengths and --seeds must each name something, of at least 1")
     if min(settings.pairs, settings.count) < 1:

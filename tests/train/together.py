@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,7 +29,8 @@ from tidal.train import __main__ as command
 from tidal.train import disk, records
 from tidal.train.gradient import gradients
 from tidal.train.loop import model_for, train
-from tidal.train.optim import Optimizer, ShardedMuon
+from tidal.train.muon import Muon
+from tidal.train.optim import Optimizer
 from tidal.train.parallel import Parallel, joined, like, whole
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
@@ -227,7 +229,7 @@ def bug_same_rows(parallel: Parallel) -> float:
     return apart(mine, gradient(Parallel(), UNCLIPPED))
 
 
-def muon_apart(parallel: Parallel, kind: type[torch.optim.Muon] = ShardedMuon) -> float:
+def muon_apart(parallel: Parallel, kind: Callable[..., torch.optim.Optimizer] = Muon) -> float:
     """Two updates of sharded matrices and of whole ones; some have fewer rows than there are processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -236,9 +238,7 @@ def muon_apart(parallel: Parallel, kind: type[torch.optim.Muon] = ShardedMuon) -
     for shape in ((32, 16), (16, 48), (10, 7), (3, 8), (1, 5)):
         weight, *grads = torch.randn(3, *shape, generator=generator)
         alone, cut = nn.Parameter(weight.clone()), nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
-        options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-        updates = [torch.optim.Muon([alone], **options), kind([cut], **options)]
-        updates[1].state[cut]["momentum_buffer"] = torch.zeros_like(cut)
+        updates = [make([{"params": [p]}], lr=0.1, weight_decay=0.1) for make, p in ((Muon, alone), (kind, cut))]
         for grad in grads:
             alone.grad, cut.grad = grad.clone(), like(cut, grad)
             for update in updates:
@@ -250,6 +250,6 @@ def muon_apart(parallel: Parallel, kind: type[torch.optim.Muon] = ShardedMuon) -
 def torchs_muon_apart(parallel: Parallel) -> float:
     """The same by torch's own, which may also raise an error."""
     try:
-        return muon_apart(parallel, torch.optim.Muon)
+        return muon_apart(parallel, partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
     except RuntimeError:  # "in-place operations that require placement changes are not supported"
         return 1.0

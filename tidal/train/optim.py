@@ -9,16 +9,13 @@ from torch import Tensor
 
 from tidal.config import Optim
 from tidal.model import Layer, TidalTransformer
-from tidal.train.parallel import is_sharded, like, whole
+from tidal.train.muon import Muon
+from tidal.train.parallel import like
 
 
 class Optimizer:
     """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay; those of
-    queries may grow).
-
-    Muon (Jordan et al. 2024) is torch's own, with updates as large as AdamW's (Liu et al. 2025, "Muon is scalable
-    for LLM training"), so that one learning rate serves both.
-    """
+    queries may grow)."""
 
     def __init__(self, model: TidalTransformer, settings: Optim) -> None:
         tables = model.tables()
@@ -29,10 +26,7 @@ class Optimizer:
         gains = [p for p in others if p.ndim < 2 and not any(p is q for q in of_queries)]
         matrices = [p for p in others if p.ndim == 2]
         self.parts: list[torch.optim.Optimizer] = [
-            (ShardedMuon if is_sharded(matrices[0]) else torch.optim.Muon)(
-                [{"params": matrices, "scale": 1.0}],
-                lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw",
-            ),
+            Muon([{"params": matrices, "scale": 1.0}], lr=settings.lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(
                 [{"params": tables, "scale": settings.table_lr_scale}, {"params": gains, "scale": 1.0},
                  {"params": of_queries, "scale": 1.0, "weight_decay": -settings.sharpen}],
@@ -88,29 +82,9 @@ class Optimizer:
 
 def moments_of(part: torch.optim.Optimizer) -> dict[str, bool]:
     """What an optimizer keeps for each parameter: names, and whether that is shaped like it (or a number)."""
-    if isinstance(part, torch.optim.Muon):
+    if isinstance(part, Muon):
         return {"momentum_buffer": True}
     return {"step": False, "exp_avg": True, "exp_avg_sq": True}
-
-
-class ShardedMuon(torch.optim.Muon):
-    """Muon for matrices that FSDP has cut up by rows: moments stay cut up, each matrix is put together for its update.
-
-    Torch's own takes DTensors, too, but multiplies the pieces: Newton-Schulz, in bfloat16, then rounds otherwise than
-    with whole matrices (1 to 3% of an update), and a matrix of fewer rows than processes is an error.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all matrices; to be called by all processes."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = torch.nn.Parameter(torch.zeros(p.shape, device=p.device))
-                update.grad = whole(p.grad.lerp(buffer, group["momentum"]))
-                torch.optim.Muon([update], lr=group["lr"], weight_decay=0.0, momentum=0.0, nesterov=False,
-                                 adjust_lr_fn=group["adjust_lr_fn"]).step()  # type: ignore[no-untyped-call]  # fmt: skip
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(p, update.detach()))
 
 
 def learning_rate(step: int, max_steps: int, settings: Optim) -> float:

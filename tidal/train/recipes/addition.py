@@ -56,7 +56,7 @@ def answer_of(*numbers: int, operation: str = "+") -> str:
 def random_operand(rng: np.random.Generator, digits: int) -> int:
     """A number of exactly so many digits, of any size."""
     first = rng.integers(1 if digits > 1 else 0, 10)
-    return int("".join(map(str, [first, *rng.integers(0, 10, digits - 1)])))
+    return int("".join(map(str, [first, *rng.integers(0, 10, digits - 1).tolist()])))
 
 
 def random_sums(rng: np.random.Generator, digits: int, count: int) -> list[Sum]:
@@ -179,6 +179,8 @@ class AdditionRecipe:
     def packed(self, rows: Sequence[Row]) -> Batch:
         """These rows, with a document in each."""
         self.table.limit()
+        texts = (text for r in rows for text in (r.stray + r.prompt, r.answer))
+        self.table.indices(block for text in texts for block in self.tokenizer.split(text))  # all that are new, at once
         documents = [[passage(self.table, r.stray + r.prompt, r.answer, place_offset=r.place_offset,
                               position_scale=r.position_scale)] for r in rows]  # fmt: skip
         batch = pack(documents, self.table, steps=self.settings.model.steps)

@@ -1,0 +1,54 @@
+"""Muon, which learns the matrices: each update is the gradient's momentum with all singular values brought near one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidal.train.parallel import like, whole
+
+MOMENTUM = 0.95
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay, its updates as large as AdamW's (Liu
+    et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves both.
+
+    Not torch's own, which works in bfloat16 everywhere: a CPU that has no such products emulates them, 10 to 30 times
+    slower than float32 (docs/training.md), and takes matrices that FSDP has cut up by their pieces, which is not the
+    same update. Here moments stay cut up, and each matrix is put together for its update.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all matrices; where they are cut up, to be called by all processes."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not (state := self.state[p]):
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
+                update = orthogonal(whole(p.grad.lerp(momentum, MOMENTUM)))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(g_mn: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """U S Vᵀ [m, n] of g = U D Vᵀ with S near one (0.7 to 1.2), by Newton-Schulz iterations X ← aX + (bA + cA²)X,
+    A = XXᵀ, with Jordan's coefficients; in `dtype`, by default bfloat16 on GPUs and the gradient's own on CPUs.
+    """
+    a, b, c = COEFFICIENTS
+    wide = g_mn.shape[0] <= g_mn.shape[1]
+    x = (g_mn if wide else g_mn.mT).to(dtype or (torch.bfloat16 if g_mn.is_cuda else g_mn.dtype))
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(g_mn.dtype)
