@@ -16,7 +16,8 @@ from tidal.tokenizer import Spelling
 class Foretold(nn.Module):
     """Of the tokens that end with what is written, some go on with each unit, and some end here: their shares of the
     distribution are the expected next units. With tokens in the order of their spelling, each is a stretch of them,
-    and its probability a difference of two running sums, float64 so that rare stretches keep their digits.
+    and its probability a difference of two running sums, kept to twice the digits of what they add up: next to all the
+    others, rare stretches would lose theirs.
 
     A unit of share q is fed with weight log(1 + q / FLOOR) / log(1 + 1 / FLOOR), from 0 to 1, without gradient: the
     reader learns to foretell from the auxiliary loss alone. What that is worth: docs/design.md.
@@ -32,32 +33,47 @@ class Foretold(nn.Module):
             values = torch.from_numpy(getattr(spelling, name)) if spelling else None
             self.register_buffer(name, values, persistent=False)
 
+    @property
+    def n_sums(self) -> tuple[int, int]:
+        """K and 1 + T of `sums`."""
+        return 1 + (self.embedding.weight.dtype == torch.float64), 1 + cast(Tensor, self.order).shape[0]
+
     @torch.no_grad()
     def sums(self, next_nv: Tensor) -> Tensor:
-        """Running sums float64 [n, 1 + T] of the T spelled tokens' probabilities, of log-probabilities [n, V]."""
+        """Running sums float64 [n, K, 1 + T] of the T spelled tokens' probabilities, of log-probabilities [n, V].
+
+        K is 1; in float64 it is 2, the second being what the roundings of the first have left out (Dekker 1971).
+        """
         if self.spelling is None:
             raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
-        order = cast(Tensor, self.order)
-        sums = next_nv.new_empty(len(next_nv), 1 + len(order), dtype=torch.float64)
-        sums[:, 0] = 0
-        torch.cumsum(next_nv.index_select(1, order).exp_(), -1, dtype=torch.float64, out=sums[:, 1:])
+        p_nt = next_nv.index_select(1, cast(Tensor, self.order)).exp_()
+        sums = p_nt.new_zeros(len(p_nt), *self.n_sums, dtype=torch.float64)
+        torch.cumsum(p_nt, -1, dtype=torch.float64, out=sums[:, 0, 1:])
+        if sums.shape[1] > 1:
+            torch.cumsum(p_nt - sums[:, 0].diff(), -1, out=sums[:, 1, 1:])
         return sums
 
-    def forward(self, sums_nt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
+    def forward(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
         """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node."""
         buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
         unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
-        node, row = nodes.flatten().clamp(min=0), which.flatten() * sums_nt.shape[1]
+        node, row = nodes.flatten().clamp(min=0), which.flatten()
         n_children = torch.where(nodes.flatten() < 0, 0, first_child[node + 1] - first_child[node])
         begins = n_children.cumsum(0) - n_children
         step = torch.repeat_interleave(n_children)
         child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
         with torch.no_grad():
-            sums = sums_nt.flatten()
-            of_node = sums[row + node_to[node]] - sums[row + node_from[node]]
-            of_child = sums[row[step] + child_to[child]] - sums[row[step] + child_from[child]]
+            of_node = _between(sums_nkt, row, node_from[node], node_to[node])
+            of_child = _between(sums_nkt, row[step], child_from[child], child_to[child])
             share = of_child.clamp(min=0) / (of_node[step] + 1e-6)
             weights = (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
         table = self.embedding.weight
         hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights.to(table.dtype))
         return hints.view(*nodes.shape, table.shape[1])
+
+
+def _between(sums_nkt: Tensor, row: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """What the tokens [start, end) of these rows add up to."""
+    flat, (n_k, width) = sums_nkt.flatten(), sums_nkt.shape[1:]
+    at = width * (n_k * row[:, None] + torch.arange(n_k, device=row.device))
+    return (flat[at + end[:, None]] - flat[at + start[:, None]]).sum(-1)  # gathering by one index is twice as fast

@@ -12,7 +12,7 @@ from torch import Tensor
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, Passage
 from tidal.doctor.oracle import dense_block
 from tidal.doctor.patient import Document, Patient, lively
-from tidal.doctor.registry import DECODED, EXACT, FLOAT32, FORETOLD, ORACLE, TRAINED, check
+from tidal.doctor.registry import DECODED, EXACT, FLOAT32, ORACLE, TRAINED, check
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
 from tidal.infer.beam import beam_search
@@ -26,7 +26,6 @@ from tidal.streams import pack
 @check(13, "packed = block by block", "the packed training pass is not what reading block by block gives")
 def packed_is_naive(patient: Patient, meter: Meter) -> None:
     """One packed pass against the model written a second time, densely, every block's context read from scratch."""
-    limit = FORETOLD if patient.model.foretold else EXACT
     for document in patient.documents:
         layout = patient.layout(document)
         blocks = list(dict.fromkeys(step.block for step in layout.steps))
@@ -34,7 +33,7 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
             continue
         parts = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
         try:
-            meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in parts]), limit,
+            meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in parts]), EXACT,
                         partial(patient.where, document), (TRAINED, ORACLE))  # fmt: skip
         except Found as found:
             tape = _training_tape(patient, document)

@@ -12,9 +12,6 @@ EXACT = 1e-9
 """Two computations of a log-probability in float64. Rounding leaves about 1e-13 of it, a bug rarely less than 1e-6."""
 FLOAT32 = 1e-4
 """The same in float32: 2^-24 relative, logits up to some hundreds, a few thousand roundings."""
-FORETOLD = 1e-6
-"""In float64, a model that foretells against its definition: a share is the difference of two running sums up to 1,
-each off by some 1e-15, over a probability of 1e-6 or more, and its logarithm begins at 1e-3."""
 TRAINED, DECODED, ORACLE = "training", "decoding", "definition"
 
 

@@ -72,8 +72,8 @@ class Decoder:
         ]
         self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device)
         self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=weight.dtype)
-        n_tokens = len(tokenizer.spelling.order) if model.foretold else 0
-        self.sums = torch.zeros(n_rows, 1 + n_tokens, device=self.device, dtype=torch.float64)
+        n_sums = model.foretold.n_sums if model.foretold else ()
+        self.sums = torch.zeros(n_rows, *n_sums, device=self.device, dtype=torch.float64)
         self.builders: list[DocumentBuilder] = [self._new_builder() for _ in range(n_rows)]
         self._unread = set(range(n_rows))  # rows whose <bos> the model has not seen yet
 
