@@ -41,6 +41,8 @@ DRIFT_BITS = 0.5
 OVERLAP = 0.5
 """of the n-grams that held-out text shares with other data, as many must samples share"""
 N_GRAM = 3  # characters
+STRETCH = 24
+"""characters that two texts have in common only if one is taken from the other, or from the same place"""
 RANDOM_UNITS = 400
 
 
@@ -260,9 +262,16 @@ def free_running(patient: Patient, meter: Meter) -> None:
     meter.at_most("bits per byte of samples, against held-out text,", own, DRIFT * true + DRIFT_BITS, here)
     meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here)
     half = len(documents) // 2
-    reference = _n_grams([d.text for d in documents[:half]])
-    held_out = _share(_n_grams([d.completion for d in documents[half:]]), reference)
-    written = _share(_n_grams([c.completion for c in done[half:]]), reference)
+    reference = [d.text for d in documents[:half]]
+    copied = _n_grams(reference, STRETCH)
+    apart = [(d, c) for d, c in list(zip(documents, _written(patient, documents), strict=True))[half:]
+             if c.completion and not _n_grams([d.text], STRETCH).keys() & copied.keys()]  # fmt: skip
+    if 2 * len(apart) < half:
+        meter.note(f"{N_GRAM}-grams not compared: the texts overlap; give --data")
+        return
+    known = _n_grams(reference)
+    held_out = _share(_n_grams([d.completion for d, _ in apart]), known)
+    written = _share(_n_grams([c.completion for _, c in apart]), known)
     meter.note(f"{N_GRAM}-grams known: samples {written:.0%}, held out {held_out:.0%}")
     meter.at_most("the share of n-grams that held-out text has and samples lack", held_out - written,
                   (1 - OVERLAP) * held_out + 0.05, here)  # fmt: skip
@@ -273,8 +282,8 @@ def _bits_per_byte(patient: Patient, documents: Sequence[Document]) -> float:
     return nats / math.log(2) / max(1, sum(len(d.completion.encode()) for d in documents))
 
 
-def _n_grams(texts: Sequence[str]) -> Counter[str]:
-    return Counter(text[i : i + N_GRAM] for text in texts for i in range(len(text) - N_GRAM + 1))
+def _n_grams(texts: Sequence[str], n: int = N_GRAM) -> Counter[str]:
+    return Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1))
 
 
 def _share(some: Counter[str], known: Counter[str]) -> float:
