@@ -20,6 +20,7 @@ from tests.doctor.table import examine_mutant
 from tidal.cli import UserError, main
 from tidal.doctor import Document, examine, run, training
 from tidal.doctor import __main__ as command
+from tidal.doctor.checks_run import _compare_n_grams
 from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
 from tidal.doctor.specimen import make
@@ -43,6 +44,23 @@ def test_a_reader_that_is_sure_is_no_false_alarm() -> None:
         model.token_embedding.weight *= 8
     report = run(model, tokenizer, quick=True, checks=[13, 14, 15, 16])
     assert report.ok, report.table()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_n_grams_are_compared_where_texts_are_apart(overlap: bool) -> None:
+    """Of a few short texts all windows have most in common, whatever the model, and no sample has."""
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("abc "), 200 if overlap else 20_000))
+    starts = rng.integers(0, len(text) - 100, 16).tolist()
+    documents = [Document(text[n : n + 50], text[n + 50 : n + 100], False) for n in starts]
+    meter = Meter()
+    _compare_n_grams(documents, [d.completion for d in documents], meter, Where())
+    if overlap:
+        _compare_n_grams(documents, ["xyz" * 16] * 16, meter, Where())
+        assert "the texts overlap" in " ".join(meter.notes)
+    else:
+        with pytest.raises(Found, match="samples lack"):
+            _compare_n_grams(documents, ["xyz" * 16] * 16, meter, Where())
 
 
 # -------------------------------------------------------------------------------------------- the command

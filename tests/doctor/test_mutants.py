@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.commands import ROOT
@@ -13,9 +12,8 @@ from tests.doctor.plant import Mutant
 from tests.doctor.table import examine_mutant, examine_spoilt
 from tests.doctor.trained import SPOILT, Spoilt, train_both
 from tidal import checkpoint
-from tidal.doctor import Report, examine_checkpoint, run
+from tidal.doctor import Report, examine_checkpoint
 from tidal.doctor.registry import CHECKS
-from tidal.infer.load import load
 
 BUGS = (*MUTANTS, *SPOILT)
 
@@ -50,16 +48,6 @@ def test_without_a_bug_nothing_is_found(runs: dict[bool, Path]) -> None:
         assert [r.number for r in report.results if r.verdict == "skipped"] == skipped
         assert [r.number for r in report.results] == sorted(CHECKS)
         assert all(r.compared for r in report.results if r.verdict == "well")
-
-
-def test_texts_that_overlap_are_no_false_alarm(runs: dict[bool, Path]) -> None:
-    """Of a few short texts, all windows have most n-grams in common, and no sample does."""
-    model, tokenizer = load(runs[False])
-    numbers = np.random.default_rng(0).integers(0, 99, (3, 12, 2)).tolist()
-    texts = ["".join(f"{a} + {b} = {a + b}\n" for a, b in some) for some in numbers]
-    report = run(model, tokenizer, texts=texts, trained=True, checks=[22])
-    assert "not compared: the texts overlap" in report.table()
-    assert report.ok, report.table()
 
 
 def test_every_check_has_its_bugs() -> None:

@@ -261,20 +261,26 @@ def free_running(patient: Patient, meter: Meter) -> None:
     here = _completion(done[0])
     meter.at_most("bits per byte of samples, against held-out text,", own, DRIFT * true + DRIFT_BITS, here)
     meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here)
+    _compare_n_grams(documents, [c.completion for c in _written(patient, documents)], meter, here)
+
+
+def _compare_n_grams(documents: Sequence[Document], written: Sequence[str], meter: Meter, here: Where) -> None:
+    """What was `written` for the prompts of documents has about as much in common with other documents as the true
+    completions have.
+    """
     half = len(documents) // 2
     reference = [d.text for d in documents[:half]]
-    copied = _n_grams(reference, STRETCH)
-    apart = [(d, c) for d, c in list(zip(documents, _written(patient, documents), strict=True))[half:]
-             if c.completion and not _n_grams([d.text], STRETCH).keys() & copied.keys()]  # fmt: skip
+    copied = _n_grams(reference, STRETCH).keys()
+    pairs = list(zip(documents, written, strict=True))[half:]
+    apart = [(d.completion, text) for d, text in pairs if text and not _n_grams([d.text], STRETCH).keys() & copied]
     if 2 * len(apart) < half:
         meter.note(f"{N_GRAM}-grams not compared: the texts overlap; give --data")
         return
     known = _n_grams(reference)
-    held_out = _share(_n_grams([d.completion for d, _ in apart]), known)
-    written = _share(_n_grams([c.completion for _, c in apart]), known)
-    meter.note(f"{N_GRAM}-grams known: samples {written:.0%}, held out {held_out:.0%}")
-    meter.at_most("the share of n-grams that held-out text has and samples lack", held_out - written,
-                  (1 - OVERLAP) * held_out + 0.05, here)  # fmt: skip
+    of_true, of_written = (_share(_n_grams(texts), known) for texts in zip(*apart, strict=True))
+    meter.note(f"{N_GRAM}-grams known: samples {of_written:.0%}, held out {of_true:.0%}")
+    meter.at_most("the share of n-grams that held-out text has and samples lack", of_true - of_written,
+                  (1 - OVERLAP) * of_true + 0.05, here)  # fmt: skip
 
 
 def _bits_per_byte(patient: Patient, documents: Sequence[Document]) -> float:
