@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -21,8 +22,9 @@ from tidal.blocks import BlockTable, Passage, passage
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.infer.grammar import Grammar
-from tidal.infer.trace import Trace, percent, render_text, trace, unit_name, visible
+from tidal.infer.trace import Trace, trace, unit_name, visible
 from tidal.infer.trace_page import render_html, write_html
+from tidal.infer.trace_text import percent, render_text
 from tidal.streams import pack
 
 PROMPTS = ("", "the light and", "12 + 345 =", " \u2581👩‍👩‍👧\0", "你好")
@@ -116,6 +118,35 @@ def test_blocks_are_told_as_they_are_read() -> None:
         position += len(block.tokens)
     assert "".join(text for text, _ in traced.prompt_blocks) == "the light"
     assert "".join(block.text for block in traced.blocks) == traced.completion
+
+
+def test_what_the_writer_is_told_besides() -> None:
+    """Recalled units as training packs them, and the reader's own distribution over the block's last token."""
+    model, tokenizer = tiny("english", "none")
+    traced = trace(model, tokenizer, "the light and the light and the", temperature=1.0, max_new_units=60, runners_up=4)
+    table = BlockTable(tokenizer)
+    before = passage(table, traced.prompt, "", ends=False).blocks
+    written = table.indices([block.text for block in traced.blocks if block.text])
+    whole = Passage(np.concatenate([before, written]), len(before))
+    batch = pack([[whole]], table, steps=model.config.shape.steps)
+    steps = [step for block in traced.blocks for step in block.steps if block.text]
+    recalled = batch.recalled[0].tolist()
+    names = [tuple("" if unit < 0 else unit_name(tokenizer, unit) for unit in units) for units in recalled]
+    assert [step.recalled for step in steps] == names
+    assert any(any(name) for name in names)
+    with torch.inference_mode():
+        p = model.foretell(model.states(batch)[0][0]).exp()
+    first = [n for n, step in enumerate(steps) if step.t == 0]
+    assert first
+    for n, block in zip(first, traced.blocks, strict=False):
+        wanted = p[batch.context[0, n], tokenizer.spelling.order].topk(4)
+        tokens = tokenizer.spelling.order[wanted.indices.numpy()].tolist()
+        assert [r.name for r in block.foretold] == [unit_name(tokenizer, token) for token in tokens]
+        assert [r.probability for r in block.foretold] == pytest.approx(wanted.values.tolist(), abs=1e-9)
+    text, page = render_text(traced), render_html(traced)
+    told = block.foretold[0]
+    assert f"foretold to end  {told.name} {percent(told.probability)}" in text
+    assert page.count("foretold to end") == len(traced.blocks)
 
 
 def test_a_forced_end_is_told() -> None:

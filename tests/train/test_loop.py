@@ -243,7 +243,7 @@ def test_optimizer_state_continues_bit_for_bit(tmp_path: Path) -> None:
 
 def test_every_parameter_is_learnt_in_its_group() -> None:
     model = model_for(SETTINGS, AdditionRecipe(SETTINGS).tokenizer)
-    settings = dataclasses.replace(SETTINGS.optim, table_lr_scale=10.0, weight_decay=0.5, sharpen=0.25)
+    settings = dataclasses.replace(SETTINGS.optim, lr=0.5, table_lr_scale=10.0, weight_decay=0.5, sharpen=0.25)
     optimizer = Optimizer(model, settings)
     groups = [group for part in optimizer.parts for group in part.param_groups]
     learnt = [p for group in groups for p in group["params"]]
@@ -258,12 +258,13 @@ def test_every_parameter_is_learnt_in_its_group() -> None:
                 assert group["weight_decay"] == (0.5 if p.ndim == 2 and id(p) not in tables else 0.0)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer.step(0.25)
-    assert sorted({group["lr"] for group in groups}) == [0.25, 2.5]
-    for name, p in model.named_parameters():  # without gradients, only decay moves them, and growth
-        moved = 1 + 0.25 * (0.25 if id(p) in of_queries else -0.5 if p.ndim == 2 and id(p) not in tables else 0.0)
-        torch.testing.assert_close(p, moved * before[name], msg=name)
+    for rate, growth in ((0.5, 0.0), (0.25, 0.125)):  # queries: while the rate is at its highest, and at half of it
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        optimizer.step(rate)
+        assert sorted({group["lr"] for group in groups}) == [rate, 10 * rate]
+        for name, p in model.named_parameters():  # without gradients, only decay moves them, and growth
+            moved = 1 + rate * (growth if id(p) in of_queries else -0.5 if p.ndim == 2 and id(p) not in tables else 0)
+            torch.testing.assert_close(p, moved * before[name], msg=name)
 
 
 # -------------------------------------------------------------------------------------------- metrics

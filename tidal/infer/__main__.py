@@ -196,8 +196,9 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
 
 def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, where: str, how: dict[str, Any]) -> None:
     """Show how the prompt is continued, on a page or as text."""
-    from tidal.infer.trace import render_text, trace
+    from tidal.infer.trace import trace
     from tidal.infer.trace_page import write_html
+    from tidal.infer.trace_text import render_text
 
     try:
         traced = trace(model, tokenizer, prompt, **how)

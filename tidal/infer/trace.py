@@ -1,6 +1,6 @@
 """Watch one completion being written, unit by unit: what a person reaches for when output looks wrong.
 
-    trace(model, tokenizer, "54663 + 132 =")  →  Trace  →  render_text; trace_page.write_html
+    trace(model, tokenizer, "54663 + 132 =")  →  Trace  →  trace_text.render_text, trace_page.write_html
 
 It drives the decoder, the grammar and `choose` as `generate` does, one row of them, and writes down what it sees.
 """
@@ -17,16 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tidal.blocks import NOTHING
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Limits, StopReason
 from tidal.infer.grammar import FIRST_BYTE, Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.model import TidalTransformer
-from tidal.tokenizer import NO_PLACE, Block, MixedTokenizer
-
-SHOWN, MOST = 200, 2000  # of a long prompt the last so many blocks and characters are shown
-OPEN = 12  # with more blocks than this, the page begins with their tables closed
-ALARM = 0.01  # more forbidden probability than this is worth a look
+from tidal.streams import WriterStep
+from tidal.tokenizer import Block, MixedTokenizer
 
 
 class Runner(NamedTuple):
@@ -49,6 +47,8 @@ class TracedStep:
     unit: int
     name: str
     """Of `unit`; `fed` is the name of what the model was given: the unit before, `<bob>` first."""
+    recalled: tuple[str, ...]
+    """What followed the same units before, also after the same block, and the same two; "" where nothing did."""
     log_prob: float
     rank: int
     """1: no unit was likelier."""
@@ -75,6 +75,8 @@ class TracedBlock:
     names: tuple[str, ...] = ()
     """Of the tokens."""
     places: tuple[int, ...] = ()
+    foretold: tuple[Runner, ...] = ()
+    """The likeliest last tokens, as the reader foretold them before the first unit."""
 
     @property
     def log_prob(self) -> float:
@@ -177,10 +179,13 @@ class _Writing:
         self.tokenizer, self.how, self.generator, self.runners_up = tokenizer, how, generator, runners_up
         self.decoder, self.grammar = Decoder(model, tokenizer, 1), Grammar(tokenizer)
         self.repetition = Repetition()
+        self.foretold: tuple[Runner, ...] = ()
 
     def step(self, written: list[int]) -> TracedStep:
         fed = self.decoder.builders[0].step(written)
         logits = self.decoder.step([0], [written])
+        if not written:
+            self.foretold = self._foretold()
         allowed = self.grammar.allowed(written).to(logits.device)
         repeated = [self.repetition.units(written)] if self.how.repetition_penalty > 1 else ()
         unit = choose(logits, allowed[None], self.how, [self.generator], repeated)[0]
@@ -191,22 +196,37 @@ class _Writing:
                    if i != unit]  # fmt: skip
         return TracedStep(
             len(written), fed.place, fed.position, unit_name(self.tokenizer, fed.id), unit,
-            unit_name(self.tokenizer, unit), log_probs[unit].item(), 1 + int((log_probs > log_probs[unit]).sum()),
+            unit_name(self.tokenizer, unit), self._recalled(fed), log_probs[unit].item(),
+            1 + int((log_probs > log_probs[unit]).sum()),
             tuple(runners[: self.runners_up]), probabilities[~allowed].sum().item(), int(allowed.sum()) == 1,
         )  # fmt: skip
+
+    def _recalled(self, fed: WriterStep) -> tuple[str, ...]:
+        if not self.decoder.model.config.shape.recall:
+            return ()
+        return tuple("" if unit == NOTHING else unit_name(self.tokenizer, unit) for unit in fed.recalled)
+
+    def _foretold(self) -> tuple[Runner, ...]:
+        if not self.decoder.model.foretold:
+            return ()
+        shares = self.decoder.sums[0].sum(0).diff()
+        top = shares.topk(min(self.runners_up, len(shares)))
+        tokens = self.tokenizer.spelling.order[top.indices.cpu().numpy()].tolist()
+        return tuple(Runner(unit_name(self.tokenizer, token), p, True)
+                     for token, p in zip(tokens, top.values.tolist(), strict=True))  # fmt: skip
 
     def finish(self, steps: list[TracedStep]) -> TracedBlock:
         written = [step.unit for step in steps[:-1]]
         if not written:
-            return TracedBlock(tuple(steps), "")
+            return TracedBlock(tuple(steps), "", foretold=self.foretold)
         self.repetition.add(written)
         block: Block = self.tokenizer.retokenize(written)
         self.decoder.read([0], [[block]])
         names = tuple(unit_name(self.tokenizer, i) for i in block.tokens)
-        return TracedBlock(tuple(steps), block.text, block.tokens, names, block.places)
+        return TracedBlock(tuple(steps), block.text, block.tokens, names, block.places, self.foretold)
 
 
-# ---------------------------------------------------------------------------------------------- names, numbers
+# ------------------------------------------------------------------------------------------------------- names
 
 
 _MARKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
@@ -233,91 +253,3 @@ def unit_name(tokenizer: MixedTokenizer, index: int) -> str:
         return f"0x{byte:02X}"
     text = visible(tokenizer.id_bytes[index].decode())
     return "◌" * bool(text and unicodedata.combining(text[0])) + text or tokenizer.piece_name(index)
-
-
-def percent(p: float) -> str:
-    """A probability for people; only certainty is 100%, only the impossible 0%."""
-    if 0 < p < 0.00005 or 0.99995 <= p < 0.9999999:
-        return "<0.01%" if p < 0.5 else ">99.99%"
-    return f"{p:.0%}" if p == 0 or p >= 0.9999999 else f"{p:.2%}"
-
-
-def nats(log_prob: float) -> str:
-    """A log-probability for people."""
-    return f"{log_prob + 0.0:.6g} nats"
-
-
-def totals(t: Trace) -> list[tuple[str, str]]:
-    """What both renderings say about the whole."""
-    why = {
-        "eos": "the model ended the document",
-        "length": f"max_new_units {t.settings['max_new_units']} reached",
-        "block_limit": f"max_new_blocks {t.settings['max_new_blocks']} reached",
-        "stop_string": "a stop string was written; the completion ends before it",
-    }[t.stop_reason]
-    dropped = f", and {len(t.dropped)} dropped" if t.dropped else ""
-    lines = [
-        ("stopped by", f"{t.stop_reason}: {why}"),
-        ("units", f"{t.units} in {len(t.blocks)} {'block' if len(t.blocks) == 1 else 'blocks'}{dropped}"),
-        ("log-probability", nats(t.log_prob)),
-        ("bits per byte", "no text" if math.isnan(t.bits_per_byte) else f"{t.bits_per_byte:.4g}"),
-    ]
-    if t.blocks:
-        n, block = min(enumerate(t.blocks, 1), key=lambda pair: pair[1].unsurest.log_prob)
-        step = block.unsurest
-        lines.append(("least sure", f"{step.name} at {percent(step.probability)}: block {n}, step {step.t}"))
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new_blocks": 0, "stop": ()}
-    told = [f"{name} {value}" for name, value in t.settings.items() if value != off.get(name)]
-    return [*lines, ("settings", ", ".join(told))]
-
-
-def heading(block: TracedBlock, n: int) -> str:
-    """What the n-th block is called."""
-    return f"Block {n}" if block.text else "End of the document" if block.finished else "Unfinished block, dropped"
-
-
-def notes(step: TracedStep) -> str:
-    """Rank of the chosen unit, and whether there was a choice."""
-    return f"rank {step.rank}{', forced' * step.forced}"
-
-
-def all_blocks(t: Trace) -> list[tuple[int, TracedBlock]]:
-    """The blocks, counted from one, with the dropped one last."""
-    return list(enumerate([*t.blocks, *([TracedBlock(t.dropped, "")] if t.dropped else [])], 1))
-
-
-# ------------------------------------------------------------------------------------------------- the terminal
-
-
-def render_text(t: Trace) -> str:
-    """The trace for a terminal."""
-    lines = [_row((16, "prompt"), (0, "… " * (len(t.prompt) > MOST) + visible(t.prompt[-MOST:]))),
-             _row((16, "completion"), (0, visible(t.completion)))]  # fmt: skip
-    lines += [_row((16, name), (0, value)) for name, value in totals(t)]
-    hidden = len(t.prompt_blocks) - SHOWN
-    lines += ["", "Prompt blocks and their tokens" + (f" ({hidden} earlier ones left out)" if hidden > 0 else "")]
-    lines += [_row((2, ""), (14, visible(text)), (0, " · ".join(names))) for text, names in t.prompt_blocks[-SHOWN:]]
-    widths = 6, 6, 10, 8, 8, 8, 18, 10, 0
-    head = "  step", "place", "position", "fed", "wrote", "p", "", "forbidden", "runners-up (x: forbidden)"
-    for n, block in all_blocks(t):
-        title = f"{heading(block, n)}  {visible(block.text)}".rstrip()
-        lines += ["", f"{title}  {nats(block.log_prob)}", _row(*zip(widths, head, strict=True))]
-        for s in block.steps:
-            others = "  ".join(f"{'' if r.allowed else 'x '}{r.name} {percent(r.probability)}" for r in s.runners_up)
-            cells = (f"  {s.t}", f"{s.place}", f"{s.position:g}", s.fed, s.name, percent(s.probability), notes(s),
-                     percent(s.forbidden), others)  # fmt: skip
-            lines.append(_row(*zip(widths, cells, strict=True)))
-        if block.text:
-            tokens = " · ".join(name if place == NO_PLACE else f"{name} @{place}"
-                                for name, place in zip(block.names, block.places, strict=True))  # fmt: skip
-            lines += [f"  turned round  {visible(block.text)}", f"  read as       {tokens}   (@: place)"]
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: tuple[int, str]) -> str:
-    """Columns of these widths in a terminal, where Han characters take two places and accents none."""
-    line = ""
-    for width, text in cells:
-        taken = sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-        line += text + " " * max(width - taken, width > 0)
-    return line.rstrip()

@@ -6,24 +6,12 @@ import html
 from pathlib import Path
 
 from tidal.checkpoint import atomic_write
-from tidal.infer.trace import (
-    ALARM,
-    MOST,
-    OPEN,
-    SHOWN,
-    Trace,
-    TracedBlock,
-    TracedStep,
-    all_blocks,
-    heading,
-    mark,
-    nats,
-    notes,
-    percent,
-    totals,
-    visible,
-)
+from tidal.infer.trace import Trace, TracedBlock, TracedStep, mark, visible
+from tidal.infer.trace_text import MOST, SHOWN, all_blocks, heading, nats, notes, percent, told, totals
 from tidal.tokenizer import NO_PLACE
+
+OPEN = 12  # with more blocks than this, the page begins with their tables closed
+ALARM = 0.01  # more forbidden probability than this is worth a look
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #56616d; --line: #dfe4e8; --page: #f6f7f8; --card: #fff;
@@ -151,15 +139,21 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
                          for name, place in zip(block.names, said, strict=True))  # fmt: skip
         turned = (f"<dt>turned round →</dt><dd>{_u(visible(block.text))}</dd>"
                   f'<dt>read as</dt><dd><ul class="read">{tokens}</ul></dd>')  # fmt: skip
+    foretold = "".join(
+        f'<li class="chip p"{_p(r.probability)}>{_u(r.name)}&nbsp;<small>{percent(r.probability)}</small></li>'
+        for r in block.foretold
+    )
+    if foretold:
+        foretold = f"<dt>foretold to end</dt><dd><ul>{foretold}</ul></dd>"
     heads = ('<th scope="col" class="r">step<th scope="col" class="r">place<th scope="col" class="r">position'
-             '<th scope="col">fed<th scope="col">wrote<th scope="col">probability'
+             '<th scope="col">fed<th scope="col">recalled<th scope="col">wrote<th scope="col">probability'
              '<th scope="col" class="r">forbidden<th scope="col">runners-up')  # fmt: skip
     units = f"{len(block.steps)} {'unit' if len(block.steps) == 1 else 'units'}"
     opened = opened or not block.finished
     return f"""<section id="b{n}"{"" if block.finished else ' class="dropped"'} aria-labelledby="h{n}">
 <div class="head"><h2 id="h{n}">{heading(block, n)}</h2>
 <span class="soft">{units} · {nats(block.log_prob)}</span></div>
-<dl><dt>← written</dt><dd><ol class="strip">{strip}</ol></dd>{turned}</dl>
+<dl>{foretold}<dt>← written</dt><dd><ol class="strip">{strip}</ol></dd>{turned}</dl>
 <details{" open" * opened}><summary>Step by step</summary>
 <div class="wide" tabindex="0" role="region" aria-label="Steps of block {n}">
 <table><thead><tr>{heads}</thead><tbody>{"".join(map(_table_row, block.steps))}</tbody></table></div></details>
@@ -175,7 +169,8 @@ def _table_row(s: TracedStep) -> str:
     )
     alarm = " alarm" * (s.forbidden >= ALARM)
     return (
-        f'<tr><td class="r">{s.t}<td class="r">{s.place}<td class="r">{s.position:g}<td>{_u(s.fed)}<td>{_u(s.name)}'
+        f'<tr><td class="r">{s.t}<td class="r">{s.place}<td class="r">{s.position:g}<td>{_u(s.fed)}<td>{_u(told(s))}'
+        f'<td>{_u(s.name)}'
         f'<td><i class="bar"{_p(s.probability)}></i>{percent(s.probability)} <small>{notes(s)}</small>'
         f'<td class="r{alarm}">{percent(s.forbidden)}<td><ul class="others">{others}</ul>'
     )

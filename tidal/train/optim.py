@@ -15,9 +15,10 @@ from tidal.train.parallel import like
 
 class Optimizer:
     """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay; those of
-    queries may grow)."""
+    queries may grow while the rate falls)."""
 
     def __init__(self, model: TidalTransformer, settings: Optim) -> None:
+        self.settings = settings
         tables = model.tables()
         is_table = {id(p) for p in tables}
         others = [p for p in model.parameters() if id(p) not in is_table]
@@ -29,7 +30,7 @@ class Optimizer:
             Muon([{"params": matrices, "scale": 1.0}], lr=settings.lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(
                 [{"params": tables, "scale": settings.table_lr_scale}, {"params": gains, "scale": 1.0},
-                 {"params": of_queries, "scale": 1.0, "weight_decay": -settings.sharpen}],
+                 {"params": of_queries, "scale": 1.0, "sharpen": settings.sharpen}],
                 lr=settings.lr, weight_decay=0.0, betas=(0.9, settings.beta2), fused=True,
             ),
         ]  # fmt: skip
@@ -48,6 +49,8 @@ class Optimizer:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate * group["scale"]
+                if "sharpen" in group:  # decay with the other sign: growth, but none while the rate is at its highest
+                    group["weight_decay"] = -group["sharpen"] * (1 - rate / self.settings.lr)
             part.step()
 
     def state(self) -> dict[str, Tensor]:
