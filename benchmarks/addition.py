@@ -182,10 +182,10 @@ def recipe_of(train: Train, switches: Switches) -> AdditionRecipe:
     """The recipe, whose batches are as these switches feed them."""
     from benchmarks.switches import ForwardTable
     from tidal.streams import Batch
-    from tidal.train.recipes.addition import AdditionRecipe, Row
+    from tidal.train.recipes.addition import AdditionRecipe, Asked
 
     class Switched(AdditionRecipe):
-        def packed(self, rows: Sequence[Row]) -> Batch:
+        def packed(self, rows: Sequence[Sequence[Asked]]) -> Batch:
             return switches.on_batch(super().packed(rows))
 
     recipe = Switched(train)
@@ -229,7 +229,7 @@ def ask(model: TidalTransformer, recipe: AdditionRecipe, problems: Sequence[Prob
     import torch
 
     from tidal.blocks import NOTHING
-    from tidal.train.recipes.addition import Row, exact
+    from tidal.train.recipes.addition import Asked, exact
 
     if decode:
         share, completions = exact(model, recipe.tokenizer, problems, rows)
@@ -237,7 +237,7 @@ def ask(model: TidalTransformer, recipe: AdditionRecipe, problems: Sequence[Prob
     wrong = []
     for first in range(0, len(problems), rows):
         some = problems[first : first + rows]
-        batch = recipe.packed([Row(*problem) for problem in some]).to(model.unit_embedding.weight.device)
+        batch = recipe.packed([[Asked(*problem)] for problem in some]).to(model.unit_embedding.weight.device)
         with torch.inference_mode():
             likeliest = model.head(model.states(batch)[1]).argmax(-1)
         right = ((likeliest == batch.targets) | (batch.targets == NOTHING)).all(1).tolist()

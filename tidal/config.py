@@ -261,7 +261,7 @@ class Train:
     max_seconds: float = 0.0
     """Stop after this many seconds of training, if not done before; 0: no limit."""
     rows: int = 32
-    """Rows in a batch."""
+    """Rows in a batch; of the recipe addition, documents, which share rows in pairs."""
     seed: int = 0
     """Of weights, data order and samples."""
     validate_every: int = 250

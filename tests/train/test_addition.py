@@ -23,7 +23,8 @@ from tidal.tokenizer import NO_PLACE, MixedTokenizer
 from tidal.train.__main__ import run as train
 from tidal.train.loop import model_for
 from tidal.train.presets import PRESETS
-from tidal.train.recipes.addition import AdditionRecipe, Row, answer_of, exact, prompt_of
+from tidal.train.recipes import addition as recipe_module
+from tidal.train.recipes.addition import AdditionRecipe, Asked, answer_of, exact, paired, prompt_of
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=16, writer_ff=16,
               suffix_rows=0, place_jitter=4)  # fmt: skip
@@ -33,6 +34,12 @@ TINY = ("d-model=16", "n-heads=2", "n-kv-heads=2", "reader-ff=16", "writer-ff=16
 def settings(rows: int = 16, seed: int = 0, **addition: Any) -> Train:
     own = Addition(**{"digits": 3, "max_block_units": 32, **addition})
     return dataclasses.replace(PRESETS["addition"], rows=rows, seed=seed, model=SHAPE, addition=own)
+
+
+@pytest.fixture(autouse=True)
+def one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a test sees which document is which."""
+    monkeypatch.setattr(recipe_module, "paired", lambda asked: [[a] for a in asked])
 
 
 def texts(batch: Batch, tokenizer: MixedTokenizer) -> list[str]:
@@ -179,8 +186,28 @@ def test_positions_are_stretched() -> None:
     assert 1 <= every.min() < 1.05
     assert 2.95 < every.max() <= 3
     assert 1.9 < every.mean() < 2.1
-    asked = stretched.packed([Row("12 + 3 =", " 15\n")])  # as in decoding
+    asked = stretched.packed([[Asked("12 + 3 =", " 15\n")]])  # as in decoding
     assert asked.reader_positions[0].tolist() == list(range(asked.reader_positions.shape[1]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+def test_two_documents_to_a_row_are_learnt_like_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With strays before some, whose places are moved where they stand in the row."""
+    own = settings(rows=rows, elsewhere=0.5, stretch=2.0)
+    own = dataclasses.replace(own, model=dataclasses.replace(SHAPE, place_jitter=12))
+    recipe = AdditionRecipe(own)
+    model = model_for(own, recipe.tokenizer).double()
+    for step in range(3):
+        alone = recipe.batch(step)
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe_module, "paired", paired)
+            both = recipe.batch(step)
+        assert len(both.targets) == (rows + 1) // 2
+        assert (both.n_units, both.n_bytes) == (alone.n_units, alone.n_bytes)
+        one, other = (model.log_probs(batch).sort().values for batch in (both, alone))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    lengths = both.reader_sees[..., 1].amax(1)
+    assert rows < 16 or lengths.min() > 0.6 * lengths.max()
 
 
 # ----------------------------------------------------------------------------------------------- finite sets

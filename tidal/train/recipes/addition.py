@@ -29,7 +29,7 @@ Problem = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Asked:
     """A problem in a batch, and what stands before it in its document; by default, as it is decoded."""
 
     prompt: str
@@ -86,6 +86,13 @@ def random_problem(rng: np.random.Generator, settings: Addition, operation: str,
     if operation == "-":
         numbers.sort(reverse=True)
     return prompt_of(*numbers, operation=operation), answer_of(*numbers, operation=operation)
+
+
+def paired(asked: Sequence[Asked]) -> list[list[Asked]]:
+    """Two documents to a row, the shortest with the longest, so that rows are about as long and little is padding."""
+    by_length, n = sorted(asked, key=lambda a: len(a.stray + a.prompt + a.answer)), len(asked)
+    half = (n + 1) // 2
+    return [[by_length[i], *by_length[max(half, n - 1 - i) : n - i]] for i in range(half)]
 
 
 def longest_number(text: str) -> int:
@@ -166,29 +173,31 @@ class AdditionRecipe:
         offsets = rng.integers(0, s.model.place_jitter + 1, s.rows).tolist()
         before = rng.integers(0, self.own.problems, s.rows).tolist()
         strays = (rng.random(s.rows) < self.own.elsewhere).tolist()
-        rows = list[Row]()
+        asked = list[Asked]()
         for offset, n_before, has_stray in zip(offsets, before, strays, strict=True):
-            prompt, answer = self._sample(step * s.rows + len(rows)) if self.samples else self._new(rng)
+            prompt, answer = self._sample(step * s.rows + len(asked)) if self.samples else self._new(rng)
             prompt = "".join(self._solved(rng) for _ in range(n_before)) + prompt
             stray = self._solved(rng) if has_stray else ""
             far = self._far(rng, offset, prompt + answer, stray) if stray else None
-            rows.append(Row(prompt, answer, offset, stray="" if far is None else stray, stray_offset=far or 0))
+            asked.append(Asked(prompt, answer, offset, stray="" if far is None else stray, stray_offset=far or 0))
         scales = rng.uniform(1, self.own.stretch, s.rows).tolist()
-        return self.packed([replace(rows[i], position_scale=scales[i]) for i in share_of(s.rows, share)])
+        return self.packed(paired([replace(asked[i], position_scale=scales[i]) for i in share_of(s.rows, share)]))
 
-    def packed(self, rows: Sequence[Row]) -> Batch:
-        """These rows, with a document in each."""
+    def packed(self, rows: Sequence[Sequence[Asked]]) -> Batch:
+        """Rows of documents."""
         self.table.limit()
-        texts = (text for r in rows for text in (r.stray + r.prompt, r.answer))
+        texts = (text for row in rows for a in row for text in (a.stray + a.prompt, a.answer))
         self.table.indices(block for text in texts for block in self.tokenizer.split(text))  # all that are new, at once
-        documents = [[passage(self.table, r.stray + r.prompt, r.answer, place_offset=r.place_offset,
-                              position_scale=r.position_scale)] for r in rows]  # fmt: skip
+        documents = [[passage(self.table, a.stray + a.prompt, a.answer, place_offset=a.place_offset,
+                              position_scale=a.position_scale) for a in row] for row in rows]  # fmt: skip
         batch = pack(documents, self.table, steps=self.settings.model.steps)
-        for places, row in zip(batch.reader_places, rows, strict=True):
-            if row.stray:
-                n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(row.stray))).sum()
-                stray = slice(1, 1 + n_tokens)  # after <bos>
-                places[stray] = moved(places[stray], row.stray_offset - row.place_offset)
+        for places, row, passages in zip(batch.reader_places, rows, documents, strict=True):
+            ends = np.cumsum([0, *(self.table.n_tokens(p.blocks).sum() for p in passages)])
+            for a, start in zip(row, ends.tolist(), strict=False):
+                if a.stray:
+                    n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(a.stray))).sum()
+                    stray = slice(start + 1, start + 1 + n_tokens)  # after <bos>
+                    places[stray] = moved(places[stray], a.stray_offset - a.place_offset)
         return batch
 
     def _far(self, rng: np.random.Generator, offset: int, text: str, stray: str) -> int | None:
