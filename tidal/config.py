@@ -270,6 +270,8 @@ class Train:
     """Checkpoints kept besides the best."""
     threads: int = 0
     """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
+    workers: int = -1
+    """Processes that build batches beforehand; -1: none on a CPU, up to four beside each GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

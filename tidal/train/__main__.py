@@ -31,7 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("threads", "max_seconds", "seed", "warmup_steps", "samples"), (0, math.inf)),
     **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "sharpen", "clip", "aux_weight", "step_stride"), (0, 1e6)),
     **dict.fromkeys(("decay_fraction", "cut_probability", "elsewhere"), (0, 1)),
-    "beta2": (0, 0.999999), "stretch": (1, 1e6),
+    "workers": (-1, 64), "beta2": (0, 0.999999), "stretch": (1, 1e6),
     "terms": (2, 99), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
     "vocab_size": (288, math.inf), "word_vocab_size": (288, math.inf),
 }  # fmt: skip

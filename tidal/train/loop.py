@@ -34,6 +34,7 @@ from tidal.train.records import Metrics, bad_batch, show_samples, write_samples
 from tidal.train.resume import Found, Saved, generators, set_generators
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
+from tidal.train.workers import Ahead, n_workers
 
 LOG_EVERY = 10
 T = TypeVar("T")
@@ -97,7 +98,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
     try:
         run.to_the_end()
     finally:
-        run.watch.close()
+        run.close()
     return out
 
 
@@ -111,10 +112,12 @@ class Run:
     def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop,
                  examined: Callable[[Path], None] = lambda out: None,
                  parallel: Parallel | None = None) -> None:  # fmt: skip
-        self.settings, self.recipe, self.out, self.stop, self.examined = settings, recipe, out, stop, examined
+        self.settings, self.out, self.stop, self.examined = settings, out, stop, examined
         self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
         self.device = pick_device(settings.device)
+        workers = n_workers(settings.workers, self.device, self.parallel.size)
+        self.recipe = Ahead(recipe, workers) if workers else recipe
         with memory_for("the weights and the optimizer's moments; try a smaller model"):
             self.model = model_for(settings, recipe.tokenizer).to(self.device)
             self.wrapped = self.parallel.wrap(self.model, settings)
@@ -161,6 +164,12 @@ class Run:
             (out / "best").unlink(missing_ok=True)
         else:
             self._write(lambda: checkpoint.set_pointer(out, "best", saved.best_name or ""))
+
+    def close(self) -> None:
+        """End what runs beside it."""
+        if isinstance(self.recipe, Ahead):
+            self.recipe.close()
+        self.watch.close()
 
     def to_the_end(self) -> None:
         """All remaining steps, until `max_steps` or `max_seconds`."""

@@ -32,6 +32,7 @@ HARMLESS = {
     "max_seconds": "when it ends, not how it gets there",
     "validate_every": "validation leaves no trace in the weights",
     "keep": "what is kept, not what is learnt",
+    "workers": "who builds a batch leaves no trace in it",
     "threads": "the same sums in another order: equal but for rounding",
     "device": "likewise",
     "parallel": "likewise, as the number of processes, which is no setting",

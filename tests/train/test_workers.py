@@ -1,0 +1,118 @@
+"""Batches that other processes build are those of this one, and no such process outlives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ENVIRONMENT, SMALL
+from tests.train.runs import SETTINGS, Hooked, results, stop_at, unequal, whole
+from tidal.cli import UserError
+from tidal.streams import Batch
+from tidal.train.loop import train
+from tidal.train.recipes.addition import AdditionRecipe
+from tidal.train.resume import look_in
+from tidal.train.stop import Stop, Stopped
+from tidal.train.workers import Ahead, n_workers
+
+TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
+
+
+def children() -> set[str]:
+    """Numbers of the living processes that this one has started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if parent == str(os.getpid()) and state != "Z":
+            found.add(path.parent.name)
+    return found
+
+
+def same(one: Batch, other: Batch) -> bool:
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_come_in_order_and_out_of_turn(workers: int) -> None:
+    recipe, before = AdditionRecipe(SETTINGS), children()
+    ahead = Ahead(recipe, workers)
+    for step in (5, 6, 6, 2, 7, 8, 0, 9):  # 6 again, as in more parts; 2 and 0 as for probes
+        assert same(ahead.batch(step), recipe.batch(step))
+        assert same(ahead.batch(3, (1, 2)), recipe.batch(3, (1, 2)))
+    assert len(children() - before) == workers
+    ahead.close()
+    assert children() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_is_bit_for_bit_the_one_without(workers: int, tmp_path: Path) -> None:
+    """Also when it is stopped, and continued with another number of workers."""
+    before = children()
+    wanted = whole(tmp_path / "plain", TWICE)
+    settings = dataclasses.replace(TWICE, workers=workers)
+    assert not unequal(whole(tmp_path / "whole", settings), wanted)
+    out, stop = tmp_path / "stopped", Stop()
+    out.mkdir()
+    with pytest.raises(Stopped):
+        train(settings, Hooked(settings, stop_at(stop, "validate", 5)), out, stop=stop)
+    assert children() == before
+    settings = dataclasses.replace(settings, workers=2 - workers)
+    train(settings, Hooked(settings), out, found=look_in(out))
+    assert not unequal(results(out), wanted)
+    assert children() == before
+
+
+def test_an_error_of_a_worker_is_that_of_the_run(tmp_path: Path) -> None:
+    def fail(what: str, step: int) -> None:
+        if (what, step) == ("batch", 2):
+            raise ValueError("no such batch")
+
+    settings, before = dataclasses.replace(SETTINGS, workers=1), children()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="no such batch"):
+        train(settings, Hooked(settings, fail), tmp_path / "run")
+    assert children() == before  # though the traceback still holds on to what built them
+
+
+@pytest.mark.parametrize(("asked", "device", "processes", "wanted"), [
+    (-1, "cpu", 1, 0), (3, "cpu", 1, 3), (0, "cuda", 1, 0), (-1, "cuda", 1, 4), (-1, "cuda", 4, 1), (-1, "cuda", 8, 0),
+])  # fmt: skip
+def test_how_many(asked: int, device: str, processes: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert n_workers(asked, torch.device(device), processes) == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a killed parent takes along")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path) -> None:
+    """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
+    command = [sys.executable, "-m", "tidal.train", *SMALL, "--out", "run", "--validate-every", "2", "--workers", "2"]
+    run = subprocess.Popen([*command, "--max-steps", "5000"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    again = subprocess.run([*command, "--max-steps", "5000", "--max-seconds", "0.01"], cwd=tmp_path, env=ENVIRONMENT,
+                           capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step" in again.stderr
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    from tidal.train.__main__ import run
+
+    with pytest.raises(UserError, match="--workers is -2; it must be between -1 and 64"):
+        run(["--workers", "-2"])

@@ -1,0 +1,94 @@
+"""Batches built by other processes while those before them are learnt."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tidal.streams import Batch
+
+if TYPE_CHECKING:
+    from tidal.model import TidalTransformer
+    from tidal.train.loop import Recipe
+
+Share = tuple[int, int]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def n_workers(asked: int, device: torch.device, processes: int) -> int:
+    """How many; of `asked` −1: none on a CPU, whose cores compute, and beside a GPU up to four a training process."""
+    if asked >= 0:
+        return asked
+    return min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if device.type == "cuda" else 0
+
+
+class Ahead:
+    """A recipe whose batches are built by worker processes, in order; everything else it does here.
+
+    A batch is a pure function of its number and share, so it makes no difference who builds it: a worker is forked off
+    with a copy of the recipe. What is asked for out of turn (for probes, or again in more parts) is built here.
+    """
+
+    def __init__(self, recipe: Recipe, workers: int) -> None:
+        self.recipe, self.workers = recipe, workers
+        self.tokenizer, self.digest = recipe.tokenizer, recipe.digest
+        self._coming: Iterator[Batch] = iter(())
+        self._next: tuple[int, Share] | None = None
+
+    def batch(self, step: int, share: Share = (0, 1)) -> Batch:
+        """As the recipe's."""
+        if self._next is None:  # the first: those that follow are expected
+            self._coming = iter(DataLoader(
+                _Batches(self.recipe, share), batch_size=None, sampler=itertools.count(step), collate_fn=_as_it_is,
+                num_workers=self.workers, multiprocessing_context="fork", worker_init_fn=_belong,
+                generator=torch.Generator(),  # its seed for workers is not to be drawn from the run's
+            ))  # fmt: skip
+            self._next = step, share
+        if self._next != (step, share):
+            return self.recipe.batch(step, share)
+        self._next = step + 1, share
+        return next(self._coming)
+
+    def validate(self, model: TidalTransformer) -> dict[str, float]:
+        """As the recipe's."""
+        return self.recipe.validate(model)
+
+    def sample_prompts(self, step: int) -> list[str]:
+        """As the recipe's."""
+        return self.recipe.sample_prompts(step)
+
+    def close(self) -> None:
+        """End the workers. (Torch ends them with their iterator, but the traceback of an error may hold on to that.)"""
+        if self._next is not None:
+            self._coming._shutdown_workers()  # type: ignore[attr-defined]
+        self._coming, self._next = iter(()), None
+
+
+class _Batches(Dataset[Batch]):
+    def __init__(self, recipe: Recipe, share: Share) -> None:
+        self.recipe, self.share = recipe, share
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.recipe.batch(step, self.share)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _belong(_: int) -> None:
+    """What a worker does first. Signals are its parent's to obey, which saves and then ends it; a parent that is killed
+    takes it along, for it holds the run's lock, too.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
