@@ -76,7 +76,7 @@ class TracedBlock:
     """Of the tokens."""
     places: tuple[int, ...] = ()
     foretold: tuple[Runner, ...] = ()
-    """The likeliest last tokens, as the reader foretold them before the first unit."""
+    """The likeliest last tokens, as the reader foretold them before the first unit, and that it is a single byte."""
 
     @property
     def log_prob(self) -> float:
@@ -212,8 +212,9 @@ class _Writing:
         shares = self.decoder.sums[0].sum(0).diff()
         top = shares.topk(min(self.runners_up, len(shares)))
         tokens = self.tokenizer.spelling.order[top.indices.cpu().numpy()].tolist()
-        return tuple(Runner(unit_name(self.tokenizer, token), p, True)
-                     for token, p in zip(tokens, top.values.tolist(), strict=True))  # fmt: skip
+        likely = zip([unit_name(self.tokenizer, token) for token in tokens], top.values.tolist(), strict=True)
+        unspelled = max(0.0, 1 - shares.sum().item())
+        return tuple(Runner(name, p, True) for name, p in (*likely, ("a single byte", unspelled)))
 
     def finish(self, steps: list[TracedStep]) -> TracedBlock:
         written = [step.unit for step in steps[:-1]]
