@@ -146,8 +146,8 @@ def test_what_the_writer_is_told_besides() -> None:
         assert [r.probability for r in block.foretold] == pytest.approx([*wanted.values.tolist(), byte], abs=1e-9)
     text, page = render_text(traced), render_html(traced)
     told = block.foretold[0]
-    assert f"foretold to end  {told.name} {percent(told.probability)}" in text
-    assert page.count("foretold to end") == len(traced.blocks)
+    assert f"last token foretold  {told.name} {percent(told.probability)}" in text
+    assert page.count("last token foretold") == len(traced.blocks)
 
 
 def test_a_forced_end_is_told() -> None:

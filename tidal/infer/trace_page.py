@@ -34,7 +34,7 @@ pre, .u { font-family: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mo
 pre { font-size: 1.05rem; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 pre b { color: var(--link) } pre span, pre i { color: var(--soft) } pre i { font-style: normal; font-weight: 400 }
 .u { unicode-bidi: isolate; overflow-wrap: anywhere }
-dl { display: grid; grid-template-columns: 8.5rem 1fr; gap: .6rem 1rem; margin: 0; align-items: baseline }
+dl { display: grid; grid-template-columns: 10rem 1fr; gap: .6rem 1rem; margin: 0; align-items: baseline }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere } .totals { gap: .2rem 1rem; margin-top: 1.1rem }
 ul, ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem }
 .legend { display: block; margin-top: .4rem }
@@ -53,8 +53,8 @@ table { border-collapse: collapse; width: 100%; margin-top: .4rem; font-size: .8
 th { font-weight: 500; text-align: left } tbody tr { border-top: 1px solid var(--line) }
 td, th { padding: .4rem .8rem .4rem 0; white-space: nowrap } .r { text-align: right }
 td .u { font-size: .95rem } td .n { font-size: .8rem } td:last-child, th:last-child { padding-right: 0; width: 45% }
-.others { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .3rem .7rem;
-  min-width: 32.8rem }
+.others { display: grid; grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); gap: .3rem .6rem;
+  min-width: 27.4rem }
 .others li { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; line-height: 1.3 }
 .bar { display: inline-block; height: .4rem; border-radius: 3px; vertical-align: middle; width: 5rem;
   background: linear-gradient(90deg, var(--bar) calc(var(--p) * 100%), var(--track) 0); margin-right: .6rem }
@@ -144,7 +144,7 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
         for r in block.foretold
     )
     if foretold:
-        foretold = f"<dt>foretold to end</dt><dd><ul>{foretold}</ul></dd>"
+        foretold = f"<dt>last token foretold</dt><dd><ul>{foretold}</ul></dd>"
     heads = ('<th scope="col" class="r">step<th scope="col" class="r">place<th scope="col" class="r">position'
              '<th scope="col">fed<th scope="col">recalled<th scope="col">wrote<th scope="col">probability'
              '<th scope="col" class="r">forbidden<th scope="col">runners-up')  # fmt: skip

@@ -82,7 +82,7 @@ def render_text(t: Trace) -> str:
         title = f"{heading(block, n)}  {visible(block.text)}".rstrip()
         lines += ["", f"{title}  {nats(block.log_prob)}"]
         if block.foretold:
-            lines.append("  foretold to end  " + _with_percents(block.foretold))
+            lines.append("  last token foretold  " + _with_percents(block.foretold))
         lines.append(_row(*zip(widths, head, strict=True)))
         for s in block.steps:
             cells = (f"  {s.t}", f"{s.place}", f"{s.position:g}", s.fed, told(s), s.name, percent(s.probability),
