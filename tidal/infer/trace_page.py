@@ -145,8 +145,9 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
     )
     if foretold:
         foretold = f"<dt>last token foretold</dt><dd><ul>{foretold}</ul></dd>"
+    recalled = '<th scope="col">recalled' * any(s.recalled for s in block.steps)
     heads = ('<th scope="col" class="r">step<th scope="col" class="r">place<th scope="col" class="r">position'
-             '<th scope="col">fed<th scope="col">recalled<th scope="col">wrote<th scope="col">probability'
+             f'<th scope="col">fed{recalled}<th scope="col">wrote<th scope="col">probability'
              '<th scope="col" class="r">forbidden<th scope="col">runners-up')  # fmt: skip
     units = f"{len(block.steps)} {'unit' if len(block.steps) == 1 else 'units'}"
     opened = opened or not block.finished
@@ -168,8 +169,9 @@ def _table_row(s: TracedStep) -> str:
         for r in s.runners_up
     )
     alarm = " alarm" * (s.forbidden >= ALARM)
+    recalled = f"<td>{_u(told(s))}" if s.recalled else ""
     return (
-        f'<tr><td class="r">{s.t}<td class="r">{s.place}<td class="r">{s.position:g}<td>{_u(s.fed)}<td>{_u(told(s))}'
+        f'<tr><td class="r">{s.t}<td class="r">{s.place}<td class="r">{s.position:g}<td>{_u(s.fed)}{recalled}'
         f'<td>{_u(s.name)}'
         f'<td><i class="bar"{_p(s.probability)}></i>{percent(s.probability)} <small>{notes(s)}</small>'
         f'<td class="r{alarm}">{percent(s.forbidden)}<td><ul class="others">{others}</ul>'

@@ -76,8 +76,10 @@ def render_text(t: Trace) -> str:
     hidden = len(t.prompt_blocks) - SHOWN
     lines += ["", "Prompt blocks and their tokens" + (f" ({hidden} earlier ones left out)" if hidden > 0 else "")]
     lines += [_row((2, ""), (14, visible(text)), (0, " · ".join(names))) for text, names in t.prompt_blocks[-SHOWN:]]
-    widths = 6, 6, 10, 8, 10, 8, 8, 18, 10, 0
-    head = "  step", "place", "position", "fed", "recalled", "wrote", "p", "", "forbidden", "runners-up (x: forbidden)"
+    recalls = any(step.recalled for _, block in all_blocks(t) for step in block.steps)
+    widths = 6, 6, 10, 8, 18 * recalls, 8, 8, 18, 10, 0
+    head = ("  step", "place", "position", "fed", "recalled" * recalls, "wrote", "p", "", "forbidden",
+            "runners-up (x: forbidden)")  # fmt: skip
     for n, block in all_blocks(t):
         title = f"{heading(block, n)}  {visible(block.text)}".rstrip()
         lines += ["", f"{title}  {nats(block.log_prob)}"]
