@@ -26,6 +26,8 @@ from tidal.train.presets import PRESETS
 from tidal.train.recipes import addition as recipe_module
 from tidal.train.recipes.addition import AdditionRecipe, Asked, answer_of, exact, paired, prompt_of
 
+pytestmark = pytest.mark.usefixtures("one_a_row")
+
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=16, writer_ff=16,
               suffix_rows=0, place_jitter=4)  # fmt: skip
 TINY = ("d-model=16", "n-heads=2", "n-kv-heads=2", "reader-ff=16", "writer-ff=16", "writer-layers=1", "rows=8")
@@ -34,12 +36,6 @@ TINY = ("d-model=16", "n-heads=2", "n-kv-heads=2", "reader-ff=16", "writer-ff=16
 def settings(rows: int = 16, seed: int = 0, **addition: Any) -> Train:
     own = Addition(**{"digits": 3, "max_block_units": 32, **addition})
     return dataclasses.replace(PRESETS["addition"], rows=rows, seed=seed, model=SHAPE, addition=own)
-
-
-@pytest.fixture(autouse=True)
-def one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a test sees which document is which."""
-    monkeypatch.setattr(recipe_module, "paired", lambda asked: [[a] for a in asked])
 
 
 def texts(batch: Batch, tokenizer: MixedTokenizer) -> list[str]:

@@ -160,6 +160,7 @@ def test_ignored_signals_stay_ignored_and_others_come_back() -> None:
 # ------------------------------------------------------------------------------------------ not finite
 
 
+@pytest.mark.usefixtures("one_a_row")
 @pytest.mark.parametrize("which", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_and_is_written_down(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,6 +236,7 @@ def memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception
     monkeypatch.setattr(TidalTransformer, "forward", forward)
 
 
+@pytest.mark.usefixtures("one_a_row")
 @pytest.mark.parametrize(("rows", "parts"), [(3, 2), (1, 4)])
 def test_out_of_memory_halves_the_batch(rows: int, parts: int, tmp_path: Path, alone: dict[str, Any],
                                         monkeypatch: pytest.MonkeyPatch,

@@ -173,6 +173,7 @@ def text_recipe(folder: Path) -> TextRecipe:
     return TextRecipe(dataclasses.replace(SETTINGS, recipe="text", rows=8, text=text))
 
 
+@pytest.mark.usefixtures("one_a_row")
 @pytest.mark.parametrize("make", [lambda folder: Hooked(dataclasses.replace(SETTINGS, rows=8)), text_recipe])
 def test_shares_make_up_the_batch(make: Callable[[Path], Any], tmp_path: Path) -> None:
     recipe = make(tmp_path)

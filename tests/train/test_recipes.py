@@ -62,12 +62,6 @@ def written_blocks(batch: Batch, row: int, tokenizer: MixedTokenizer) -> list[st
 # ------------------------------------------------------------------------------------------- addition
 
 
-@pytest.fixture
-def one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a test sees which document is which."""
-    monkeypatch.setattr("tidal.train.recipes.addition.paired", lambda asked: [[a] for a in asked])
-
-
 @pytest.mark.usefixtures("one_a_row")
 def test_sums_are_right_and_only_answers_are_learnt() -> None:
     recipe = AdditionRecipe(SUMS)

@@ -200,6 +200,7 @@ def test_a_machine_that_slows_down(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------------------------ probes
 
 
+@pytest.mark.usefixtures("one_a_row")
 def test_probes_touch_nothing_and_repeat(tmp_path: Path) -> None:
     recipe = Sums(dataclasses.replace(SETTINGS, rows=128))
     model = model_for(SETTINGS, recipe.tokenizer)

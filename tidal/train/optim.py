@@ -50,7 +50,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = rate * group["scale"]
                 if "sharpen" in group:  # decay with the other sign: growth, but none while the rate is at its highest
-                    group["weight_decay"] = -group["sharpen"] * (1 - rate / self.settings.lr)
+                    group["weight_decay"] = -group["sharpen"] * (1 - rate / (self.settings.lr or 1.0))
             part.step()
 
     def state(self) -> dict[str, Tensor]:
