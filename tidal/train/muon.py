@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay, its updates as large as AdamW's (Liu
     et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves both.
 
-    Not torch's own, which works in bfloat16 everywhere: a CPU that has no such products emulates them, 10 to 30 times
+    Not torch's own, which works in bfloat16 everywhere: a CPU that has no such products emulates them, 9 to 31 times
     slower than float32 (docs/training.md), and takes matrices that FSDP has cut up by their pieces, which is not the
     same update. Here moments stay cut up, and each matrix is put together for its update.
     """

@@ -49,7 +49,7 @@ class Optimizer:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate * group["scale"]
-                if "sharpen" in group:  # decay with the other sign: growth, but none while the rate is at its highest
+                if "sharpen" in group:  # decay with the other sign, but none while the rate is at its highest
                     group["weight_decay"] = -group["sharpen"] * (1 - rate / (self.settings.lr or 1.0))
             part.step()
 
