@@ -271,7 +271,7 @@ class Train:
     threads: int = 0
     """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
     workers: int = -1
-    """Processes that build batches beforehand; -1: none on a CPU, up to four beside each GPU."""
+    """Processes that build batches beforehand; -1: up to four beside each GPU; on a CPU one, where a core is left."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

@@ -32,6 +32,7 @@ SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layer
               suffix_rows=50, place_jitter=3)  # fmt: skip
 SETTINGS = dataclasses.replace(
     PRESETS["addition"], max_steps=STEPS, rows=4, validate_every=EVERY, device="cpu", model=SHAPE,
+    workers=0,  # hooks are called in this process
     optim=Optim(lr=1e-2, warmup_steps=2, aux_weight=0.3), addition=Addition(digits=2, max_block_units=8),
 )  # fmt: skip
 

@@ -86,12 +86,19 @@ def test_an_error_of_a_worker_is_that_of_the_run(tmp_path: Path) -> None:
     assert children() == before  # though the traceback still holds on to what built them
 
 
-@pytest.mark.parametrize(("asked", "device", "processes", "wanted"), [
-    (-1, "cpu", 1, 0), (3, "cpu", 1, 3), (0, "cuda", 1, 0), (-1, "cuda", 1, 4), (-1, "cuda", 4, 1), (-1, "cuda", 8, 0),
+@pytest.mark.parametrize(("asked", "device", "threads", "processes", "wanted"), [
+    (-1, "cpu", 1, 1, 1), (-1, "cpu", 8, 1, 0), (-1, "cpu", 7, 1, 1), (-1, "cpu", 1, 4, 1), (-1, "cpu", 1, 8, 0),
+    (3, "cpu", 8, 1, 3), (0, "cpu", 1, 1, 0), (0, "cuda", 1, 1, 0), (-1, "cuda", 8, 1, 4), (-1, "cuda", 1, 4, 1),
+    (-1, "cuda", 1, 8, 0),
 ])  # fmt: skip
-def test_how_many(asked: int, device: str, processes: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many(asked: int, device: str, threads: int, processes: int, wanted: int,
+                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(sys, "platform", "linux")
     assert n_workers(asked, torch.device(device), processes) == wanted
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert n_workers(asked, torch.device(device), processes) == (0 if (asked, device) == (-1, "cpu") else wanted)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a killed parent takes along")

@@ -24,10 +24,14 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def n_workers(asked: int, device: torch.device, processes: int) -> int:
-    """How many; of `asked` −1: none on a CPU, whose cores compute, and beside a GPU up to four a training process."""
+    """How many; of `asked` −1, in each training process: up to four beside a GPU, one on a CPU if its threads leave a
+    core to it (and if it is Linux's, where to fork is safe).
+    """
     if asked >= 0:
         return asked
-    return min(4, max(0, (os.cpu_count() or 1) // processes - 1)) if device.type == "cuda" else 0
+    on_gpu = device.type == "cuda"
+    left = (os.cpu_count() or 1) // processes - (1 if on_gpu else torch.get_num_threads())
+    return min(max(0, left), 4 if on_gpu else int(sys.platform == "linux"))
 
 
 class Ahead:
