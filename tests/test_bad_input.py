@@ -97,6 +97,7 @@ CASES = {
     f"{TEXT} --data surrogate.jsonl": r"surrogate.jsonl:1: 'text' has a lone surrogate \(\\ud800\) at character 1",
     f"{TEXT} --data one.txt": "too little data",
     f"{TEXT} --data good.txt --tokenizer folder": "cannot read folder/tokenizer.json",
+    f"{TEXT} --data /dev/null": "no text in '/dev/null', which is no file: data are read more than once",
     TEXT: "--recipe text needs --data",
     "train --recipe addition --data good.txt": "--data goes with --recipe text",
     "train --data good.txt --recipe addition": "--data goes with --recipe text",
@@ -138,16 +139,22 @@ CASES = {
     "train --device abacus": "device 'abacus' cannot be used",
     "train --device cuda:99": "device 'cuda:99' cannot be used",
     "infer --prompt a --device abacus": "device 'abacus' cannot be used",
+    f"train --out {300 * 'a'}": "cannot write the run folder a+: File name too long; choose another one with --out",
+    "train --device meta": "device 'meta' cannot be used",
+    # flags that would do nothing
+    "train --vocab-size 999": "--vocab-size goes with --recipe text, not addition",
+    f"{TEXT} --data good.txt --digits 7": "--digits goes with --recipe addition, not text",
+    f"{TEXT} --prepared folder --hold-out 0.2": "--hold-out was settled when folder was prepared",
     # numbers
     **{
         f"train --{flag} {value}": f"^(--{flag} (is|needs)|model: {flag.replace('-', '_')} is) "
         for flag, values in {
-            "max-steps": "0 -3 1.5 many", "rows": "0", "validate-every": "0", "keep": "0", "threads": "-1",
-            "seed": "-1", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan", "beta2": "1",
+            "max-steps": "0 -3 1.5 many", "rows": "0", "validate-every": "0", "keep": "0", "threads": "-1 100000",
+            "seed": "-1 18446744073709551616", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan", "beta2": "1",
             "weight-decay": "-1", "decay-fraction": "2", "accumulate": "0", "aux-weight": "nan",
-            "warmup-steps": "-1", "digits": "0 200",
-            "max-block-units": "3", "step-stride": "nan -1", "d-model": "0", "n-heads": "0", "reader-layers": "-1",
-            "place-jitter": "-1", "suffix-rows": "-1", "table-lr-scale": "nan",
+            "warmup-steps": "-1", "digits": "0 200 4400",
+            "max-block-units": "3 200000", "step-stride": "nan -1", "d-model": "0", "n-heads": "0",
+            "reader-layers": "-1", "place-jitter": "-1 200000", "suffix-rows": "-1", "table-lr-scale": "nan",
         }.items()
         for value in values.split()
     },
@@ -165,10 +172,25 @@ CASES = {
     "infer --prompt a --num-samples 0": "--num-samples is 0; it must be at least 1",
     "infer --prompt a --max-new-units 0": "--max-new-units is 0; it must be at least 1",
     "infer --prompt a --seed -1": "--seed is -1; it must be at least 0",
+    "infer --prompt a --checkpoint=": r"^\. is not a run or checkpoint folder",  # of a variable that is not set
+    "infer --prompt -- a": "'--' is no flag",
+    # flags of which one would do nothing
+    **{
+        f"infer --prompt a --num-beams 2 --{flag}": f"--{flag.split()[0]} does nothing with --num-beams"
+        for flag in ("stop x", "max-new-blocks 1", "log-probs", "stream", "trace t.html", "temperature 1", "top-k 3")
+    },
+    **{
+        f"infer --prompt a --trace t.html --{flag}": f"--{flag.split()[0]} does nothing with --trace"
+        for flag in ("json", "stream", "num-samples 2")
+    },
+    "infer --prompt a --length-penalty 2": "--length-penalty does nothing without --num-beams",
+    "infer --prompt a --num-beams 2 --num-samples 3": "--num-samples is 3; of 2 beams there are no more",
+    "infer --prompt a --trace notes.md": "--trace is 'notes.md'; give a file that ends in .html",
     "evaluate addition --count 0": "--digits, --count and --batch-size must be at least 1",
     "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
     "evaluate samples --count 0": "--count and --prompt-blocks must be at least 1",
     "evaluate samples --seed -1": "--seed is -1; it must be at least 0",
+    "evaluate boundary --seed -1": "--seed is -1; it must be at least 0",
     f"{BITS} --data good.txt --context 3": "--context is 3; it must be at least 16",
 }  # fmt: skip
 

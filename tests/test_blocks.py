@@ -186,6 +186,20 @@ def test_a_prompt_costs_no_writer_steps() -> None:
     assert list(fill_rows([whole], table, 100, 6)) == [[whole]]
 
 
+def test_what_is_learnt_sees_the_end_of_a_long_prompt() -> None:
+    """As when decoding, but for what has no room: all that fits beside the completion, or half a window."""
+    table = BlockTable(tokenizers()["digits"])
+    numbers = [f" {n}" for n in range(10, 60)]  # three tokens each
+    for completion, n_windows, n_seen in ((numbers[:1], 1, 8), (numbers[:4], 1, 5), (numbers[:9], 2, 5)):
+        cut = windows(passage(table, "".join(numbers), "".join(completion), ends=False), table, 30, 1000)
+        assert len(cut) == n_windows
+        assert texts_of(cut[0], table)[1 : cut[0].supervise_from] == numbers[-n_seen:]
+        learnt = [text for w in cut for text in texts_of(w, table)[w.supervise_from :]]
+        assert learnt == completion
+    whole = passage(table, "".join(numbers[:3]), "".join(numbers), ends=False)  # a short prompt is never cut
+    assert texts_of(windows(whole, table, 30, 1000)[0], table)[1:4] == numbers[:3]
+
+
 @settings(max_examples=150)
 @given(st.data(), tokenizer_names, st.integers(2, 40), st.integers(1, 60), st.integers(0, 12))
 def test_windows(data: st.DataObject, name: str, reader_budget: int, writer_budget: int, overlap: int) -> None:

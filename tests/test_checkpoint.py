@@ -13,7 +13,6 @@ import torch
 from tidal import checkpoint
 from tidal.checkpoint import (
     DiskFullError,
-    atomic_write,
     checkpoints,
     newest_verified,
     prune,
@@ -26,6 +25,7 @@ from tidal.checkpoint import (
     write_checkpoint,
 )
 from tidal.cli import UserError
+from tidal.files import atomic_write
 from tidal.train import disk
 from tidal.train.disk import prepare_run_dir
 
@@ -147,7 +147,7 @@ def test_manifests_that_are_none(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-@pytest.mark.parametrize("where", ["tokenizer", "save_file", "_hashes", "_fsync", "rename"])
+@pytest.mark.parametrize("where", ["tokenizer", "save_file", "_hashes", "fsync", "rename"])
 @pytest.mark.parametrize("crash", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
 def test_a_crash_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, crash: BaseException, same_step: bool
@@ -179,7 +179,7 @@ def test_a_crash_leaves_the_old_checkpoint(
 def named_too_early(run_dir: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str = "") -> list[str]:
     """What was not on the disk yet when the checkpoint got its name, or not after it; `forgotten` is never synced."""
     events: list[str] = []
-    real_rename, real_fsync = os.rename, checkpoint._fsync
+    real_rename, real_fsync = os.rename, checkpoint.fsync
 
     def rename(source: Path, target: Path) -> None:
         events.append(f"rename {target.name}")
@@ -192,7 +192,7 @@ def named_too_early(run_dir: Path, monkeypatch: pytest.MonkeyPatch, forgotten: s
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
-        patch.setattr(checkpoint, "_fsync", fsync)
+        patch.setattr(checkpoint, "fsync", fsync)
         write(run_dir)
     at = events.index("rename step-000500")
     before, after = {Path(name).name for name in FILES} | {"tokenizer", "step-000500.tmp"}, {"checkpoints"}
@@ -319,6 +319,27 @@ def test_resolve_says_what_is_wrong(tmp_path: Path) -> None:
     assert "has no complete checkpoint" in error_of(resolve, tmp_path)
 
 
+def test_runs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    good, locked = write(Path("runs/good"), 1), write(Path("runs/locked"), 2)
+    os.utime(locked, (4e9, 4e9))
+    real = os.listdir
+
+    def listdir(path: object) -> list[str]:
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert resolve(None) == good
+    assert capsys.readouterr().err == "passing over runs/locked: Permission denied\n"
+    wanted = "runs/locked/checkpoints cannot be read: Permission denied; choose another run"
+    assert error_of(resolve, Path("runs/locked")) == wanted
+    Path("runs/locked/checkpoints").rename(tmp_path / "elsewhere")  # as if it could not be looked into at all
+    assert "runs/locked cannot be read: Permission denied" in error_of(resolve, Path("runs/locked"))
+
+
 def test_prepare_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs" / "a.b"
     assert prepare_run_dir(out) == prepare_run_dir(out) == out
@@ -366,3 +387,18 @@ def test_atomic_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         atomic_write(path, b"new")
     assert path.read_bytes() == b"\0"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    atomic_write(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with open(os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        atomic_write(tmp_path / "pipe", "through")
+        assert reader.read() == "through"
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="directory"):
+        atomic_write(tmp_path, "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ def test_parse_reads_flags() -> None:
     assert outer(*argv) == Outer(("a", "b c"), 7, 1e-4, True, Inner(64))
     assert outer() == Outer()
     assert parse(Outer, ["--lr", "2"], "x", default=Outer(max_steps=3)) == Outer(max_steps=3, lr=2.0)
+    assert outer("--data=--a", "--data=-b=c", "--d-model=32") == Outer(("--a", "-b=c"), inner=Inner(32))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,26 @@ def test_main_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "tidal.x: interrupted\n")
     with pytest.raises(ZeroDivisionError):
         main(raiser(ZeroDivisionError()), "tidal.x", [])  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the disk that is always full")
+def test_what_takes_no_output_is_named() -> None:
+    script = "from tidal.cli import main\nmain(lambda argv: print('ü'), 'tidal.x')"
+    for environment, said in (
+        ({"PYTHONUTF8": "1"}, "cannot write the output: No space left on device"),
+        ({"PYTHONIOENCODING": "ascii"}, r"'\xfc' cannot be written in ascii; set PYTHONIOENCODING=utf-8"),
+    ):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, **environment}, check=False)  # fmt: skip
+        assert (done.returncode, done.stderr) == (2, f"tidal.x: error: {said}\n")
+
+
+def test_closed_streams_are_empty_ones() -> None:
+    script = ("import sys\nfrom tidal.cli import main, note\n"
+              "main(lambda argv: print(note(sys.stdin.read()), sys.stdout.isatty()), 'tidal.x')")  # fmt: skip
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', script], check=False)
+    assert done.returncode == 0
 
 
 SCRIPT = """

@@ -19,6 +19,8 @@ from commands import ROOT, SMALL, SMALL_TEXT, Ran, Terminal, run, tidal, tree
 import tidal as package
 from tidal import checkpoint
 from tidal.config import Optim
+from tidal.infer.__main__ import _before as before
+from tidal.infer.__main__ import run as infer
 from tidal.train.optim import learning_rate
 
 KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "degenerate", "seconds"]
@@ -195,7 +197,7 @@ def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
 
 
 def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_bytes("1 + 1 =\r\n\n今天 2 =".encode())
+    (tmp_path / "prompts.txt").write_bytes("\ufeff1 + 1 =\r\n\n今天 2 =".encode())  # some editors put it first
     prompts = ["1 + 1 =", "", "今天 2 ="]
     flags = ("--json", "--max-new-units", "12")
     by_file = tidal("infer", "--prompt-file", str(tmp_path / "prompts.txt"), *flags, cwd=home)
@@ -336,6 +338,19 @@ def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path) -> None
     model, its_tokenizer = package.load(tmp_path / "here")
     assert its_tokenizer.fingerprint == package.MixedTokenizer.load(tokenizer[1]).fingerprint
     assert model.config.shape.suffix_rows == 500
+
+
+def test_a_streamed_text_ends_before_a_stop_string(sea: tuple[Path, Ran], capsys: pytest.CaptureFixture[str]) -> None:
+    """It comes piece by piece, and no part of a stop string with it, wherever blocks end."""
+    flags = ["--checkpoint", str(sea[0] / "runs/text"), "--prompt", "the sea", "--max-new-units", "60", "--seed", "2"]
+    infer(flags)
+    text = capsys.readouterr().out.removeprefix("the sea")
+    for stop in ([text[n : n + 3] for n in (0, 5, 20)], [text[9:14]], ["zzz"], [text[-3:-1], "zz"]):
+        infer([*flags, "--stop", *stop])
+        wanted = capsys.readouterr().out
+        infer([*flags, "--stream", "--stop", *stop])
+        assert capsys.readouterr().out == wanted
+    assert [before("and so it", stop) for stop in ((), ("so",), ("it goes",), ("d", "x" * 20))] == [9, 4, 3, 0]
 
 
 # --------------------------------------------------------------------------------------------- python

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -264,7 +266,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_figures_as_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(["runs/a", "runs/b", "--json"])
-    runs = json.loads(capsys.readouterr().out)["runs"]
+    printed = capsys.readouterr().out
+    report(["runs/a", "--json", "runs/b"])
+    assert capsys.readouterr().out == printed
+    runs = json.loads(printed)["runs"]
     assert [r["run"] for r in runs] == ["a", "b"]
     assert runs[1] == {
         "run": "b", "recipe": "text", "step": 300, "max_steps": 300, "seconds": 45.0, "warnings": [],
@@ -295,12 +300,35 @@ def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (home / "both.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(["runs/a", "--out", "a.png"])
+    before = (home / "a.png").read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "fsync", full)  # when it is written, and before it is in its place
+    with pytest.raises(UserError, match=r"cannot write a\.png: File too large"):
+        report(["runs/b", "--out", "a.png"])
+    assert (home / "a.png").read_bytes() == before
+
+
+def test_where_nothing_is_finite(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "runs/a/metrics.csv").write_text("step,seconds,loss,bits_per_byte\n10,1,nan,nan\n")
+    report(["runs/a", "--json"])
+    assert json.loads(capsys.readouterr().out)["runs"][0]["loss"] is None
+    report(["runs/a"])
+    assert re.search(r"^loss +nan$", capsys.readouterr().out, re.MULTILINE)
+    report(["runs/a", "--out", "a.html"])
+    with pytest.raises(UserError, match=r"cannot draw a\.png: there is nothing to draw"):
+        report(["runs/a", "--out", "a.png"])
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["nowhere"], "nowhere is no run: it has no metrics.csv"),
     (["runs/a", "--out", "a.pdf"], "--out is a.pdf; it must end in .html or .png"),
     (["runs/a", "--out", "no/such/a.html"], "cannot write no/such/a.html"),
     (["runs/a", "--out", "no/such/a.png"], "cannot write no/such/a.png"),
-    (["--json", "runs/a"], "unexpected argument 'runs/a'"),
     (["runs/a", "--ouf", "x"], "unknown flag '--ouf'; did you mean '--out'"),
 ])  # fmt: skip
 def test_what_cannot_be_done(arguments: list[str], said: str, home: Path) -> None:
@@ -313,6 +341,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "header": (lambda run: (run / "metrics.csv").write_text("step,loss\n"), "has no figures yet"),
     "no loss": (lambda run: (run / "metrics.csv").write_text("step,x\n1,2\n"), "has no bits_per_byte, loss, seconds"),
     "a word": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,x\n"), "could not convert"),
+    "a field more": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,2,3\n"), "cannot be read"),
+    "NULs": (lambda run: (run / "metrics.csv").write_text("step,loss\n" + 200_000 * "\0"), "cannot be read"),
     "no JSON": (lambda run: (run / "config.json").write_text("{"), "cannot be read"),
     "a list": (lambda run: (run / "doctor.json").write_text("[]"), "must hold objects"),
     "samples": (lambda run: (run / "samples.jsonl").write_text("[1\n"), "cannot be read"),

@@ -21,6 +21,7 @@ def test_prompts_come_from_the_texts() -> None:
     assert all(any(prompt in text for text in TEXTS) and 1 <= len(tokenizer.split(prompt)) <= 4 for prompt in prompts)
     assert len(set(prompts)) > 5
     assert prompts == prompts_from(tokenizer, TEXTS, 200, 4, 0) != prompts_from(tokenizer, TEXTS, 200, 4, 1)
+    assert set(prompts_from(tokenizer, ["a b"], 50, 1, 0)) == {"a", " b"}  # the last window, too
     with pytest.raises(ValueError, match="there is no text"):
         prompts_from(tokenizer, ["", ""], 1, 4, 0)
 

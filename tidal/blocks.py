@@ -218,13 +218,18 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     """Cut a passage that is over a budget into windows, each opened by BOS_BLOCK, in order.
 
     Every supervised block is supervised in exactly one window. With `overlap`, a window begins with up to so many
-    reader tokens from before it, unsupervised, as its context. Windows without supervised blocks are left out.
+    reader tokens from before it, unsupervised, as its context; without, the first has the end of the prompt: what fits
+    beside the supervised blocks, or half a window. Windows without supervised blocks are left out.
     """
-    body = p.blocks[1:]
+    body, n_prompt = p.blocks[1:], max(0, p.supervise_from - 1)
     n_tokens, n_steps = table.n_tokens(body), table.n_targets(body)
-    n_steps[: max(0, p.supervise_from - 1)] = 0
+    n_steps[:n_prompt] = 0
     if 1 + n_tokens.sum() <= reader_budget and n_steps.sum() <= writer_budget:
         return [p]
+    if not overlap:
+        left_out = too_early(n_tokens[: n_prompt + reader_budget], n_prompt, reader_budget)
+        body, n_tokens, n_steps = body[left_out:], n_tokens[left_out:], n_steps[left_out:]
+        p = dataclasses.replace(p, supervise_from=p.supervise_from - left_out)
     cut = []
     for start, first, end in spans(n_tokens, n_steps, reader_budget, writer_budget, overlap):
         supervise_from = max(first + 1, p.supervise_from) - start
@@ -232,6 +237,14 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
             blocks = np.concatenate([[BOS_BLOCK], body[start:end]]).astype(np.int32)
             cut.append(dataclasses.replace(p, blocks=blocks, supervise_from=supervise_from))
     return cut
+
+
+def too_early(n_tokens: Ints, n_prompt: int, reader_budget: int) -> int:
+    """How many blocks of a prompt, the first ones, have no place in a window that begins with it. `n_tokens` [n] are of
+    its blocks and of the first `reader_budget` (or all) of those after it.
+    """
+    room = max(reader_budget - 1 - int(n_tokens[n_prompt:].sum()), reader_budget // 2)
+    return n_prompt - int((np.cumsum(n_tokens[:n_prompt][::-1]) <= room).sum())
 
 
 def spans(n_tokens: Ints, n_steps: Ints, reader_budget: int, writer_budget: int,

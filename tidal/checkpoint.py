@@ -11,7 +11,6 @@ Folders whose name ends in .tmp are work in progress, or the remains of a crash;
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tidal.cli import UserError, note
-from tidal.files import free_bytes
+from tidal.files import atomic_write, free_bytes, fsync
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -88,11 +87,11 @@ def write_checkpoint(
             (new / name).write_text(text, encoding="utf-8", newline="")
         (new / MANIFEST).write_text(_manifest(step, _hashes(new)), encoding="utf-8", newline="")
         for path in (*new.rglob("*"), new):
-            _fsync(path)
+            fsync(path)
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         # safetensors tells the number only in words
         full = any(getattr(error, "errno", None) == n or f"(os error {n})" in str(error) for n in FULL)
@@ -253,13 +252,27 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
     None means the newest run under ./runs, by the time of its latest checkpoint. Nothing is verified yet.
 
     Raises:
-        UserError: there is no checkpoint there.
+        UserError: there is no checkpoint there, or it cannot be read.
     """
-    if path is None:
-        runs = [(steps[-1].stat().st_mtime_ns, run) for run in Path("runs").glob("*") if (steps := checkpoints(run))]
-        if not runs:
-            raise UserError("no runs found under runs/; train one with: python -m tidal.train")
-        path = max(runs)[1]
+    try:
+        return _resolved(_newest_run() if path is None else path, which)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}; choose another run") from error
+
+
+def _newest_run() -> Path:
+    runs = []
+    for run in Path("runs").glob("*"):
+        try:
+            runs += [(folder.stat().st_mtime_ns, run) for folder in checkpoints(run)[-1:]]
+        except OSError as error:
+            note(f"passing over {run}: {error.strerror}")
+    if not runs:
+        raise UserError("no runs found under runs/; train one with: python -m tidal.train")
+    return max(runs)[1]
+
+
+def _resolved(path: Path, which: Pointer) -> Path:
     if os.path.isfile(path / MANIFEST):
         return path
     run_dir = path.absolute().parent if path.name == "checkpoints" else path
@@ -268,6 +281,8 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
         return next(filter(None, (read_pointer(run_dir, pointer) for pointer in pointers)), steps[-1])
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; give a run folder such as runs/NAME, or one of its checkpoints")
+    if os.path.isdir(path):
+        os.listdir(path)  # raises, where that is why nothing is found
     if os.path.isdir(run_dir / "checkpoints"):
         raise UserError(f"the run {run_dir} has no complete checkpoint (yet); wait for the first one, or train again")
     raise UserError(
@@ -276,31 +291,12 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
     )
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace a file's content as a whole: after a crash it holds the old data or the new, never a part.
-
-    Raises:
-        OSError: it cannot be written; the old content is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(values, indent=1) + "\n"  # in ASCII: names of files need not be UTF-8
 
 
 def _manifest(step: int, files: Mapping[str, str]) -> str:
@@ -331,14 +327,3 @@ def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         storable[name] = tensor
     return storable
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)

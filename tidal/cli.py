@@ -8,17 +8,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
+import math
 import os
 import re
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
+DASH = "\0"
+"""Stands before values that begin with a dash while flags are told from values; no argument can contain it."""
 LINE_EVERY_S = 5.0
 """Without a terminal, progress prints at most one line in this many seconds."""
 
@@ -35,9 +39,12 @@ def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] 
     """Run a command and exit: the whole of `if __name__ == "__main__"` in every `python -m tidal.X`.
 
     `run` is given the arguments and returns an exit code or None. A `UserError` becomes one line on stderr
-    and code 2, Ctrl-C one line and code 130, a reader that closed the pipe (`| head`) a silent 141. Every
-    other exception is a bug and keeps its traceback.
+    and code 2, Ctrl-C one line and code 130, a reader that closed the pipe (`| head`) a silent 141, a full disk or an
+    encoding that lacks a character one line and code 2. Every other exception is a bug and keeps its traceback.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
         code = run(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
@@ -49,6 +56,19 @@ def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] 
         code = 130
     except BrokenPipeError:
         code = 141
+    except UnicodeEncodeError as error:
+        note(f"{prog}: error: {error.object[error.start]!a} cannot be written in {error.encoding}; "
+             "set PYTHONIOENCODING=utf-8")  # fmt: skip
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        note(f"{prog}: error: cannot write {error.filename or 'the output'}: {error.strerror}")
+        code = 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left in the buffer would be tried again, and fail with a traceback, at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -85,6 +105,8 @@ def parse(
         )
         return parsed
 
+    if "--" in argv:
+        raise UserError("'--' is no flag; a value that begins with a dash is given as --flag=VALUE")
     argv = _gathered(argv, _variadic(config_type))
     try:
         with _captured(width=9999) as said:
@@ -98,7 +120,7 @@ def parse(
         raise UserError(_unknown(unknown, argv, known) if unknown else _one_line(text)) from None
     if unknown:
         raise UserError(_unknown(unknown, argv, _known_flags(cli)))
-    return config
+    return typing.cast(T, _bare(config))
 
 
 def _variadic(config_type: type) -> set[str]:
@@ -113,7 +135,10 @@ def _variadic(config_type: type) -> set[str]:
 
 
 def _gathered(argv: Sequence[str], variadic: set[str]) -> list[str]:
-    """A flag of several values that is given again (`--data a --data b`) adds its values to those before."""
+    """A flag of several values that is given again (`--data a --data b`) adds its values to those before.
+
+    Of `--stop=--x --stop=--y` no value may look like a flag; they come out of `_bare` as they were.
+    """
     if len(flags := _flags(argv)) == len(set(flags)):
         return list(argv)
     groups: dict[object, list[str]] = {None: []}  # a flag with its values; each comes by itself unless variadic
@@ -123,10 +148,21 @@ def _gathered(argv: Sequence[str], variadic: set[str]) -> list[str]:
             flag = _spelling(argument)
             key = flag if flag in variadic else i
             values = [argument.partition("=")[2]] if "=" in argument else []
+            values = [DASH + v if v.startswith("-") and key == flag else v for v in values]
             groups.setdefault(key, [flag] if key == flag else [argument]).extend(values if key == flag else [])
         else:
             groups[key].append(argument)
     return [argument for group in groups.values() for argument in group]
+
+
+def _bare(value: Any) -> Any:
+    """A config without the marks that `_gathered` has made."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _bare(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    if isinstance(value, tuple):
+        return tuple(map(_bare, value))
+    return value.removeprefix(DASH) if isinstance(value, str) else value
 
 
 @contextlib.contextmanager
@@ -268,6 +304,11 @@ def progress(total: int | None, what: str, unit: str = "steps", done: int = 0, *
     finally:
         if last_line or bar is not None:
             shown.close()
+
+
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures for JSON, which has no word for what is not finite but null."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in figures.items()}
 
 
 def note(message: str) -> None:

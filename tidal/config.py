@@ -156,6 +156,9 @@ def _checked(kind: type, values: Any) -> dict[str, Any]:
         raise ValueError(f"{kind.__name__} has unknown keys {unknown}; known are {sorted(names)}")
     if missing := sorted(names - set(values)):
         raise ValueError(f"{kind.__name__} lacks the keys {missing}")
+    for f in dataclasses.fields(kind):
+        if f.type == "int" and type(values[f.name]) is not int:
+            raise ValueError(f"{f.name} is {values[f.name]!r:.60}; it must be a whole number")
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,9 @@ from tidal.doctor.checks_run import _compare_n_grams
 from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
 from tidal.doctor.specimen import make
+from tidal.doctor.texts import of_run
 from tidal.train import __main__ as training_command
+from tidal.train.presets import PRESETS
 
 TRAIN = (*(flag for flag in SMALL if flag != "--no-doctor"), "--max-steps", "2", "--rows", "2", "--threads", "1")
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
@@ -265,3 +268,16 @@ def test_the_commands_of_the_docs_are_these() -> None:
     flags = {flag for command in told for flag in re.findall(r"--[a-z-]+", command)}
     assert flags <= {"--quick", "--json", "--data", "--checks", "--count"}
     assert told
+
+
+def test_texts_like_those_that_a_run_was_trained_on(tmp_path: Path) -> None:
+    own = dataclasses.replace(PRESETS["addition"].addition, operations="-*", digits=3)
+    documents, _ = of_run(dataclasses.asdict(dataclasses.replace(PRESETS["addition"], addition=own)), tmp_path)
+    assert {d.prompt.split()[1] for d in documents} == {"-", "*"}
+    for document in documents:
+        a, operation, b, _ = document.prompt.split()
+        assert document.completion == f" {int(a) - int(b) if operation == '-' else int(a) * int(b)}\n"
+    prompts = ["Hello\u2028there\x85", "and you"]
+    lines = [json.dumps({"prompt": p, "completion": "\u2029"}, ensure_ascii=False) + "\n" for p in prompts]
+    (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert [d.completion for d in of_run({"recipe": "text"}, tmp_path)[0]] == prompts

@@ -229,6 +229,18 @@ def test_one_beam_is_greedy(name: str, shape: str) -> None:
     check_greedy(*tiny(name, shape, torch.float32), PROMPTS, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_no_text_is_found_twice(penalty: float) -> None:
+    """Not as an end and as what `max_new_units` left of a beam, nor cut into other blocks; the best one is kept."""
+    model, tokenizer = tiny("english", "memory")
+    for units in (1, 2, 4, 7):
+        found = beam_search(model, tokenizer, ["the light", "", "\n"], num_beams=12, max_new_units=units,
+                            length_penalty=penalty)  # fmt: skip
+        for best in found:
+            assert len({h.completion for h in best}) == len(best) > 0
+            assert [h.score for h in best] == sorted((h.score for h in best), reverse=True)
+
+
 def test_one_beam_is_greedy_in_ties() -> None:
     """All units are equally likely: the lowest wins, in every form."""
     model, tokenizer = tiny_copy("english", "memory")
@@ -274,6 +286,8 @@ def test_it_says_what_is_wrong() -> None:
             beam_search(model, tokenizer, ["the"], **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="surrogate"):
         beam_search(model, tokenizer, ["the", "\ud800"])
+    with pytest.raises(ValueError, match="prompts is the string 'the'; give a list"):
+        beam_search(model, tokenizer, "the")
     with pytest.raises(ValueError, match="tokenizer"):
         beam_search(model, tokenizers()["bytes"], ["the"])
     assert beam_search(model, tokenizer, []) == []

@@ -236,6 +236,14 @@ def test_refused(how: dict[str, Any], message: str) -> None:
         generate(model, tokenizer, ["a"], **how)
 
 
+def test_what_prompts_and_seeds_may_be() -> None:
+    model, tokenizer = tiny("english", "memory")
+    with pytest.raises(ValueError, match="prompts is the string 'the light'; give a list"):
+        generate(model, tokenizer, "the light")
+    two = [generate(model, tokenizer, ["a"], temperature=1.0, seed=seed)[0] for seed in (3, np.int64(3))]
+    assert two[0].text == two[1].text
+
+
 def test_output_cannot_be_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The first of the ten thousand of `python -m benchmarks.fuzz`."""
     monkeypatch.setattr("sys.argv", ["fuzz", "--count", "150"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tidal import checkpoint
 from tidal.cli import parse
 from tidal.config import Addition, Optim, Shape, Text, Train
 from tidal.model import TidalTransformer
+from tidal.streams import Batch
 from tidal.train import disk
 from tidal.train.__main__ import run
 from tidal.train.recipes.addition import AdditionRecipe
@@ -100,6 +103,57 @@ def test_another_run_is_begun_beside_it(here: Path) -> None:
 def test_a_finished_run_with_other_settings_is_left_alone(here: Path) -> None:
     assert run(flags("--seed", "1")) == 0
     assert (here / "run-2/latest").read_text() == "step-000004\n"
+
+
+def test_the_same_command_continues_a_run_that_was_begun_beside_another(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(flags("--seed", "1")) == 0
+    assert run(flags("--seed", "2")) == 0
+    wanted = results(here / "run-2")
+    undo(here / "run-2")
+    assert run(flags("--seed", "1")) == 0
+    assert "continuing at step 2 of 4, from step-000002" in capsys.readouterr().err
+    assert unequal(results(here / "run-2"), wanted) == []
+    assert run(flags("--seed", "2")) == 0
+    assert "run-3 is finished: 4 steps" in capsys.readouterr().err
+    assert not (here / "run-4").exists()
+
+
+@pytest.mark.parametrize("how", [["--resume", "never"], ["--resume", "run"]])
+def test_an_interrupted_run_says_what_continues_it(how: list[str], here: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    undo(here / "run")
+    real, stopping = AdditionRecipe.batch, True
+
+    def batch(recipe: AdditionRecipe, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
+        if stopping and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(recipe, step, share)
+
+    monkeypatch.setattr(AdditionRecipe, "batch", batch)
+    assert run([*(flags() if "never" in how else ["--no-doctor"]), *how, "--workers", "0"]) == 143
+    folder = "run-2" if "never" in how else "run"
+    assert f"saved run/checkpoints/step-000003; --resume {folder} continues it".replace("run/", f"{folder}/") in (
+        capsys.readouterr().err
+    )
+    stopping = False
+    assert run(["--resume", folder, "--no-doctor"]) == 0
+    assert "continuing at step 3 of 4" in capsys.readouterr().err
+
+
+def test_parts_may_be_fewer_again(here: Path) -> None:
+    for asked, found in (("4", 4), ("1", 1)):
+        undo(here / "run")
+        assert run(flags("--parts", asked)) == 0
+        trainer = json.loads((checkpoint.checkpoints(here / "run")[-1] / "trainer.json").read_text())
+        assert (trainer["settings"]["parts"], trainer["parts"]) == (int(asked), found)
+
+
+def test_names_need_not_be_utf_8(here: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    assert run(flags("--out", name)) == 0
+    assert run(["--resume", name]) == 0
 
 
 def test_other_settings_are_refused(here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,3 +260,18 @@ def test_hold_out_loses_nothing(bodies: list[str], fraction: float, seed: int, c
     documents = [Document("", body, str(i)) for i, body in enumerate(bodies)]
     if sum(map(len, documents)) > 1:
         assert 0 < share(documents, fraction, seed=seed, cap=cap) < 1
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.txt").write_text("some text")
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if "secret" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot read .*secret: Permission denied; check --data"):
+        list(read_documents([str(tmp_path)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -297,6 +298,26 @@ def check_damage_is_found(folder: Path, out: Path) -> None:
 
 def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
     check_damage_is_found(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["shard-000000", "shard-000000/text.npy", "tokenizer/tokenizer.model", make.MANIFEST])
+@pytest.mark.parametrize("gone", [True, False])
+def test_damage_is_mended(name: str, gone: bool, folder: Path, tmp_path: Path) -> None:
+    """By preparing once more, which is what the error of `load` says."""
+    out = tmp_path / "out"
+    with small():
+        prepare(surveyed(folder), tokenizers()["english"], out, workers=1)
+        before = files(out)
+        if gone and (out / name).is_dir():
+            shutil.rmtree(out / name)
+        elif gone:
+            (out / name).unlink()
+        else:
+            (path := out / name if (out / name).is_file() else out / name / "blocks.npy").write_bytes(b"")
+            assert path.exists()
+        prepare(surveyed(folder), tokenizers()["english"], out, workers=1)
+    assert files(out) == before
+    make.load(out)
 
 
 def test_other_data_or_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tidal.config import Train
 from tidal.model import Losses, TidalTransformer
 from tidal.streams import Batch
 from tidal.train import __main__ as command
-from tidal.train import disk, records
+from tidal.train import disk, loop, records
 from tidal.train.gradient import gradients
 from tidal.train.loop import model_for, train
 from tidal.train.muon import Muon
@@ -120,8 +120,9 @@ def eager_blocks() -> Any:
 def writing_nothing() -> Iterator[None]:
     """Whatever writes a file is an error."""
     with contextlib.ExitStack() as stack:
-        for module, name in ((checkpoint, "write_checkpoint"), (checkpoint, "atomic_write"), (disk, "append"),
-                             (records, "append"), (records, "atomic_write"), (checkpoint, "prune")):  # fmt: skip
+        for module, name in ((checkpoint, "write_checkpoint"), (checkpoint, "atomic_write"), (loop, "atomic_write"),
+                             (disk, "append"), (records, "append"), (records, "atomic_write"),
+                             (checkpoint, "prune")):  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, side_effect=AssertionError(name)))
         yield
 

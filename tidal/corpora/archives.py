@@ -9,9 +9,11 @@ NAME.deb = ar archive   debian-binary │ control.tar.xz │ data.tar.xz
 from __future__ import annotations
 
 import io
+import lzma
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -45,7 +47,7 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
                     content = tar.extractfile(member)
                     assert content is not None  # it is a regular file
                     yield path.as_posix(), content.read()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{archive} is damaged: {error}; fetch it again") from error
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror or error}; fetch it again") from error

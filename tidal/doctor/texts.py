@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tidal.cli import UserError
+from tidal.config import Train
 from tidal.doctor.patient import Document
 from tidal.tokenizer import MixedTokenizer
 
@@ -84,12 +85,13 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
 def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], str]:
     """Documents like those a run was trained on, held out where possible, and a word on where they come from."""
     from tidal.prepare.documents import hold_out, read_documents
-    from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
+    from tidal.train.recipes.addition import random_problem
 
     if settings.get("recipe") == "addition":
-        rng, digits = np.random.default_rng(2**31), int(settings["addition"]["digits"])
-        sums = [some for n in range(64) for some in random_sums(rng, digits - n % min(2, digits), 1)]
-        return [Document(prompt_of(a, b), answer_of(a, b)) for a, b in sums], f"new sums of up to {digits} digits"
+        rng, own = np.random.default_rng(2**31), Train.from_dict(settings).addition
+        kinds = [(own.operations[n % len(own.operations)], own.digits - n % min(2, own.digits)) for n in range(64)]
+        problems = [random_problem(rng, own, operation, digits) for operation, digits in kinds]
+        return [Document(*problem) for problem in problems], f"new sums of up to {own.digits} digits"
     text = settings.get("text", {})
     paths = [str(path) for path in text.get("data", ())]
     if paths and all(os.path.exists(path) or glob.glob(path) for path in paths):
@@ -98,7 +100,7 @@ def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], 
     samples = run_dir / "samples.jsonl"
     if samples.is_file():
         try:
-            lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in samples.read_bytes().splitlines()]  # of text, it has other ends, too
             prompts = dict.fromkeys(str(line["prompt"]) for line in lines)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{samples} cannot be read: {error}; give --data") from error

@@ -8,6 +8,7 @@ from tidal.device import set_threads
 from tidal.doctor.examine import run
 from tidal.doctor.report import Report
 from tidal.train.loop import Recipe, model_for
+from tidal.train.memory import memory_for
 
 
 def examine_before_training(settings: Train, recipe: Recipe) -> Report:
@@ -19,8 +20,9 @@ def examine_before_training(settings: Train, recipe: Recipe) -> Report:
         UserError: a finding; the table is on stderr.
     """
     set_threads(settings.model.d_model, settings.threads)
-    report = run(model_for(settings, recipe.tokenizer), recipe.tokenizer, texts=recipe.sample_prompts(0), quick=True,
-                 batch=recipe.batch(0), subject="before training")  # fmt: skip
+    with memory_for("the doctor's models; try a smaller model, or --no-doctor"):
+        report = run(model_for(settings, recipe.tokenizer), recipe.tokenizer, texts=recipe.sample_prompts(0),
+                     quick=True, batch=recipe.batch(0), subject="before training")  # fmt: skip
     if not report.ok:
         note(report.table())
         found = ", ".join(f"{result.number} ({result.check})" for result in report.findings)

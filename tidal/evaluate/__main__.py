@@ -6,9 +6,13 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tidal.cli import UserError, main, note, parse
+from tidal.cli import UserError, finite, main, note, parse
+
+if TYPE_CHECKING:
+    from tidal.model import TidalTransformer
+    from tidal.tokenizer import MixedTokenizer
 
 USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,characters,samples} [flags]
 
@@ -131,44 +135,33 @@ def addition(settings: Sums) -> None:
         raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     import numpy as np
 
-    from tidal import checkpoint
-    from tidal.device import pick_device, set_threads
-    from tidal.infer.load import load
     from tidal.train.recipes.addition import exact_match, random_sums
 
-    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
-    model, tokenizer = load(folder, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
+    model, tokenizer, folder = _loaded(settings)
     if settings.digits + 2 > tokenizer.max_block_units:
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {tokenizer.max_block_units} units")
     began = time.perf_counter()
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
     share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
-    note(f"using {folder}")
     for c in wrong[:5]:
         note(f"wrong: {c.prompt!r} → {c.completion!r}")
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
     _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share, **counts,
-             "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+             "seconds": time.perf_counter() - began}, settings.json, folder)  # fmt: skip
 
 
 def bits_per_byte(settings: Bits) -> None:
     """Bits per byte of documents, in windows that overlap by half."""
     if settings.context < 16:
         raise UserError(f"--context is {settings.context}; it must be at least 16")
-    from tidal import checkpoint
     from tidal.blocks import BlockTable, passage, windows
-    from tidal.device import pick_device, set_threads
-    from tidal.infer.load import load
     from tidal.infer.score import bits_per_byte as measure
     from tidal.prepare.documents import read_documents
 
     documents = list(read_documents(settings.data))
-    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
-    model, tokenizer = load(folder, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
+    model, tokenizer, folder = _loaded(settings)
     began = time.perf_counter()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     whole = (passage(table, d.prompt, d.completion) for d in documents)
@@ -176,27 +169,25 @@ def bits_per_byte(settings: Bits) -> None:
     bits, n_units, n_bytes = measure(model, rows, table)
     if not n_bytes:
         raise UserError("no text to score: every completion is empty; check --data")
-    note(f"using {folder}")
     _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
-             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json, folder)  # fmt: skip
 
 
 def boundary(settings: Boundary) -> None:
     """Mean loss after prompts cut inside a block against prompts cut at a boundary nearby."""
-    from tidal.device import pick_device, set_threads
+    if settings.seed < 0:
+        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     from tidal.evaluate.boundary import boundary_gap
-    from tidal.infer.load import load
     from tidal.prepare.documents import read_documents
 
     texts = [d.prompt + d.completion for d in read_documents(settings.data)]
-    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
+    model, tokenizer, folder = _loaded(settings)
     try:
         figures = boundary_gap(model, tokenizer, texts, count=settings.count, context_chars=settings.context_chars,
                                continuation_chars=settings.continuation_chars, seed=settings.seed)  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}; check --data and the other flags") from error
-    _report(figures, settings.json)
+    _report(figures, settings.json, folder)
 
 
 def characters(settings: Characters) -> None:
@@ -205,12 +196,9 @@ def characters(settings: Characters) -> None:
         raise UserError("--count and --batch-size must be at least 1")
     if settings.seed < 0:
         raise UserError(f"--seed is {settings.seed}; it must be at least 0")
-    from tidal.device import pick_device, set_threads
     from tidal.evaluate.characters import characters as measure
-    from tidal.infer.load import load
 
-    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
+    model, tokenizer, folder = _loaded(settings)
     began = time.perf_counter()
     try:
         figures, wrong = measure(model, tokenizer, count=settings.count, seed=settings.seed,
@@ -219,7 +207,7 @@ def characters(settings: Characters) -> None:
         raise UserError(f"{error}; see --checkpoint") from error
     for question, c in {question.task: (question, c) for question, c in wrong}.values():
         note(f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}")
-    _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
+    _report({**figures, "seconds": time.perf_counter() - began}, settings.json, folder)
 
 
 def samples(settings: Samples) -> None:
@@ -228,14 +216,11 @@ def samples(settings: Samples) -> None:
         raise UserError("--count and --prompt-blocks must be at least 1")
     if settings.seed < 0:
         raise UserError(f"--seed is {settings.seed}; it must be at least 0")
-    from tidal.device import pick_device, set_threads
     from tidal.evaluate.samples import samples as measure
-    from tidal.infer.load import load
     from tidal.prepare.documents import read_documents
 
     texts = [d.prompt + d.completion for d in read_documents(settings.data)]
-    model, tokenizer = load(settings.checkpoint, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
+    model, tokenizer, folder = _loaded(settings)
     try:
         figures, done = measure(model, tokenizer, texts, count=settings.count, prompt_blocks=settings.prompt_blocks,
                                 max_new_units=settings.max_new_units, temperature=settings.temperature,
@@ -244,12 +229,25 @@ def samples(settings: Samples) -> None:
         raise UserError(f"{error}; check --data and the other flags") from error
     for c in [c for c in done if c.degenerate][:5]:
         note(f"{c.degenerate}: {c.prompt!r} → {c.completion!r}")
-    _report({"count": settings.count, **figures}, settings.json)
+    _report({"count": settings.count, **figures}, settings.json, folder)
 
 
-def _report(figures: dict[str, Any], as_json: bool) -> None:
+def _loaded(settings: Asked) -> tuple[TidalTransformer, MixedTokenizer, Path]:
+    """The model that is asked, its tokenizer, and its checkpoint."""
+    from tidal import checkpoint
+    from tidal.device import pick_device, set_threads
+    from tidal.infer.load import load
+
+    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
+    model, tokenizer = load(folder, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
+    return model, tokenizer, folder
+
+
+def _report(figures: dict[str, Any], as_json: bool, folder: Path) -> None:
+    note(f"using {folder}")
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps(finite(figures), allow_nan=False))
         return
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<14} {value:.4f}" if isinstance(value, float) else

@@ -21,7 +21,7 @@ def prompts_from(tokenizer: MixedTokenizer, texts: Sequence[str], count: int, bl
         raise ValueError("there is no text to take prompts from")
     rng, lengths = np.random.default_rng(seed), np.array([len(split) for split in splits], float)
     chosen = [splits[i] for i in rng.choice(len(splits), count, p=lengths / lengths.sum())]
-    starts = [int(rng.integers(max(1, len(split) - blocks))) for split in chosen]
+    starts = [int(rng.integers(max(1, len(split) - blocks + 1))) for split in chosen]
     return ["".join(split[start : start + blocks]) for split, start in zip(chosen, starts, strict=True)]
 
 

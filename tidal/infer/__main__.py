@@ -41,7 +41,7 @@ class Infer:
     min_p: float = 0.0
     """Sample among the units at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Divides the odds of spelling a block of the completion once more; 1: none."""
+    """Divides the odds of spelling a block of the completion (of two units or more) once more; 1: none."""
     seed: int = 0
     """Of the samples."""
     max_new_units: int = 256
@@ -63,7 +63,8 @@ class Infer:
     log_probs: bool = False
     """With --json: the log-probability of every unit, too."""
     stream: bool = False
-    """Print blocks as they are finished (on a terminal, one prompt is always shown so); --json: an object each."""
+    """Print blocks as they are finished, if there is one completion (on a terminal, always); --json: an object each, of
+    all."""
     trace: str | None = None
     """Write a page (FILE.html), or print to the terminal (-), how the first prompt is continued step by step."""
     device: str = "auto"
@@ -73,11 +74,10 @@ class Infer:
 def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
-    if settings.trace and settings.num_beams:
-        raise UserError("--trace shows sampling, not beams; leave out one of --trace and --num-beams")
+    _check(settings)
     for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
         if (value := getattr(settings, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+            raise UserError(f"{_flag(name)} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device, set_threads
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     device = pick_device(settings.device)
-    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
+    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
     model, tokenizer, trainer = load_with_trainer(folder, device=device)
     set_threads(model.config.shape.d_model)
     note(f"using {folder}")
@@ -120,6 +120,29 @@ def run(argv: list[str]) -> None:
             note(str(error))
 
 
+def _check(settings: Infer) -> None:
+    """Raise UserError for flags of which one would do nothing beside another."""
+    given = {f.name for f in dataclasses.fields(Infer) if getattr(settings, f.name) != f.default}
+    sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    alone = {
+        "num_beams": (*sampling, "stop", "max_new_blocks", "log_probs", "stream", "trace"),
+        "trace": ("num_samples", "json", "log_probs", "stream"),
+    }
+    for flag, others in alone.items():
+        if flag in given and (found := [name for name in others if name in given]):
+            raise UserError(f"{_flag(found[0])} does nothing with {_flag(flag)}; leave out one of them")
+    if "length_penalty" in given and "num_beams" not in given:
+        raise UserError("--length-penalty does nothing without --num-beams")
+    if 0 < settings.num_beams < settings.num_samples:
+        raise UserError(f"--num-samples is {settings.num_samples}; of {settings.num_beams} beams there are no more")
+    if settings.trace not in (None, "-") and not str(settings.trace).endswith(".html"):
+        raise UserError(f"--trace is {settings.trace!r}; give a file that ends in .html, or - to print it")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _prompts(settings: Infer) -> list[str] | None:
     """All prompts; None where a person is to be asked."""
     if settings.prompt and settings.prompt_file:
@@ -142,7 +165,7 @@ def _prompts(settings: Infer) -> list[str] | None:
             source = str(settings.prompt_file)
             with open(source, "rb") as file:
                 data = file.read()
-        lines = [line.rstrip("\r") for line in data.decode().split("\n")]
+        lines = [line.rstrip("\r") for line in data.decode("utf-8-sig").split("\n")]  # as training reads files
     except OSError as error:
         raise UserError(f"cannot read prompts from {settings.prompt_file!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -170,7 +193,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     began = time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(settings.num_samples)]
     by_block = settings.stream or (sys.stdout.isatty() and not settings.json)
-    live = by_block and not settings.json and not settings.stop and len(asked) == 1
+    live = by_block and not settings.json and len(asked) == 1
+    text, shown = "", 0  # of the one completion that is shown as it is written
     if live:
         print(asked[0], end="", flush=True)
     done: dict[int, Completion] = {}
@@ -179,19 +203,28 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
         for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, **how):
             if isinstance(event, str):
                 if live:
-                    print(event, end="", flush=True)
+                    text += event
+                    end = max(shown, _before(text, settings.stop))
+                    print(text[shown:end], end="", flush=True)
+                    shown = end
                 elif by_block and settings.json:
                     print(json.dumps({"index": i, "block": event}, ensure_ascii=False), flush=True)
                 continue
             done[i], n_units = event, n_units + event.units
             while n_printed in done:
-                _print(done.pop(n_printed), settings, live)
+                _print(done.pop(n_printed), settings, len(asked[0]) + shown if live else 0)
                 n_printed += 1
     except ValueError as error:
         raise UserError(str(error)) from error
     if by_block:
         seconds = time.perf_counter() - began
         note(f"{n_units} units in {seconds:.2f} s, {n_units / seconds:.0f} units/s")
+
+
+def _before(text: str, stop: tuple[str, ...]) -> int:
+    """How much of a completion is surely before any stop string: what may be the beginning of one waits."""
+    held = max((len(s) - 1 for s in stop), default=0)
+    return min([len(text) - held, *(at for s in stop if (at := text.find(s)) >= 0)])
 
 
 def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, where: str, how: dict[str, Any]) -> None:
@@ -223,11 +256,11 @@ def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     except ValueError as error:
         raise UserError(str(error)) from error
     for hypothesis in (h for best in found for h in best[: settings.num_samples]):
-        _print(hypothesis, settings, False)
+        _print(hypothesis, settings)
 
 
-def _print(completion: Completion | Hypothesis, settings: Infer, shown: bool) -> None:
-    """A whole completion; where its text is `shown` already, only the end of its line."""
+def _print(completion: Completion | Hypothesis, settings: Infer, shown: int = 0) -> None:
+    """A completion; of its text what comes after the characters that are `shown` already, and the end of its line."""
     if settings.json:
         values = completion.to_dict()
         if not settings.log_probs:
@@ -235,7 +268,7 @@ def _print(completion: Completion | Hypothesis, settings: Infer, shown: bool) ->
         print(json.dumps(values, ensure_ascii=False), flush=True)
     else:
         text = completion.text
-        print("" if shown else text, end="" if text.endswith("\n") else "\n", flush=True)
+        print(text[shown:], end="" if text.endswith("\n") else "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ The rules:
   the worst of them: log-probability only falls and units only grow, to `max_new_units` at most, so, the penalty being
   0 or more, a beam never comes to more than log-probability / max_new_units ** length_penalty.
 - At `max_new_units` the beams left compete with the finished ones as they stand, and only then lose the block that
-  they had begun. Of those that this makes equal the best one counts.
+  they had begun.
+- Of hypotheses with the same text (cut into other blocks, or made equal by that loss) the best one counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage
 from tidal.infer.decoder import Decoder
-from tidal.infer.engine import Limits, StopReason, read_grouped
+from tidal.infer.engine import Limits, StopReason, read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
 from tidal.model import TidalTransformer
 from tidal.streams import pack
@@ -114,17 +115,19 @@ class _Search:
             raise RuntimeError("no unit that may follow has a probability above zero: the weights are damaged")
         live = sorted((b for b in self.beams if b.total > -math.inf), key=lambda b: -b.total)
         if live and self.n_units == self.max_new_units:
-            for i, beam in enumerate(live):
-                if beam.blocks not in [better.blocks for better in live[:i]]:
-                    self._finish(beam, "length")
+            for beam in live:
+                self._finish(beam, "length")
             return False
         if not live or len(self.finished) < self.num_beams:
             return bool(live)
         return live[0].total / math.pow(self.max_new_units, self.length_penalty) > self.finished[-1].score
 
     def _finish(self, beam: _Beam, stop_reason: StopReason) -> None:
-        """Add a hypothesis and keep the best; of equally good ones those that were finished first."""
+        """Add a hypothesis and keep the best; of equally good ones, and of the same text, those finished first."""
         completion, score = "".join(beam.blocks), beam.total / math.pow(self.n_units, self.length_penalty)
+        if any(h.completion == completion and h.score >= score for h in self.finished):
+            return
+        self.finished = [h for h in self.finished if h.completion != completion]
         self.finished.append(Hypothesis(self.prompt, completion, self.prompt + completion, list(beam.blocks),
                                         stop_reason, beam.log_prob, score, beam.units))  # fmt: skip
         self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
@@ -133,14 +136,16 @@ class _Search:
 def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
                 length_penalty: float = 1.0, max_new_units: int = 256, batch_size: int = 16,
                 cached: bool = True) -> list[list[Hypothesis]]:  # fmt: skip
-    """For every prompt the best hypotheses that its search meets, best first: `num_beams`, all different.
+    """For every prompt the best hypotheses that its search meets, best first: `num_beams` different texts.
 
-    There are fewer only where fewer exist, or where beams at `max_new_units` differ only in the block that is
-    dropped. `batch_size` prompts are searched side by side. `cached=False` computes every step anew, as one training
-    pass over all that was read and written: slow, and the same. Raises ValueError on a lone surrogate in a prompt,
-    on numbers below one, on a length penalty outside 0 … 10 and on a tokenizer that is not the model's.
+    There are fewer where fewer exist, or where the last beams come to the same text (cut into other blocks, or but for
+    the block that `max_new_units` drops). `batch_size` prompts are searched side by side. `cached=False` computes every
+    step anew, as one training pass over all that was read and written: slow, and the same. Raises ValueError on a lone
+    surrogate in a prompt, on numbers below one, on a length penalty outside 0 … 10 and on a tokenizer that is not the
+    model's.
     """
     Limits(max_new_units)
+    refuse_string(prompts)
     for name, value in (("num_beams", num_beams), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")

@@ -131,16 +131,23 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
 
     Blocks of a stop string come out before it is complete; the Completion has the text without it.
     """
+    refuse_string(prompts)
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     limits = Limits(max_new_units, max_new_blocks, (stop,) if isinstance(stop, str) else tuple(stop))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    seeds = [[seed, i] for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    seeds = [[int(seed), i] for i in range(len(prompts))] if isinstance(seed, int | np.integer) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")
     splits = [tokenizer.split(prompt) for prompt in prompts]  # refuses lone surrogates before anything is written
     requests = zip(prompts, splits, seeds, strict=True)
     return _run(model, tokenizer, deque(enumerate(requests)), how, limits, batch_size)
+
+
+def refuse_string(prompts: Sequence[str]) -> None:
+    """Raise ValueError where a string is given for the list of prompts: it would be one prompt a character."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the string {prompts[:60]!r}; give a list of strings")
 
 
 @torch.inference_mode()

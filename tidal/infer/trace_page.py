@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from tidal.checkpoint import atomic_write
+from tidal.files import atomic_write
 from tidal.infer.trace import Trace, TracedBlock, TracedStep, mark, visible
 from tidal.infer.trace_text import MOST, SHOWN, all_blocks, heading, nats, notes, percent, told, totals
 from tidal.tokenizer import NO_PLACE

@@ -306,7 +306,7 @@ def run(argv: list[str]) -> None:
             print("\n".join(characters(panel, settings.tile, shutil.get_terminal_size().columns)), end="\n\n")
         print("█ seen, full tile  ▓ seen, partial tile  ░ masked  · empty tile   (one character a tile: █ ▒ ·)")
         return
-    from tidal.checkpoint import atomic_write
+    from tidal.files import atomic_write
 
     png = io.BytesIO()
     title = " ".join(settings.text).strip().replace("\n", " ")

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, row_starts, spans
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, row_starts, spans, too_early
 from tidal.prepare.shards import Shard
 
 READ_BLOCKS = 1 << 20
@@ -85,6 +85,11 @@ class Rows(Sequence[list[Passage]]):
     def _cut(self, block: int, byte: int, counts: Ints, reader_budget: int, writer_budget: int) -> list[Ints]:
         """The windows of one document that is over a budget, in the form of `_windows`, with their sizes."""
         n, n_prompt = int(counts[0]), int(counts[1])
+        if n_prompt:
+            sizes = self.corpus.read("blocks", block, block + min(n, n_prompt + reader_budget)).astype(np.int64)
+            left_out = too_early(sizes[:, 1], n_prompt, reader_budget)
+            n, n_prompt, block = n - left_out, n_prompt - left_out, block + left_out
+            byte += int(sizes[:left_out, 0].sum())
         windows, done = [], 0
         while done <= n:  # block n is <eos>
             end = min(done + max(READ_BLOCKS, 2 * reader_budget), n)

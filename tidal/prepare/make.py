@@ -128,6 +128,12 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
             out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _begin_folder(out, plan, data)
+            if (out / MANIFEST).exists():
+                try:
+                    return load(out)
+                except UserError as error:
+                    note(f"mending {out}: {error}")
+                    (out / MANIFEST).unlink()
             if not (out / MANIFEST).exists():
                 for leftover in sorted(out.rglob("*.tmp"), reverse=True):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -272,7 +278,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def load(folder: Path) -> Prepared:
     """Open prepared data, after comparing all shards with their SHA-256. Raises UserError: unfinished, damaged."""
-    if not (folder / PLAN).exists():
+    if not os.path.exists(folder / PLAN):  # Path.exists raises where it may not look
         raise UserError(f"{folder} holds no prepared data; python -m tidal.prepare --data … --out {folder} makes it")
     plan = _json(folder / PLAN)
     if plan.get("version") != VERSION:
@@ -299,7 +305,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}; prepare again") from error
+        raise UserError(f"{path} is damaged: {error}; remove {path.parent} and prepare again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is no object; prepare again")
+        raise UserError(f"{path} is damaged: it is no object; remove {path.parent} and prepare again")
     return values

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from tidal.cli import UserError
 from tidal.prepare.tabular import hugging_face_rows, parquet_rows
@@ -69,6 +69,8 @@ def read_parts(paths: Sequence[str]) -> Iterator[Part]:
             for part in _rows(hugging_face_rows(file), file) if isinstance(file, str) else _in_file(file):
                 found = True
                 yield part
+        if not found and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UserError(f"no text in {path!r}, which is no file: data are read more than once; write them to one")
         if not found:
             raise UserError(f"no text in {path!r}: nothing, or only white space or binary files; check --data")
     if not paths:
@@ -93,12 +95,16 @@ def _files(path: str) -> list[_File]:
 
 def _in_folder(folder: Path) -> list[_File]:
     found: list[Path] = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [p for name in names if not name.startswith(".") and (p := Path(where, name)).is_file()]
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}; check --data") from error
 
 
 def _in_file(file: _File) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tidal.cli import UserError, main, note, parse
+from tidal.cli import UserError, finite, main, note, parse
 
 if TYPE_CHECKING:
     from tidal.report.runs import Run
@@ -31,18 +31,19 @@ class Report:
 
 def run(argv: list[str]) -> None:
     """Read the runs, then print or write."""
-    n = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    settings = parse(Report, argv[n:], "tidal.report", DESCRIPTION)
+    folders = [a for before, a in zip(["", *argv], argv, strict=False) if not a.startswith("-") and before != "--out"]
+    flags = [a for before, a in zip(["", *argv], argv, strict=False) if a.startswith("-") or before == "--out"]
+    settings = parse(Report, flags, "tidal.report", DESCRIPTION)
     from tidal.report.runs import newest, read
 
     if settings.out is not None:
         _check(Path(settings.out))
-    runs = _distinct([read(Path(folder)) for folder in argv[:n]] or [read(newest())])
+    runs = _distinct([read(Path(folder)) for folder in folders] or [read(newest())])
     if settings.out is not None:
         _write(runs, Path(settings.out))
         note(f"wrote {settings.out}")
     if settings.json:
-        print(json.dumps({"runs": [run.final() for run in runs]}, ensure_ascii=False))
+        print(json.dumps({"runs": [finite(run.final()) for run in runs]}, ensure_ascii=False, allow_nan=False))
     elif settings.out is None:
         print(_text(runs))
 
@@ -63,7 +64,7 @@ def _check(out: Path) -> None:
 
 
 def _write(runs: Sequence[Run], out: Path) -> None:
-    from tidal.checkpoint import atomic_write
+    from tidal.files import atomic_write
     from tidal.report.draw import png
     from tidal.report.page import comparison_panels, render_comparison, render_run, run_panels
 
@@ -74,6 +75,8 @@ def _write(runs: Sequence[Run], out: Path) -> None:
             atomic_write(out, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"cannot draw {out}: {error}; all figures are nan or missing") from error
 
 
 def _text(runs: Sequence[Run]) -> str:
@@ -86,7 +89,8 @@ def _text(runs: Sequence[Run]) -> str:
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in table]  # fmt: skip
     said = [f"{run.name}: {alarm}" for run in runs for alarm in run.alarms]
-    return "\n".join([terminal(comparison_panels(runs)[0]).rstrip(), "", *lines, *[""] * bool(said), *said])
+    plots = [terminal(panel).rstrip() for panel in comparison_panels(runs)[:1]]
+    return "\n".join([*plots, "", *lines, *[""] * bool(said), *said])
 
 
 if __name__ == "__main__":

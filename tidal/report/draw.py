@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -150,9 +151,13 @@ def _range(values: list[float], log: bool, zoom: bool) -> tuple[float, float]:
 
 
 def png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
-    """Draw the panels with matplotlib. OSError where the file cannot be written."""
+    """Draw the panels with matplotlib: the whole picture or, with an OSError, nothing. ValueError without panels."""
     from matplotlib.figure import Figure
 
+    from tidal.files import atomic_write
+
+    if not panels:
+        raise ValueError("there is nothing to draw")
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * rows), dpi=120, layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
@@ -174,7 +179,9 @@ def png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
             axis.legend(frameon=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(path, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write(path, picture.getvalue())
 
 
 def _plain(label: str) -> str:

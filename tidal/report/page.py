@@ -71,7 +71,7 @@ def write_run(folder: Path) -> None:
 
     Raises OSError where that cannot be done, UserError where the run cannot be read.
     """
-    from tidal.checkpoint import atomic_write
+    from tidal.files import atomic_write
 
     atomic_write(folder / "report.html", render_run(read(folder)))
 

@@ -76,7 +76,7 @@ def read(folder: Path) -> Run:
         doctor = json.loads(verdict.read_text(encoding="utf-8")) if verdict.exists() else None
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run: it has no metrics.csv; give a run folder such as runs/NAME") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, csv.Error, RecursionError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from error
     if not rows:
         raise UserError(f"{folder} has no figures yet; wait for its tenth step")

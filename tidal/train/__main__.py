@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import signal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
-from tidal.config import Train
+from tidal.config import MOST_PLACES, Train
 from tidal.ranks import one_voice, size
 from tidal.train.presets import PRESETS, SIZES, sized
 from tidal.train.stop import Stop, Stopped
@@ -26,13 +27,14 @@ DESCRIPTION = """Train a Tidal model. The default recipe, addition, needs no dat
 python -m tidal.train --recipe text --data FILE"""
 
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("max_steps", "rows", "parts", "validate_every", "keep", "accumulate", "digits", "problems"),
+    **dict.fromkeys(("max_steps", "rows", "parts", "validate_every", "keep", "accumulate", "problems"),
                     (1, math.inf)),
-    **dict.fromkeys(("threads", "max_seconds", "seed", "warmup_steps", "samples"), (0, math.inf)),
+    **dict.fromkeys(("max_seconds", "warmup_steps", "samples"), (0, math.inf)),
     **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "sharpen", "clip", "aux_weight", "step_stride"), (0, 1e6)),
     **dict.fromkeys(("decay_fraction", "cut_probability", "elsewhere"), (0, 1)),
-    "workers": (-1, 64), "beta2": (0, 0.999999), "stretch": (1, 1e6),
-    "terms": (2, 99), "max_block_units": (4, math.inf), "reader_budget": (16, math.inf),
+    "threads": (0, 1024), "seed": (0, 2**63 - 1), "workers": (-1, 64), "beta2": (0, 0.999999), "stretch": (1, 1e6),
+    "digits": (1, 4000), "terms": (2, 99), "max_block_units": (4, MOST_PLACES // 2),
+    "place_jitter": (0, MOST_PLACES // 2 - 2), "reader_budget": (16, math.inf),
     "vocab_size": (288, math.inf), "word_vocab_size": (288, math.inf),
 }  # fmt: skip
 """Least and most of the numbers; shapes are checked where they are made."""
@@ -63,7 +65,7 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
         default = sized(default, name)
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
-    _check(settings)
+    _check(settings, default)
     if found is None and settings.resume not in ("auto", "never"):
         raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
     if found is not None and settings.out != default.out:
@@ -83,23 +85,27 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
     from tidal.device import pick_device
     from tidal.report.draw import draw  # downstream of the loop, as the doctor is
     from tidal.report.page import Pages
-    from tidal.train.disk import check_writable, locked, patiently
+    from tidal.train.disk import check_writable, locked, numbered, patiently
     from tidal.train.loop import train
     from tidal.train.parallel import joined
     from tidal.train.resume import is_finished, look_in, may_continue
 
     device = pick_device(settings.device)  # what can fail fails before there is a run folder
     check_writable(wanted)
-    pointed = found is not None
-    if settings.resume == "auto" and checkpoint.checkpoints(wanted):
-        found = look_in(wanted)
-    if found is not None and not may_continue(found, settings, pointed):
-        found = None
+    if found is not None:
+        may_continue(found, settings, path_given=True)
+    elif settings.resume == "auto":
+        for path in itertools.takewhile(checkpoint.checkpoints, numbered(wanted)):
+            found = look_in(path)
+            if may_continue(found, settings, path_given=False, named=path.name == wanted.name):
+                break
+            found = None
     prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
     example = f'--prompt "{prompt}"'
     if found is not None and is_finished(found, settings):
-        note(f"{wanted} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never trains "
-             f"another one; try: python -m tidal.infer --checkpoint {wanted} {example}")  # fmt: skip
+        run, saved = found.run_dir, found.saved
+        note(f"{run} is finished: {saved.step} steps in {saved.seconds:.0f} s; --resume never trains another one; "
+             f"try: python -m tidal.infer --checkpoint {run} {example}")  # fmt: skip
         return
     pages = Pages()
     with joined(settings.parallel, device) as parallel:
@@ -110,7 +116,8 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
                       examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
             except Stopped:
                 latest = checkpoint.read_pointer(out, "latest")
-                note("nothing was saved" if latest is None else f"saved {latest}; the same command continues it")
+                how = "the same command" if settings.resume == "auto" else f"--resume {out}"
+                note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
                 raise
             if parallel.leads:
                 patiently(lambda: draw(out), out, stop)
@@ -120,7 +127,7 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
 
 def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel) -> tuple[Recipe, Path]:
     """The data, the tokenizer and the run's folder. The first process makes them; the others wait, and find them."""
-    from tidal.checkpoint import atomic_write
+    from tidal.files import atomic_write
     from tidal.train.disk import patiently, prepare_run_dir
     from tidal.train.loop import make_recipe
     from tidal.train.resume import with_tokenizer
@@ -171,8 +178,8 @@ def _given(argv: list[str], flag: str) -> str | None:
     return found
 
 
-def _check(settings: Train) -> None:
-    """Raise UserError for settings that make no sense."""
+def _check(settings: Train, default: Train) -> None:
+    """Raise UserError for settings that make no sense, and for those that would do nothing."""
     for part in (settings, settings.model, settings.optim, settings.addition, settings.characters, settings.text):
         for name, (least, most) in LIMITS.items():
             value = vars(part).get(name, least)
@@ -188,6 +195,14 @@ def _check(settings: Train) -> None:
         raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
     if settings.recipe != "text" and (settings.text.data or settings.text.prepared):
         raise UserError(f"--data goes with --recipe text; the {settings.recipe} recipe makes its own data")
+    for recipe in {"addition", "characters", "text"} - {settings.recipe}:
+        own, old = vars(getattr(settings, recipe)), vars(getattr(default, recipe))
+        if given := [name for name in own if own[name] != old[name]]:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --recipe {recipe}, not {settings.recipe}")
+    text, old_text = vars(settings.text), vars(default.text)
+    settled = [name for name in ("vocab_size", "hold_out") if text[name] != old_text[name]]
+    if settings.text.prepared and settled:
+        raise UserError(f"--{settled[0].replace('_', '-')} was settled when {settings.text.prepared} was prepared")
     if settings.model.foretell and not settings.optim.aux_weight:
         raise UserError("--aux-weight is 0, but what --foretell tells is learnt with it; give --no-foretell, too")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import time
@@ -12,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tidal.checkpoint import FULL, DiskFullError, atomic_write, checkpoints
+from tidal.checkpoint import FULL, DiskFullError, checkpoints
 from tidal.cli import UserError, note
-from tidal.files import existing, free_bytes
+from tidal.files import atomic_write, existing, free_bytes
 from tidal.ranks import leads
 from tidal.train.stop import Stop
 
@@ -34,10 +35,23 @@ def check_space(out: Path, n_bytes: int) -> None:
 
 def check_writable(out: Path) -> None:
     """Raise UserError where a folder cannot be made or written; nothing is created."""
+    try:
+        os.stat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another one with --out") from error
     at = existing(out)
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         why = "is not a folder" if not at.is_dir() else "may not be written to"
         raise UserError(f"cannot write the run folder {out}: {at} {why}; choose another one with --out")
+
+
+def numbered(out: Path) -> Iterator[Path]:
+    """NAME, NAME-2, NAME-3, …"""
+    out = out if out.name not in ("", "..") else out.resolve()
+    yield out
+    yield from (out.with_name(f"{out.name}-{n}") for n in itertools.count(2))
 
 
 def prepare_run_dir(out: Path) -> Path:
@@ -46,11 +60,7 @@ def prepare_run_dir(out: Path) -> Path:
     Raises:
         UserError: the folder cannot be made or written.
     """
-    wanted = out if out.name not in ("", "..") else out.resolve()
-    run_dir, n = wanted, 1
-    while checkpoints(run_dir):
-        n += 1
-        run_dir = wanted.with_name(f"{wanted.name}-{n}")
+    run_dir = next(path for path in numbered(out) if not checkpoints(path))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(run_dir / ".write-test", b"")
@@ -58,8 +68,8 @@ def prepare_run_dir(out: Path) -> Path:
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(f"cannot write the run folder {run_dir}: {why}; choose another one with --out") from error
-    if n > 1:
-        note(f"{wanted} already holds a run; writing to {run_dir}")
+    if run_dir != next(numbered(out)):
+        note(f"{next(numbered(out))} already holds a run; writing to {run_dir}")
     return run_dir
 
 

@@ -19,6 +19,7 @@ from tidal import checkpoint
 from tidal.cli import UserError, note, progress
 from tidal.config import TidalConfig, Train
 from tidal.device import pick_device, set_threads
+from tidal.files import atomic_write
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.ranks import OwnError
@@ -127,7 +128,8 @@ class Run:
     def restore(self, found: Found) -> None:
         """Go back to a checkpoint. Raises UserError where it does not fit the settings, the data or the model."""
         tensors, moments, self.saved = found.read(self.model.config, self.recipe.digest)
-        self.saved.parts = max(self.saved.parts, self.settings.parts)
+        asked = self.settings.parts  # if it is the same as before, then more of them were found to be needed
+        self.saved.parts = max(self.saved.parts, asked) if asked == found.settings.parts else asked
         try:
             self.parallel.load(self.model, tensors)
             set_generators(moments, self.device)
@@ -152,7 +154,7 @@ class Run:
         check_space(out, one * max(1, self.settings.keep + 2 - len(checkpoint.checkpoints(out))))
         self._write(lambda: self.recipe.tokenizer.save(out / "tokenizer"))
         config = json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n"
-        self._write(lambda: checkpoint.atomic_write(out / "config.json", config))
+        self._write(lambda: atomic_write(out / "config.json", config))
         self.metrics = self._write(lambda: Metrics(out / "metrics.csv", saved.metrics))
         self.watch = Watch(out, self.settings, self.recipe.tokenizer, self.device, self.metrics.rows)
         first = saved.step + (saved.due is None)  # whose samples are still to come
@@ -252,7 +254,7 @@ class Run:
         content = bad_batch(model, self.recipe.tokenizer, batches, step=step, seed=self.settings.seed,
                             loss=str(error.loss), grad_norm=str(error.norm))  # fmt: skip
         path = self.out / "bad-batch.json"
-        self._write(lambda: checkpoint.atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+        self._write(lambda: atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
         return UserError(f"{error}; what it was fed is in {path}")
 
     def _save(self) -> None:

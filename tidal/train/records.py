@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tidal.blocks import NOTHING
-from tidal.checkpoint import atomic_write
 from tidal.cli import note
+from tidal.files import atomic_write
 from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
 from tidal.streams import Batch

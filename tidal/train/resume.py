@@ -161,15 +161,15 @@ def _read(path: Path, is_checkpoint: bool) -> Found:
     return Found(folder, trainer, settings, saved)
 
 
-def may_continue(found: Found, settings: Train, path_given: bool) -> bool:
-    """Whether a run with these settings continues `found`; if not, it begins anew, beside it.
+def may_continue(found: Found, settings: Train, path_given: bool, named: bool = True) -> bool:
+    """Whether a run with these settings continues `found`; if not, another one does, or it begins anew, beside it.
 
-    Only a finished run that nobody pointed to is passed over. Otherwise settings of another meaning raise UserError,
-    which lists them; harmless ones are noted.
+    Only a finished run that nobody pointed to is passed over, and one that is called otherwise than was asked for.
+    Else settings of another meaning raise UserError, which lists them; harmless ones are noted.
     """
     changed = differences(found.settings, settings)
     meant = [text for name, text in changed.items() if name not in HARMLESS]
-    if meant and not path_given and is_finished(found, found.settings):
+    if meant and not path_given and (is_finished(found, found.settings) or not named):
         return False
     if meant:
         raise UserError(f"{found.run_dir} was begun with other settings: {', '.join(meant)}. Repeat them, continue "
