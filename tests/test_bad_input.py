@@ -139,7 +139,7 @@ CASES = {
     "train --device abacus": "device 'abacus' cannot be used",
     "train --device cuda:99": "device 'cuda:99' cannot be used",
     "infer --prompt a --device abacus": "device 'abacus' cannot be used",
-    f"train --out {300 * 'a'}": "cannot write the run folder a+: File name too long; choose another one with --out",
+    f"train --out {300 * 'a'}": "cannot write the run folder a+: File name too long; choose another with --out",
     "train --device meta": "device 'meta' cannot be used",
     # flags that would do nothing
     "train --vocab-size 999": "--vocab-size goes with --recipe text, not addition",

@@ -40,7 +40,7 @@ def check_writable(out: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another one with --out") from error
+        raise UserError(f"cannot write the run folder {out}: {error.strerror}; choose another with --out") from error
     at = existing(out)
     if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
         why = "is not a folder" if not at.is_dir() else "may not be written to"
