@@ -143,13 +143,14 @@ def addition(settings: Sums) -> None:
     began = time.perf_counter()
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
     share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
+    note(f"using {folder}")
     for c in wrong[:5]:
         note(f"wrong: {c.prompt!r} → {c.completion!r}")
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
     _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share, **counts,
-             "seconds": time.perf_counter() - began}, settings.json, folder)  # fmt: skip
+             "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
 
 
 def bits_per_byte(settings: Bits) -> None:
@@ -169,8 +170,9 @@ def bits_per_byte(settings: Bits) -> None:
     bits, n_units, n_bytes = measure(model, rows, table)
     if not n_bytes:
         raise UserError("no text to score: every completion is empty; check --data")
+    note(f"using {folder}")
     _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
-             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json, folder)  # fmt: skip
+             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
 
 
 def boundary(settings: Boundary) -> None:
@@ -187,7 +189,8 @@ def boundary(settings: Boundary) -> None:
                                continuation_chars=settings.continuation_chars, seed=settings.seed)  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}; check --data and the other flags") from error
-    _report(figures, settings.json, folder)
+    note(f"using {folder}")
+    _report(figures, settings.json)
 
 
 def characters(settings: Characters) -> None:
@@ -205,9 +208,10 @@ def characters(settings: Characters) -> None:
                                  batch_size=settings.batch_size)  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}; see --checkpoint") from error
+    note(f"using {folder}")
     for question, c in {question.task: (question, c) for question, c in wrong}.values():
         note(f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}")
-    _report({**figures, "seconds": time.perf_counter() - began}, settings.json, folder)
+    _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
 
 
 def samples(settings: Samples) -> None:
@@ -227,9 +231,10 @@ def samples(settings: Samples) -> None:
                                 seed=settings.seed)  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}; check --data and the other flags") from error
+    note(f"using {folder}")
     for c in [c for c in done if c.degenerate][:5]:
         note(f"{c.degenerate}: {c.prompt!r} → {c.completion!r}")
-    _report({"count": settings.count, **figures}, settings.json, folder)
+    _report({"count": settings.count, **figures}, settings.json)
 
 
 def _loaded(settings: Asked) -> tuple[TidalTransformer, MixedTokenizer, Path]:
@@ -244,8 +249,7 @@ def _loaded(settings: Asked) -> tuple[TidalTransformer, MixedTokenizer, Path]:
     return model, tokenizer, folder
 
 
-def _report(figures: dict[str, Any], as_json: bool, folder: Path) -> None:
-    note(f"using {folder}")
+def _report(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(finite(figures), allow_nan=False))
         return

@@ -224,7 +224,7 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
 def _before(text: str, stop: tuple[str, ...]) -> int:
     """How much of a completion is surely before any stop string: what may be the beginning of one waits."""
     held = max((len(s) - 1 for s in stop), default=0)
-    return min([len(text) - held, *(at for s in stop if (at := text.find(s)) >= 0)])
+    return max(0, min([len(text) - held, *(at for s in stop if (at := text.find(s)) >= 0)]))
 
 
 def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, where: str, how: dict[str, Any]) -> None:
