@@ -118,6 +118,10 @@ def test_the_same_command_continues_a_run_that_was_begun_beside_another(
     assert run(flags("--seed", "2")) == 0
     assert "run-3 is finished: 4 steps" in capsys.readouterr().err
     assert not (here / "run-4").exists()
+    undo(here / "run-2")
+    with disk.locked(here / "run-2"):  # in use: it is nobody's concern
+        assert run(flags("--seed", "3")) == 0
+    assert (here / "run-4/latest").read_text() == "step-000004\n"
 
 
 @pytest.mark.parametrize("how", [["--resume", "never"], ["--resume", "run"]])

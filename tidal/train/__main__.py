@@ -95,11 +95,15 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
     if found is not None:
         may_continue(found, settings, path_given=True)
     elif settings.resume == "auto":
-        for path in itertools.takewhile(checkpoint.checkpoints, numbered(wanted)):
-            found = look_in(path)
-            if may_continue(found, settings, path_given=False, named=path.name == wanted.name):
-                break
-            found = None
+        for n, path in enumerate(itertools.takewhile(checkpoint.checkpoints, numbered(wanted))):
+            try:
+                found = look_in(path)
+                if may_continue(found, settings, path_given=False, named=n == 0):
+                    break
+            except UserError:
+                if n == 0:
+                    raise
+            found = None  # one beside it may be in use, or damaged
     prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
     example = f'--prompt "{prompt}"'
     if found is not None and is_finished(found, settings):
