@@ -38,7 +38,7 @@ $(VENV)/dev: $(VENV)/core
 test: dev  ## lint, types and all tests
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: dev
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -25,3 +26,11 @@ settings.register_profile(
     "tidal", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("tidal")
+
+LONGEST = ("test_readme", "test_baselines", "test_prepare_planted_bugs", "test_parallel", "test_commands", "test_adder")
+"""Files that take minutes. They come first: a process that began one last would be the only one at work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of `LONGEST` first, the others in their order."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))

@@ -47,7 +47,7 @@ def train_tiny(out: Path) -> Path:
     preset = PRESETS["addition"]
     settings = dataclasses.replace(
         preset, out=str(out), max_steps=STEPS, rows=24, validate_every=STEPS, threads=1, device="cpu", model=shape,
-        optim=dataclasses.replace(preset.optim, warmup_steps=20), addition=Addition(2, 16),
+        optim=dataclasses.replace(preset.optim, warmup_steps=20), addition=Addition(digits=2, max_block_units=16),
     )  # fmt: skip
     assert isinstance(settings, Train)
     out.mkdir(parents=True)

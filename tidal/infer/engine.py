@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
     limits = Limits(max_new_units, max_new_blocks, (stop,) if isinstance(stop, str) else tuple(stop))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    seeds = [[int(seed), i] for i in range(len(prompts))] if isinstance(seed, int | np.integer) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else [[int(seed), i] for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")
     splits = [tokenizer.split(prompt) for prompt in prompts]  # refuses lone surrogates before anything is written
