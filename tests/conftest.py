@@ -27,7 +27,7 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_readme", "test_baselines", "test_prepare_planted_bugs", "test_parallel", "test_commands", "test_adder")
+LONGEST = ("test_readme", "test_parallel", "test_commands", "test_adder")
 """Files that take minutes. They come first: a process that began one last would be the only one at work."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +139,10 @@ def test_parameters_and_cache(coder: Coder) -> None:
 
 
 def test_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:  # type: ignore[no-untyped-def]
-    out = tmp_path / "decoding.json"
+    out, text = tmp_path / "decoding.json", tmp_path / "text.txt"
+    text.write_text(decoding.english(Path(json.__file__).parent.parent / "asyncio"))  # a part of what it takes itself
     arguments = "--batch 1 3 --context 64 --d-model 32 --layers 3 --new-chars 16 --repeats 1 --suffix-rows 64"
-    decoding.main([*arguments.split(), "--out", str(out)])
+    decoding.main([*arguments.split(), "--vocab-size", "500", "--text", str(text), "--out", str(out)])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["benchmark"] == "decoding"
     assert json.loads(out.read_text())["results"] == line["results"]

@@ -131,6 +131,19 @@ def test_make_targets_and_extras_exist(name: str) -> None:
     assert named <= set(extras)
 
 
+HELPS = """
+import runpy, sys
+for command in sys.argv[1:]:
+    module, *subcommand = command.split()
+    sys.argv = [module, *subcommand, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        assert not stop.code, command
+"""
+"""Prints the help of every command, in one process, since most of them import torch."""
+
+
 @pytest.fixture(scope="module")
 def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Every flag that some command's help names."""
@@ -138,9 +151,9 @@ def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     modules = [f"tidal.{name}" for name in names]
     modules += [f"tidal.evaluate {figure}" for figure in ("addition", "bits-per-byte", "boundary", "samples")]
     modules += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if path.stem != "__init__"]
-    helps = [run([sys.executable, "-m", *module.split(), "--help"], ROOT) for module in modules]
-    assert all(done.code == 0 for done in helps)
-    return {flag for done in helps for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", done.out)}
+    done = run([sys.executable, "-c", HELPS, *modules], ROOT)
+    assert done.code == 0, done.err
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", done.out))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
