@@ -88,7 +88,11 @@ def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], 
     from tidal.train.recipes.addition import random_problem
 
     if settings.get("recipe") == "addition":
-        rng, own = np.random.default_rng(2**31), Train.from_dict(settings).addition
+        try:  # of these settings alone: another version may have had other ones
+            own = Train.from_dict({"addition": settings.get("addition", {})}).addition
+        except ValueError as error:
+            raise UserError(f"the run's settings cannot be read: {error}; give --data") from error
+        rng = np.random.default_rng(2**31)
         kinds = [(own.operations[n % len(own.operations)], own.digits - n % min(2, own.digits)) for n in range(64)]
         problems = [random_problem(rng, own, operation, digits) for operation, digits in kinds]
         return [Document(*problem) for problem in problems], f"new sums of up to {own.digits} digits"
