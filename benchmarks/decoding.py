@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-chars", type=int, default=128, help="characters written a row (default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats, fewer when slow (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record steps as CUDA graphs, of all models")
     parser.add_argument("--text", type=Path, help="English text to use in place of the docstrings")
     parser.add_argument("--same-width", action="store_true",
                         help="same feed-forward width for all; the baselines then have fewer parameters")  # fmt: skip
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    args.device = torch.device(args.device)
+    if args.cuda_graphs and args.device.type != "cuda":
+        parser.error(f"--cuda-graphs needs --device cuda, not {args.device}")
 
     text = args.text.read_text() if args.text else english(Path(sysconfig.get_path("stdlib")))
     half = len(text) // 2
@@ -88,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "decoding", "results": [], "d_model": args.d_model, "layers": args.layers,
         "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
         "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-        "processor": processor(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu",
+        "cuda_graphs": args.cuda_graphs, "torch": torch.__version__, "python": platform.python_version(),
+        "machine": platform.machine(), "processor": processor(), "cores": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     for context in args.context:
         for batch in args.batch:
@@ -177,32 +184,35 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
                   writer_attention=args.writer_attention, foretell=TEXT.foretell, recall=TEXT.recall)  # fmt: skip
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip
-    tidal = TidalTransformer(config, tokenizer.spelling).eval()
+    tidal = TidalTransformer(config, tokenizer.spelling).eval().to(args.device)
     nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
     total = tidal.n_parameters()["total"]
     runners = [Runner(
         "tidal", tidal, shape.reader_ff, engine, lambda text: tidal_units(tokenizer, text),
         lambda prompts, steps, seeds: [c.log_probs for c in engine.generate(
-            tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts))],
+            tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts),
+            cuda_graphs=args.cuda_graphs)],
         lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),
         lambda text: tidal.cache_bytes(1 + len(tokenizer.encode(text))),
     )]  # fmt: skip
     coders: dict[str, Coder] = {"byte": ByteCoder(), "token": TokenCoder(tokenizer)}
     for name, coder in coders.items():
         plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
-        runners.append(baseline(name, coder, plain if args.same_width else plain.with_parameters(total)))
+        wide = plain if args.same_width else plain.with_parameters(total)
+        runners.append(baseline(name, coder, wide, args.device, args.cuda_graphs))
     return runners
 
 
-def baseline(name: str, coder: Coder, config: CausalConfig) -> Runner:
+def baseline(name: str, coder: Coder, config: CausalConfig, device: torch.device, cuda_graphs: bool) -> Runner:
     """A causal transformer, ready to be timed."""
-    model = CausalTransformer(config).eval()
+    model = CausalTransformer(config).eval().to(device)
     return Runner(
         name, model, config.d_ff, cached, lambda text: [*coder.encode(text), coder.eos_id],
         lambda prompts, steps, seeds: [w.log_probs for w in cached.generate(
-            model, [coder.encode(p) for p in prompts], max_new=steps, seed=seeds, batch_size=len(prompts))],
+            model, [coder.encode(p) for p in prompts], max_new=steps, seed=seeds, batch_size=len(prompts),
+            cuda_graphs=cuda_graphs)],
         lambda prompt, new: model.log_probs(
-            causal.pack([[Document(coder.encode(prompt), coder.encode(new))]], coder)),
+            causal.pack([[Document(coder.encode(prompt), coder.encode(new))]], coder).to(device)).cpu(),
         lambda text: model.cache_bytes(1 + len(coder.encode(text))),
     )  # fmt: skip
 
@@ -216,7 +226,8 @@ def tidal_units(tokenizer: MixedTokenizer, text: str) -> list[int]:
 def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, new: str) -> Tensor:
     """Log-probabilities of a continuation in the packed pass."""
     table = BlockTable(tokenizer)
-    return model.log_probs(pack([[passage(table, prompt, new)]], table, steps=model.config.shape.steps))
+    batch = pack([[passage(table, prompt, new)]], table, steps=model.config.shape.steps)
+    return model.log_probs(batch.to(model.unit_embedding.weight.device)).cpu()
 
 
 # --------------------------------------------------------------------------------------------------- timing

@@ -138,6 +138,8 @@ CASES = {
     "evaluate addition --checkpoint folder": "folder is not a run or checkpoint folder",
     "train --device abacus": "device 'abacus' cannot be used",
     "train --device cuda:99": "device 'cuda:99' cannot be used",
+    "infer --prompt a --device cpu --cuda-graphs": "--cuda-graphs needs a CUDA device, not cpu; leave it out",
+    "infer --prompt a --trace - --cuda-graphs": "--cuda-graphs does nothing with --trace",
     "infer --prompt a --device abacus": "device 'abacus' cannot be used",
     f"train --out {300 * 'a'}": "cannot write the run folder a+: File name too long; choose another with --out",
     "train --device meta": "device 'meta' cannot be used",

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.causal import CausalTransformer
+from tidal.infer import recorded
 from tidal.infer.sampling import Sampling, choose
 from tidal.kernels import TilePlan
 from tidal.kernels.cpu import DENSE_LIMIT
@@ -26,12 +29,17 @@ class CachedDecoder:
     """Rows of different lengths decoded side by side. To be used without gradients.
 
     Slot i of a row holds its id number i, <bos> included. What lies behind a row's end is never seen and is
-    overwritten before it could be, so that padding needs no mask.
+    overwritten before it could be, so that padding needs no mask. `cuda_graphs` as in Tidal's.
     """
 
-    def __init__(self, model: CausalTransformer, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+    def __init__(self, model: CausalTransformer, prompts: Sequence[Sequence[int]], capacity: int,
+                 cuda_graphs: bool = False) -> None:  # fmt: skip
         config, weight = model.config, model.embedding.weight
         self.model, self.device = model, weight.device
+        self.cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            recorded.check(self.device)
+        self._recorded: recorded.Recorded | None = None
         self.lengths = [1 + len(p) for p in prompts]
         size = (config.layers, 2, len(prompts), config.n_kv_heads, max(capacity, *self.lengths, 1),
                 config.d_model // config.n_heads)  # fmt: skip
@@ -71,24 +79,31 @@ class CachedDecoder:
 
     def step(self, ids: Sequence[int]) -> Tensor:
         """Append an id to every row; logits [rows, V] for what follows."""
-        n, low, end = len(ids), min(self.lengths), max(self.lengths) + 1
+        low, end = min(self.lengths), max(self.lengths) + 1
         if end > self.data.shape[4]:
             self._grow(2 * end)
-        sees = torch.tensor([[[[0, length + 1], [0, 0]]] for length in self.lengths], dtype=torch.int32,
-                            device=self.device)  # fmt: skip
-        k_position = self.places[:end].expand(n, -1)
-        if low == end - 1:  # all rows are of one length
-            rows: Any = slice(None)
-            slots: Any = low
-            q_position = self.places[low : low + 1].expand(n, 1)
+        data = torch.tensor(list(zip(ids, self.lengths, strict=True)), device=self.device)
+        if self.cuda_graphs:
+            everything = functools.partial(self._step, self.data.shape[4], None)
+            self._recorded = self._recorded or recorded.Recorded(everything)
+            logits = self._recorded(data)
         else:
-            rows = torch.arange(n, device=self.device)
-            slots = torch.tensor(self.lengths, device=self.device)
-            q_position = self.places[slots][:, None]
-        plan = (
-            TilePlan.build(sees, end) if end > DENSE_LIMIT or self.device.type != "cpu"
-            else TilePlan(sees[0, :0, 0], 1, (n, 1, end))  # one dense tile: only what layers share is kept in it
-        )  # fmt: skip
+            logits = self._step(end, low if low == end - 1 else None, data)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def _step(self, end: int, slot: int | None, data: Tensor) -> Tensor:
+        """A step on the device: ids and lengths [rows, 2]; `slot` is the length, where rows have only one."""
+        n = len(data)
+        sees = F.pad(data[:, 1:] + 1, (1, 2)).to(torch.int32).view(n, 1, 2, 2)
+        k_position = self.places[:end].expand(n, -1)
+        rows: Any = slice(None) if slot is not None else torch.arange(n, device=self.device)
+        slots: Any = slot if slot is not None else data[:, 1]
+        q_position = self.places[data[:, 1]][:, None]
+        plan = None
+        if self.device.type == "cpu":
+            plan = (TilePlan.build(sees, end) if end > DENSE_LIMIT
+                    else TilePlan(sees[0, :0, 0], 1, (n, 1, end)))  # one dense tile: what layers share is kept in it
 
         def view(cache: Tensor) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
@@ -97,17 +112,16 @@ class CachedDecoder:
 
             return View(sees, q_position, k_position, extend, plan)
 
-        x = torch.tensor(ids, device=self.device)[:, None]
-        logits = self.model.head(self.model.run(x, [view(cache) for cache in self.data])[:, 0])
-        self.lengths = [length + 1 for length in self.lengths]
-        return logits
+        return self.model.head(self.model.run(data[:, :1], [view(cache) for cache in self.data])[:, 0])
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
+        self._recorded = None
         self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
         self.lengths = [self.lengths[row] for row in rows]
 
     def _grow(self, capacity: int) -> None:
+        self._recorded = None
         size = list(self.data.shape)
         size[4] = capacity - size[4]
         self.data = torch.cat([self.data, self.data.new_zeros(size)], 4)
@@ -125,7 +139,7 @@ class Written:
 @torch.inference_mode()
 def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_new: int = 256,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[Any] = 0,
-             batch_size: int = 64) -> list[Written]:  # fmt: skip
+             batch_size: int = 64, cuda_graphs: bool = False) -> list[Written]:  # fmt: skip
     """Continue every prompt (ids without `<bos>`) until `<eos>` or `max_new` ids; greedy at temperature 0.
 
     Prompt number i samples from a generator seeded with (seed, i), or with its own seed where `seed` is a sequence,
@@ -141,7 +155,8 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
         rows = list(range(first, last))
         generators = {i: np.random.default_rng(seeds[i]) for i in rows}
         longest = max(len(prompts[i]) for i in rows)
-        decoder = CachedDecoder(model, [prompts[i] for i in rows], 1 + longest + min(max_new, 1024))
+        room = 1 + longest + min(max_new, 1024)
+        decoder = CachedDecoder(model, [prompts[i] for i in rows], room, cuda_graphs)
         logits, active = decoder.logits, set(rows)
         allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
         while True:

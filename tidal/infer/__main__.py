@@ -67,6 +67,8 @@ class Infer:
     all."""
     trace: str | None = None
     """Write a page (FILE.html), or print to the terminal (-), how the first prompt is continued step by step."""
+    cuda_graphs: bool = False
+    """On a GPU: record a step of the writer once as a CUDA graph, and replay it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
 
@@ -93,6 +95,8 @@ def run(argv: list[str]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     device = pick_device(settings.device)
+    if settings.cuda_graphs and device.type != "cuda":  # before the model is loaded, too
+        raise UserError(f"--cuda-graphs needs a CUDA device, not {device}; leave it out")
     folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
     model, tokenizer, trainer = load_with_trainer(folder, device=device)
     set_threads(model.config.shape.d_model)
@@ -125,8 +129,8 @@ def _check(settings: Infer) -> None:
     given = {f.name for f in dataclasses.fields(Infer) if getattr(settings, f.name) != f.default}
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     alone = {
-        "num_beams": (*sampling, "stop", "max_new_blocks", "log_probs", "stream", "trace"),
-        "trace": ("num_samples", "json", "log_probs", "stream"),
+        "num_beams": (*sampling, "stop", "max_new_blocks", "log_probs", "stream", "trace", "cuda_graphs"),
+        "trace": ("num_samples", "json", "log_probs", "stream", "cuda_graphs"),
     }
     for flag, others in alone.items():
         if flag in given and (found := [name for name in others if name in given]):
@@ -200,7 +204,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     done: dict[int, Completion] = {}
     n_printed = n_units = 0
     try:
-        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, **how):
+        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size,
+                               cuda_graphs=settings.cuda_graphs, **how):  # fmt: skip
             if isinstance(event, str):
                 if live:
                     text += event

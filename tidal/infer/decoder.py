@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from tidal.infer import recorded
 from tidal.kernels import TilePlan
 from tidal.model import KeysValues, TidalTransformer, View
 from tidal.streams import DocumentBuilder, ReaderToken
@@ -55,14 +57,20 @@ class Decoder:
                own block           │ keys and values of the reader's states
 
     Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full. To be used
-    without gradients.
+    without gradients. With `cuda_graphs`, steps of all rows are recorded once and replayed, over all that the caches
+    have room for, until they grow or rows leave; ValueError where there is no CUDA device.
     """
 
-    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256) -> None:
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256,
+                 cuda_graphs: bool = False) -> None:  # fmt: skip
         model.config.check_tokenizer(tokenizer.fingerprint)
         self.model, self.tokenizer = model, tokenizer
         weight = model.unit_embedding.weight
         self.device = weight.device
+        self.cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            recorded.check(self.device)
+        self._recorded: recorded.Recorded | None = None
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = self.room = room
         self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
@@ -87,6 +95,7 @@ class Decoder:
         """Go on with these rows only, in this order; a row named twice is copied."""
         if list(rows) == list(range(len(self.builders))):
             return
+        self._recorded = None
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for cache in (*self.reader_caches, *self.writer_caches):
             cache.data = cache.data.index_select(1, index)
@@ -149,16 +158,31 @@ class Decoder:
             self.read(unread, [[]] * len(unread))
         steps = [self.builders[r].step(w) for r, w in zip(rows, written, strict=True)]
         n, some = self.n_block, self._some(rows)
-        here = slice(None) if some is None else some
-        memory_end = n + max(s.sees_reader[1] for s in steps)
         data = torch.tensor(
             [[(r, len(w), s.id, s.place, s.node, *s.suffixes, *s.recalled,
                s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
              for r, w, s in zip(rows, written, steps, strict=True)], device=self.device,
         )  # fmt: skip
-        at = data[:, 0, 0], data[:, 0, 1]
-        ranges = data[..., 11:].to(torch.int32).view(len(rows), 1, 2, 2, 2)
         q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
+        context = self.context[slice(None) if some is None else some][:, None]
+        inputs = [data, q_position, context]
+        if self.model.foretold:  # how many units may follow differs from step to step: not to be recorded
+            inputs.append(self.model.foretold(self.sums, data[..., 0], data[..., 4]))
+        if self.cuda_graphs and some is None:
+            everything = functools.partial(self._write, None, n + self.capacity)
+            self._recorded = self._recorded or recorded.Recorded(everything)
+            logits = self._recorded(*inputs)
+        else:
+            logits = self._write(some, n + max(s.sees_reader[1] for s in steps), *inputs)
+        return self._checked(logits, len(rows))
+
+    def _write(self, some: list[int] | None, memory_end: int, data: Tensor, q_position: Tensor, context: Tensor,
+               hints: Tensor | None = None) -> Tensor:  # fmt: skip
+        """A step on the device, the same work whatever `data` holds; the first layer looks at its first `memory_end`
+        slots."""
+        n, here = self.n_block, slice(None) if some is None else some
+        at = data[:, 0, 0], data[:, 0, 1]
+        ranges = data[..., 11:].to(torch.int32).view(len(data), 1, 2, 2, 2)
         self.positions[at] = q_position[:, 0]
 
         def view(cache: KeyValueCache, memory: bool) -> View:
@@ -171,10 +195,8 @@ class Decoder:
             return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend, rows=some)
 
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
-        context = self.context[here][:, None]
-        hints = self.model.foretold(self.sums, data[..., 0], data[..., 4]) if self.model.foretold else None
         states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], data[..., 8:11], context, views, hints)
-        return self._checked(self.model.head(states[:, 0]), len(rows))
+        return self.model.head(states[:, 0])
 
     def _checked(self, logits: Tensor, n_rows: int) -> Tensor:
         expected = (n_rows, self.model.config.n_head)
@@ -197,6 +219,7 @@ class Decoder:
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:
             return
+        self._recorded = None
         self.capacity = max(n_tokens + self.room, 2 * self.capacity)
         for cache in self.reader_caches:
             cache.grow(self.capacity)

@@ -107,17 +107,18 @@ class Limits:
 def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
              top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
              seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
-             stop: Sequence[str] = (), batch_size: int = 64) -> list[Completion]:  # fmt: skip
+             stop: Sequence[str] = (), batch_size: int = 64,
+             cuda_graphs: bool = False) -> list[Completion]:  # fmt: skip
     """Continue every prompt; up to `batch_size` of them side by side, in the order of the prompts.
 
     Greedy at temperature 0. Prompt number i samples from a generator seeded with (seed, i), or with its own seed
-    where `seed` is a sequence, so its text is the same alone and in any batch. Raises ValueError on a lone surrogate
-    in a prompt or on settings that make no sense.
+    where `seed` is a sequence, so its text is the same alone and in any batch. `cuda_graphs` replays recorded steps.
+    Raises ValueError on a lone surrogate in a prompt, on settings that make no sense, on CUDA graphs without CUDA.
     """
     events = stream(
         model, tokenizer, prompts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, max_new_units=max_new_units, max_new_blocks=max_new_blocks,
-        stop=stop, batch_size=batch_size,
+        stop=stop, batch_size=batch_size, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     done = {index: event for index, event in events if isinstance(event, Completion)}
     return [done[i] for i in range(len(prompts))]
@@ -126,7 +127,8 @@ def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequen
 def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
            seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
-           stop: Sequence[str] = (), batch_size: int = 64) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
+           stop: Sequence[str] = (), batch_size: int = 64,
+           cuda_graphs: bool = False) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
     """Like `generate`, but yields (prompt number, block) as blocks are finished, and (prompt number, Completion).
 
     Blocks of a stop string come out before it is complete; the Completion has the text without it.
@@ -140,8 +142,9 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")
     splits = [tokenizer.split(prompt) for prompt in prompts]  # refuses lone surrogates before anything is written
-    requests = zip(prompts, splits, seeds, strict=True)
-    return _run(model, tokenizer, deque(enumerate(requests)), how, limits, batch_size)
+    requests = deque(enumerate(zip(prompts, splits, seeds, strict=True)))
+    decoder = Decoder(model, tokenizer, min(batch_size, len(requests)), cuda_graphs=cuda_graphs)
+    return _run(decoder, requests, how, limits)
 
 
 def refuse_string(prompts: Sequence[str]) -> None:
@@ -151,13 +154,13 @@ def refuse_string(prompts: Sequence[str]) -> None:
 
 
 @torch.inference_mode()
-def _run(model: TidalTransformer, tokenizer: MixedTokenizer, waiting: deque[Any], how: Sampling, limits: Limits,
-         batch_size: int) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
+def _run(decoder: Decoder, waiting: deque[Any], how: Sampling,
+         limits: Limits) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
+    model, tokenizer = decoder.model, decoder.tokenizer
     was_training = model.training
     model.eval()
     grammar = Grammar(tokenizer)
-    rows: list[_Row | None] = [None] * min(batch_size, len(waiting))
-    decoder = Decoder(model, tokenizer, len(rows))
+    rows: list[_Row | None] = [None] * len(decoder.builders)
     try:
         while True:
             decoder.open(_join(rows, waiting, tokenizer))
