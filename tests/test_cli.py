@@ -228,7 +228,7 @@ def test_plain_progress_prints_now_and_then(
         bar.update(2)
         note("between")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["read 2 files", "between", "read 2 files"]
+    assert [line.split("  ")[0] for line in lines] == ["read 2 files", "between"], "the last line is not said again"
 
 
 def test_terminal_progress_is_a_bar_that_notes_do_not_break(monkeypatch: pytest.MonkeyPatch) -> None:

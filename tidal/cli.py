@@ -249,6 +249,7 @@ class Progress:
         self._bar = bar
         self._values = ""
         self._began = self._printed = time.monotonic()
+        self._shown: int | None = None  # what the last line said
 
     def update(self, n: int = 1, **values: object) -> None:
         """`n` more units are done; `values` (such as loss=2.31) are shown beside the count."""
@@ -265,11 +266,11 @@ class Progress:
         """Finish the bar, or print the last line."""
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._shown != self.done:
             self._line()
 
     def _line(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self.done
         passed = self._printed - self._began
         rate = (self.done - self._first) / max(passed, 1e-9)
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
