@@ -40,5 +40,5 @@ def turned(x_bhld: Tensor, turns_blr: Tensor | None) -> Tensor:
         return x_bhld
     sin, cos = turns_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
     n = sin.shape[-1]
-    a, b, rest = x_bhld[..., :n], x_bhld[..., n : 2 * n], x_bhld[..., 2 * n :]
+    a, b, rest = torch.split(x_bhld, [n, n, x_bhld.shape[-1] - 2 * n], -1)  # whose gradients are put together at once
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)

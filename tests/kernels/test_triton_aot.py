@@ -24,13 +24,13 @@ from tidal.kernels.api import DEVICES
 print("devices:", *DEVICES["triton"], file=sys.stderr)
 for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
     if tile:
-        triton_attention.configuration = lambda *_: triton_attention.Config(*[triton_attention.Tile(*tile)] * 4)
+        triton_attention.configuration = lambda *_: triton_attention.Config(*[triton_attention.Tile(*tile)] * 5)
     for spec in kernel_specs(getattr(torch, dtype), head_dim, arch):
         if not kernels or spec.name in kernels:
             found = resources(spec, arch)
             print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared]))
 """
-TRAINING = ["forward", "delta", "dq", "dkdv"]
+TRAINING = ["forward", "delta", "dq", "dkdv", "dkdv_atomic"]
 
 Found = tuple[int, str, str, int, int, int]
 """architecture, name, tile, registers, spilled bytes, bytes of shared memory"""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from attention_cases import Case, eager_in_same_dtype, out_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import DEVICE, NAMES, STRUCTURES, TILE, exact, fused, poisoned, triton_case, worst_excess
+from triton_cases import DEVICE, NAMES, STRUCTURES, TILE, TOLERANCE, exact, fused, poisoned, triton_case, worst_excess
 
-from tidal.kernels import interval_attention
+from tidal.kernels import interval_attention, triton_backward
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -92,6 +94,54 @@ def test_fixed_slopes_use_the_shifted_form_backward_too() -> None:
         gradients = torch.autograd.grad(out, (fixed.q, fixed.k, fixed.v), fixed.weight)
     for name, value in zip(("dq", "dk", "dv"), gradients, strict=True):
         assert (value - wanted[name]).abs().max() <= 2e-2 * wanted[name].abs().max(), name
+
+
+def atomic_excess(structure: str, dtype: torch.dtype, **sizes: float) -> float:
+    """The largest error of dq, dk and dv that `triton-atomic` makes, over what is allowed."""
+    case = triton_case(5, structure, dtype, **sizes)  # type: ignore[arg-type]
+    fixed, wanted = replace(case, slopes=case.slopes.detach()), exact(case)
+    with poisoned():
+        out = interval_attention(*fixed.inputs(), backend="triton-atomic")
+        gradients = torch.autograd.grad(out, (fixed.q, fixed.k, fixed.v), fixed.weight)
+    allowed = TOLERANCE[dtype]
+    return max(
+        float((value.double() - wanted[name]).abs().max() / (allowed * wanted[name].abs().max().clamp(min=1)))
+        for name, value in zip(("dq", "dk", "dv"), gradients, strict=True)
+    )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_atomic_gradients(structure: str) -> None:
+    """dq added up by the programs of the keys; a group of three heads, and lengths that fill no tile."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert atomic_excess(structure, dtype, n_heads=3, q_tiles=1.3, k_tiles=2.7) <= 1
+
+
+@pytest.mark.parametrize("bug", ["not scaled", "not from zero", "not added"])
+def test_planted_bugs_in_atomic_gradients(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched with another scale, with a buffer that is not zeros, or without the additions."""
+    kernel = triton_backward.dkdv_kernel
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                values = list(arguments)
+                if bug == "not scaled":
+                    values[-1] = 1.0
+                if bug == "not from zero":
+                    values[8].fill_(1.0)
+                kernel[grid](*values, **constants | ({"ATOMIC": False} if bug == "not added" else {}))
+
+            return launch
+
+    monkeypatch.setattr(triton_backward, "dkdv_kernel", Launcher())
+    assert atomic_excess("causal", torch.float32, q_tiles=1.3, k_tiles=1.3) > 1.5
+
+
+def test_atomic_is_only_for_fixed_slopes() -> None:
+    case = triton_case(5, "causal", torch.float32, q_tiles=1.0, k_tiles=1.0)
+    with pytest.raises(ValueError, match=r"^backend 'triton-atomic' has no gradient of slopes; take 'triton'$"):
+        interval_attention(*case.inputs(), backend="triton-atomic")
 
 
 def test_blind_queries_give_zeros() -> None:

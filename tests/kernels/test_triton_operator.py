@@ -25,11 +25,15 @@ def test_opcheck() -> None:
     torch.library.opcheck(OPS.interval_plan.default, (*geometry, tile, tile, True))
     rows, columns = interval_plan(*geometry, tile, tile, False), interval_plan(*geometry, tile, tile, True)
     tiles = [tile, tile, 4, 1] * 3
-    arguments = (*case.inputs(), *rows, [*rows, *columns], 0.5, tiles)
-    torch.library.opcheck(OPS.interval_attention_triton.default, arguments)
-    out, lse = OPS.interval_attention_triton(*arguments)
-    saved = (case.weight, *(x.detach() for x in case.inputs()), out.detach(), lse.detach(), [*rows, *columns])
-    torch.library.opcheck(OPS.interval_attention_triton_backward.default, (*saved, 0.5, tiles, True))
+    for atomic in (False, True):
+        case.slopes.requires_grad_(not atomic)
+        arguments = (*case.inputs(), *rows, [*rows, *columns], 0.5, tiles, atomic)
+        torch.library.opcheck(OPS.interval_attention_triton.default, arguments)
+        out, lse = OPS.interval_attention_triton(*arguments)
+        saved = (case.weight, *(x.detach() for x in case.inputs()), out.detach(), lse.detach(), [*rows, *columns])
+        torch.library.opcheck(
+            OPS.interval_attention_triton_backward.default, (*saved, 0.5, tiles, atomic, not atomic)
+        )
 
 
 def out_and_gradients(case: Case, attend) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
@@ -106,5 +110,5 @@ def test_tiles_can_be_given() -> None:
     case = triton_case(5, "blocks", q_tiles=1.0, k_tiles=1.5)
     wanted = fused(case)["out"]
     tile = triton_attention.Tile(32, 16, 4, 1)
-    out = triton_attention.attend(*case.inputs(), case.q.shape[-1] ** -0.5, None, triton_attention.Config(*[tile] * 4))
+    out = triton_attention.attend(*case.inputs(), case.q.shape[-1] ** -0.5, None, triton_attention.Config(*[tile] * 5))
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)

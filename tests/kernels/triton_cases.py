@@ -21,7 +21,7 @@ from tidal.kernels.triton_tiles import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 TILE = 16 if INTERPRETED.value else 128
-SMALL = Config(*[Tile(16, 16, 4, 1)] * 4)
+SMALL = Config(*[Tile(16, 16, 4, 1)] * 5)
 if INTERPRETED.value:
     triton_attention.INTERPRETER = SMALL
 

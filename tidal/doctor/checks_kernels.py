@@ -14,7 +14,7 @@ from tidal.doctor.report import Meter, Where
 from tidal.infer.engine import generate
 from tidal.infer.score import score
 from tidal.kernels import TilePlan, available_backends, interval_attention
-from tidal.kernels.api import DEVICES
+from tidal.kernels.api import DEVICES, FIXED_SLOPES
 
 CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"), (2, 4100, "random"))
 """queries, keys, kind of ranges"""
@@ -39,6 +39,8 @@ def kernels(patient: Patient, meter: Meter) -> None:
             dtype, limit = (torch.float64, 1e-11) if device == "cpu" else (torch.float32, 2e-3)
             moved = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
             q, k, v, slopes = moved
+            if name in FIXED_SLOPES:
+                slopes, moved = slopes.detach(), moved[:3]
             plan = TilePlan.build(ranges.to(device), n_keys)
             try:
                 out = interval_attention(q, k, v, ranges.to(device), at_q.to(device), at_k.to(device), slopes,
@@ -52,8 +54,9 @@ def kernels(patient: Patient, meter: Meter) -> None:
                                               at_k.to(device), slopes, backend=name, plan=plan,
                                               rows=[1, 0]))  # fmt: skip
             at = Where(layer=f"{name}, {n_queries} queries, {n_keys} keys, {kind}")
-            names = ("output", "dq", "dk", "dv", "dslopes", "output, rows of a cache")
-            for what, a, b in zip(names, [*wanted, wanted[0]], got, strict=True):
+            names = ("output", "dq", "dk", "dv", "dslopes")[: len(got) - 1]
+            for what, a, b in zip([*names, "output, rows of a cache"], [*wanted[: len(names)], wanted[0]], got,
+                                  strict=True):  # fmt: skip
                 scale = max(1.0, a.abs().max().item())
                 meter.close(what, a / scale, b.cpu().double() / scale, limit, at, (ORACLE, name))
 

@@ -25,6 +25,9 @@ DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 SUPPORTS: dict[str, Callable[[torch.dtype, int], bool]] = {}
 """backend → function(dtype, head_dim), for backends that do not take all of them"""
 
+FIXED_SLOPES = ("triton-atomic",)
+"""backends without a gradient of the slopes"""
+
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
 """device type → backends to try when none is asked for; then the reference"""
 
@@ -32,8 +35,9 @@ if importlib.util.find_spec("triton"):  # operators are registered here, before 
     from tidal.kernels import triton_attention
 
     BACKENDS["triton"] = triton_attention.attend
-    DEVICES["triton"] = triton_attention.DEVICES
-    SUPPORTS["triton"] = triton_attention.supports
+    BACKENDS["triton-atomic"] = functools.partial(triton_attention.attend, atomic=True)
+    for fused in ("triton", "triton-atomic"):
+        DEVICES[fused], SUPPORTS[fused] = triton_attention.DEVICES, triton_attention.supports
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -5,8 +5,9 @@
     tidal::interval_attention_triton_backward  dq, dk, dv, dslopes
 
 The backward pass is deterministic: every gradient is summed by one program or, over the heads of a group and for
-the slopes, by torch from partial sums. Runs on NVIDIA GPUs from sm_80 on; with TRITON_INTERPRET=1 also on the CPU,
-slowly.
+the slopes, by torch from partial sums. The backend ``triton-atomic``, which must be asked for by name, is not: its
+programs add up dq as they come, which spares two of seven matrix products. Runs on NVIDIA GPUs from sm_80 on; with
+TRITON_INTERPRET=1 also on the CPU, slowly.
 """
 
 from collections.abc import Sequence
@@ -45,26 +46,28 @@ class Config(NamedTuple):
     dq_slopes: Tile
     """for dq where the slopes are learned, too"""
     dkdv: Tile
+    dkdv_atomic: Tile
+    """for dkdv where it adds up dq, too"""
 
 
-CONFIGS: dict[tuple[int, int, int], Config] = {
-    # (bytes per element, head dimension, architecture): forward, dq, dq_slopes, dkdv
-    (2, 32, 80): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 32, 90): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 32, 100): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 64, 80): Config(Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
-    (2, 64, 90): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 64, 100): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 128, 8, 3)),
-    (2, 128, 80): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    (2, 128, 90): Config(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 128, 8, 3)),
-    (2, 128, 100): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (4, 32, 80): Config(Tile(64, 32, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 64, 80): Config(Tile(64, 32, 8, 1), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 128, 80): Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(32, 16, 8, 2)),
+TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
+    # (bytes per element, head dimension, architecture): forward, dq, dq_slopes, dkdv, dkdv_atomic
+    (2, 32, 80): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2)),
+    (2, 32, 90): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    (2, 32, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 64, 80): ((128, 32, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 128, 8, 3), (64, 32, 8, 3)),
+    (2, 64, 90): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 64, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 128, 80): ((128, 32, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)),
+    (2, 128, 90): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2), (32, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 128, 100): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3)),
+    (4, 32, 80): ((64, 32, 8, 1), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    (4, 64, 80): ((64, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    (4, 128, 80): ((32, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
 }
 """The largest tiles without spills that were found by compiling ahead of time; not yet timed on a GPU."""
 
-INTERPRETER = Config(*[Tile(32, 32, 4, 1)] * 4)
+INTERPRETER = Config(*[Tile(32, 32, 4, 1)] * 5)
 DELTA = Tile(32, 0, 4, 1)
 
 
@@ -76,7 +79,8 @@ def configuration(dtype: torch.dtype, head_dim: int, arch: int) -> Config:
     if arch == 0:
         return INTERPRETER
     family = arch // 10 * 10
-    return CONFIGS.get((dtype.itemsize, head_dim, family)) or CONFIGS[dtype.itemsize, head_dim, 80]
+    tiles = TILES.get((dtype.itemsize, head_dim, family)) or TILES[dtype.itemsize, head_dim, 80]
+    return Config(*(Tile(*tile) for tile in tiles))
 
 
 def supports(dtype: torch.dtype, head_dim: int) -> bool:
@@ -104,11 +108,15 @@ def attend(
     scale: float,
     plan: TilePlan | None,
     config: Config | None = None,
+    atomic: bool = False,
 ) -> Tensor:
     """Shapes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
 
-    Without gradients, a few queries go to the decode kernel (unless a config asks for the others).
+    Without gradients, a few queries go to the decode kernel (unless a config asks for the others). Raises ValueError
+    for slopes that need a gradient if `atomic`: their sums are made by the kernel that is left out.
     """
+    if atomic and slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("backend 'triton-atomic' has no gradient of slopes; take 'triton'")
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slopes))
     if config is None:
         if not learning and triton_decode.fits(q, k):
@@ -119,24 +127,26 @@ def attend(
     memo = plan.memo if plan is not None and not compiling else {}
     mode = "" if compiling else str(torch.is_inference_mode_enabled())
 
-    def planned(tile: Tile, transpose: bool) -> tuple[Tensor, Tensor]:
+    def planned(tile: Tile, transpose: bool) -> list[Tensor]:
         key = f"triton {tile.m} {tile.n} {transpose} {mode}"
         if key in memo:
             q_seen, k_seen, table, order = memo[key]
             if q_seen is q_position and k_seen is k_position:
-                return table, order
+                return [table, order]
         table, order = interval_plan(ranges, q_position, k_position, tile.m, tile.n, transpose)
         memo[key] = (q_position, k_position, table, order)
-        return table, order
+        return [table, order]
 
     dq = config.dq_slopes if slopes.requires_grad else config.dq
+    dkdv = config.dkdv_atomic if atomic else config.dkdv
     rows, order = planned(config.forward, False)
     backward_plan: list[Tensor] = []
     if learning:
-        backward_plan = [*planned(dq, False), *planned(config.dkdv, True)]
-    tiles = [*config.forward, *dq, *config.dkdv]
+        backward_plan = [rows, order] if atomic else planned(dq, False)
+        backward_plan += planned(dkdv, True)
+    tiles = [*config.forward, *dq, *dkdv]
     out: Tensor = attend_fused(
-        q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles
+        q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles, atomic
     )[0]
     return out
 
@@ -179,6 +189,7 @@ def attend_fused(
     backward_plan: Sequence[Tensor],
     scale: float,
     tiles: Sequence[int],
+    atomic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Lq, D] and log Σ exp(score) [B, Hq, Lq] (base 2 if FAST; +inf without keys).
 
@@ -215,6 +226,7 @@ def attend_fused_backward(
     backward_plan: Sequence[Tensor],
     scale: float,
     tiles: Sequence[int],
+    atomic: bool,
     need_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slopes (the last stays zero unless needed)."""
@@ -232,21 +244,25 @@ def attend_fused_backward(
     dk_part, dv_part = dk, dv
     if group > 1:
         dk_part, dv_part = lse.new_empty(2, n_batch, n_heads, n_keys, head_dim).unbind(0)
+    dq_sum = heads_last(q, torch.float32).zero_() if atomic else dq
     tile_q, tile_k = Tile(*tiles[4:8]), Tile(*tiles[8:12])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         triton_backward.delta_kernel[(-(-n_queries // DELTA.m), n_heads, n_batch)](
             out, dout, delta, *strides(out, dout), n_heads, n_queries, M=DELTA.m, D=head_dim, num_warps=DELTA.warps
         )
-        triton_backward.dq_kernel[(n_batch * n_query_tiles * n_heads,)](
-            q, k, v, dout, lse, delta, dq, partial, ranges, q_position, k_position, slopes_float, rows, rows_order,
-            *strides(q, k, v, dout, dq), n_heads, group, n_queries, n_keys, n_query_tiles, scale,
-            SLOPES=need_slopes, **constants(q, tile_q),
-        )  # fmt: skip
+        if not atomic:
+            triton_backward.dq_kernel[(n_batch * n_query_tiles * n_heads,)](
+                q, k, v, dout, lse, delta, dq, partial, ranges, q_position, k_position, slopes_float, rows, rows_order,
+                *strides(q, k, v, dout, dq), n_heads, group, n_queries, n_keys, n_query_tiles, scale,
+                SLOPES=need_slopes, **constants(q, tile_q),
+            )  # fmt: skip
         triton_backward.dkdv_kernel[(n_batch * n_key_tiles * n_heads,)](
-            q, k, v, dout, lse, delta, dk_part, dv_part, ranges, q_position, k_position, slopes_float, columns,
-            columns_order, *strides(q, k, v, dout, dk_part), n_heads, group, n_queries, n_keys, n_key_tiles,
-            columns.shape[2] - HEAD.value, scale, **constants(q, tile_k),
+            q, k, v, dout, lse, delta, dk_part, dv_part, dq_sum, ranges, q_position, k_position, slopes_float, columns,
+            columns_order, *strides(q, k, v, dout, dk_part, dq_sum), n_heads, group, n_queries, n_keys, n_key_tiles,
+            columns.shape[2] - HEAD.value, scale, ATOMIC=atomic, **constants(q, tile_k),
         )  # fmt: skip
+    if atomic:
+        dq.copy_(dq_sum)
     if group > 1:
         by_group = (n_batch, n_kv_heads, group, n_keys, head_dim)
         dk.copy_(dk_part.view(by_group).sum(2))
@@ -268,16 +284,18 @@ def _(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _r: Tensor, _qp: Tensor, _
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _rows, _order, backward_plan, ctx.scale, ctx.tiles = inputs
+    *tensors, _rows, _order, backward_plan, ctx.scale, ctx.tiles, ctx.atomic = inputs
     ctx.save_for_backward(*tensors, *output, *backward_plan)
 
 
 def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
     tensors, backward_plan = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     need_slopes = ctx.needs_input_grad[6]
-    dq, dk, dv, dslopes = attend_fused_backward(dout, *tensors, backward_plan, ctx.scale, ctx.tiles, need_slopes)
-    nothing = (None,) * 2
-    return dq, dk, dv, None, None, None, (dslopes if need_slopes else None), *nothing, [None] * 4, None, None
+    dq, dk, dv, dslopes = attend_fused_backward(
+        dout, *tensors, backward_plan, ctx.scale, ctx.tiles, ctx.atomic, need_slopes
+    )
+    nothing = (None,) * 3
+    return dq, dk, dv, *nothing, (dslopes if need_slopes else None), *nothing[:2], [None] * 4, *nothing
 
 
 attend_fused.register_autograd(_backward, setup_context=_setup_context)
@@ -296,8 +314,9 @@ def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
         ("delta", DELTA, {}),
         ("dq", config.dq, {"SLOPES": False}),
         ("dq_dslopes", config.dq_slopes, {"SLOPES": True}),
-        ("dkdv", config.dkdv, {}),
-        ("dkdv_grouped", config.dkdv, {}),
+        ("dkdv", config.dkdv, {"ATOMIC": False}),
+        ("dkdv_grouped", config.dkdv, {"ATOMIC": False}),
+        ("dkdv_atomic", config.dkdv_atomic, {"ATOMIC": True}),
     ):
         kernel = getattr(triton_forward if name == "forward" else triton_backward, name.split("_")[0] + "_kernel")
         chosen = {**constants(q, tile), **more}
@@ -317,6 +336,8 @@ def argument_type(argument: str, kernel: str, dtype: str) -> str:
         return "i32"
     if argument in ("dk", "dv"):
         return "*fp32" if kernel == "dkdv_grouped" else "*" + dtype
+    if argument == "dq" and kernel == "dkdv_atomic":
+        return "*fp32"
     if argument in ("q", "k", "v", "out", "dout", "dq"):
         return "*" + dtype
     if argument in ("ranges", "rows", "order", "columns"):

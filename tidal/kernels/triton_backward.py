@@ -7,6 +7,7 @@ import triton.language as tl
 from tidal.kernels.triton_plan import HEAD, ROW
 from tidal.kernels.triton_tiles import (
     LENGTHS,
+    add_rows,
     dot,
     exponential,
     full_tiles,
@@ -133,10 +134,12 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_tile(
-    state, tile, k_nd, v_nd, queries, key, k_position, reference, scale, slope,
+    state, tile, k_nd, v_nd, queries, added, key, k_position, reference, scale, slope,
     M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
+    ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries; the score matrix is transposed, [N, M]. key and k_position: [N, 1]."""
+    """One tile of queries; the score matrix is transposed, [N, M]. key and k_position: [N, 1]. If ATOMIC, dq is added
+    to what lies at `added`: a pointer, its stride, and the factor of q·k in the scores."""
     dk, dv = state
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
@@ -161,18 +164,26 @@ def dkdv_tile(
     dv = dot(weight.to(dout_md.dtype), dout_md, dv)
     dweight = dot(v_nd, tl.trans(dout_md))
     dscore = weight * (dweight - tl.load(delta + first + local, mask=inside, other=0.0)[None, :])
-    return dot(dscore.to(q_md.dtype), q_md, dk), dv
+    dscore = dscore.to(q_md.dtype)
+    if ATOMIC:
+        dq, stride_dql, factor = added
+        add_rows(dq, first, stride_dql, n_left, dot(tl.trans(dscore), k_nd) * factor, M, D)
+    return dot(dscore, q_md, dk), dv
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, ranges, q_position, k_position, slopes, columns, order,
+    q, k, v, dout, lse, delta, dk, dv, dq, ranges, q_position, k_position, slopes, columns, order,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles,
-    n_query_tiles, scale,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+    stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, stride_dqb, stride_dqh, stride_dql,
+    n_heads, group, n_queries, n_keys, n_tiles, n_query_tiles, scale,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of keys, the longest first, and query head; dk and dv [B, H, Lk, D] are of that head."""
+    """One program per tile of keys, the longest first, and query head; dk and dv [B, H, Lk, D] are of that head.
+
+    If ATOMIC, it also adds its share to dq, float32 [B, H, Lq, D] that begins as zeros, in whatever order programs
+    come: five products a tile in place of seven, and other last bits in every run.
+    """
     slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
     batch, first = slot // n_tiles, slot % n_tiles * N
     key, n_left = first.to(tl.int32) + tl.arange(0, N), (n_keys - first).to(tl.int32)
@@ -189,6 +200,7 @@ def dkdv_kernel(
         lse + statistics, delta + statistics, q_position + batch * n_queries,
         ranges + batch * n_queries * 4, n_queries, n_keys,
     )  # fmt: skip
+    added = (dq + batch * stride_dqb + head * stride_dqh, stride_dql, scale)
     state = (tl.zeros([N, D], dtype=tl.float32), tl.zeros([N, D], dtype=tl.float32))
 
     column = columns + slot * (n_query_tiles + HEAD)
@@ -197,19 +209,19 @@ def dkdv_kernel(
         shifts, reference = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             state = dkdv_tile(
-                state, tl.load(last - i), k_nd, v_nd, queries, key_n1, k_position_n1, reference, scale_in, slope,
-                M, D, False, True, FAST,
+                state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, reference,
+                scale_in, slope, M, D, False, True, FAST, ATOMIC,
             )  # fmt: skip
         n_full = tl.where(shifts, 0, n_full)
     for i in range(0, n_full):
         state = dkdv_tile(
-            state, tl.load(last - i), k_nd, v_nd, queries, key_n1, k_position_n1, 0.0, scale_in, slope,
-            M, D, False, False, FAST,
+            state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, False, False, FAST, ATOMIC,
         )  # fmt: skip
     for i in range(0, tl.load(column)):
         state = dkdv_tile(
-            state, tl.load(column + HEAD + i), k_nd, v_nd, queries, key_n1, k_position_n1, 0.0, scale_in, slope,
-            M, D, True, False, FAST,
+            state, tl.load(column + HEAD + i), k_nd, v_nd, queries, added, key_n1, k_position_n1, 0.0, scale_in,
+            slope, M, D, True, False, FAST, ATOMIC,
         )  # fmt: skip
     offset = batch * stride_ob + head * stride_oh
     store_rows(dk + offset, first, stride_ol, n_left, state[0] * scale, N, D)

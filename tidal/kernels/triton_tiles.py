@@ -4,7 +4,8 @@
     forward    a program per tile of queries and head: visits its key tiles, keeps a running softmax
     delta      Σ_d dout · out of every query
     dq         as forward, with the weights recomputed from log Σ exp; also the slopes' gradient
-    dkdv       a program per tile of keys and query head: visits the query tiles that see it
+    dkdv       a program per tile of keys and query head: visits the query tiles that see it; where asked, it adds to
+               dq, too, in place of the kernel for dq
 
 after Dao, "FlashAttention-2" (2023). Everything that decides a visit is in the plan (triton_plan.py): tiles that
 need no mask get none, and the loops over them have no branches.
@@ -116,6 +117,14 @@ def store_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.con
     local = tl.arange(0, N)[:, None]
     pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
     tl.store(pointers, value.to(pointer.dtype.element_ty), mask=local < n_left)
+
+
+@triton.jit
+def add_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.constexpr):
+    """Add to rows of a float32 matrix that other programs add to at the same time."""
+    local = tl.arange(0, N)[:, None]
+    pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
+    tl.atomic_add(pointers, value, mask=local < n_left, sem="relaxed")
 
 
 @triton.jit
