@@ -19,7 +19,7 @@ from tidal.kernels.reference import visible_keys
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Modifier = Callable[..., Tensor]
 MASKS = ("causal", "packed", "block-causal", "two-stream")
-RIVALS = ("flex", "flex-max-autotune", "sdpa", "flash-attention-2")
+RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
 
@@ -197,7 +197,9 @@ def contestants(p: Problem, rivals: Sequence[str], backend: str) -> Iterator[tup
     """Who takes part in this one, and how each is made ready."""
     yield "tidal", lambda: tidal(p, backend)
     for name in rivals:
-        if name == "flex":
+        if name == "tidal-atomic" and p.mask != "decode" and backend == "triton":
+            yield name, lambda: tidal(p, "triton-atomic")
+        elif name == "flex":
             yield name, lambda: flex_attention(p)
         elif name == "flex-max-autotune":
             yield name, lambda: flex_attention(p, "max-autotune-no-cudagraphs")

@@ -150,7 +150,9 @@ def test_attention_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_fused_kernels_pass_the_check() -> None:
     p = problem("two-stream", 40, 1, 32, FORM)
     attention_problems.build_plan(p, "triton")
-    assert 0 < ready(p, [], "triton").error < 1e-5
+    both = ready(p, ["tidal-atomic"], "triton")
+    assert 0 < both.error < 1e-5
+    assert list(both.runs) == ["tidal", "tidal-atomic"], both.failed
     assert 0 < ready(p, [], "triton", backward=False).error < 1e-5
 
 

@@ -20,7 +20,6 @@ from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
-from tidal.norm import RMSNorm
 from tidal.places import sinusoids, turned
 from tidal.recall import N_RECALLED
 from tidal.streams import Batch
@@ -71,16 +70,16 @@ class Layer(nn.Module):
         self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
         self.d_head, self.attends = shape.d_model // shape.n_heads, attends
         if attends:
-            self.norm_attention = RMSNorm(shape.d_model, eps=1e-6)
+            self.norm_attention = nn.RMSNorm(shape.d_model, eps=1e-6)
             self.query = nn.Linear(shape.d_model, self.n_heads * self.d_head, bias=False)
             self.key_value = nn.Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head, bias=False)
             self.out = nn.Linear(self.n_heads * self.d_head, shape.d_model, bias=False)
-            norms = RMSNorm if shape.qk_norm else nn.Identity
+            norms = nn.RMSNorm if shape.qk_norm else nn.Identity
             self.norm_query, self.norm_key = norms(self.d_head, eps=1e-6), norms(self.d_head, eps=1e-6)
             for gain in self.norm_query.parameters():
                 nn.init.constant_(gain, shape.query_gain)
             self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
-        self.norm_mlp = RMSNorm(shape.d_model, eps=1e-6)
+        self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
         self.mlp = SwiGLU(shape.d_model, d_ff)
 
     def keys_values(self, x_bkd: Tensor, turns_bkr: Tensor | None = None) -> KeysValues:
@@ -136,7 +135,7 @@ class TidalTransformer(nn.Module):
         places = torch.cat([places, torch.zeros_like(places[:1])])  # the last is NO_PLACE
         self.register_buffer("place_table", places, persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
-        self.reader_norm = RMSNorm(d, eps=1e-6)
+        self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)
         if shape.context_ff:
             self.context_mlp = SwiGLU(d, shape.context_ff)
@@ -148,7 +147,7 @@ class TidalTransformer(nn.Module):
             Layer(config, shape.writer_ff, attends=shape.writer_attention != "none")
             for _ in range(shape.writer_layers)
         )
-        self.writer_norm = RMSNorm(d, eps=1e-6)
+        self.writer_norm = nn.RMSNorm(d, eps=1e-6)
         padding = torch.zeros(config.n_head)
         padding[config.n_writable :] = -math.inf
         self.register_buffer("head_mask", padding, persistent=False)

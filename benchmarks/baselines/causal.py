@@ -26,7 +26,6 @@ from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
 from tidal.model import Layer, View
-from tidal.norm import RMSNorm
 from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
 
@@ -202,7 +201,7 @@ class CausalTransformer(nn.Module):
         as_tidal = TidalConfig(config.vocab_size, config.vocab_size, config.vocab_size, 1, "", shape)  # for the shape
         self.embedding = nn.Embedding(config.vocab_size, d)  # also the head
         self.layers = nn.ModuleList(Layer(as_tidal, config.d_ff) for _ in range(config.layers))
-        self.norm = RMSNorm(d, eps=1e-6)
+        self.norm = nn.RMSNorm(d, eps=1e-6)
         if config.recall:  # of each V + 1 rows, the first says that nothing is recalled
             self.recall_embedding = nn.Embedding(N_RECALLED * (config.vocab_size + 1), d)
         mask = torch.zeros(config.vocab_size)
