@@ -190,8 +190,14 @@ def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = Tru
     tokenizer = table.tokenizer
     before = tokenizer.split(prompt, rng, cut_probability) if prompt else []
     after = tokenizer.split(completion, rng, cut_probability) if completion else []
-    first, last = np.array([BOS_BLOCK], np.int32), np.array([EOS_BLOCK] * ends, np.int32)
-    blocks = np.concatenate([first, table.indices(before), table.indices(after), last])
+    return joined(table, before, after, ends=ends, place_offset=place_offset, position_scale=position_scale)
+
+
+def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, ends: bool = True, place_offset: int = 0,
+           position_scale: float = 1.0) -> Passage:  # fmt: skip
+    """A passage of the blocks of a prompt and of its completion."""
+    last = [EOS_BLOCK] if ends else []
+    blocks = np.concatenate([[BOS_BLOCK], table.indices([*before, *after]), last]).astype(np.int32)
     return Passage(blocks, 1 + len(before), place_offset, position_scale)
 
 

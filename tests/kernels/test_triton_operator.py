@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,3 +114,15 @@ def test_tiles_can_be_given() -> None:
     tile = triton_attention.Tile(32, 16, 4, 1)
     out = triton_attention.attend(*case.inputs(), case.q.shape[-1] ** -0.5, None, triton_attention.Config(*[tile] * 5))
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-5)
+
+
+def test_compiling_is_not_imported_before_it_is_asked_for() -> None:
+    """torch._dynamo takes longer to import than all of torch; its mark on a function is put there without it."""
+    program = "import sys, tidal.infer.engine, tidal.kernels.api; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+    def function() -> None: ...
+
+    marked = vars(torch._dynamo.assume_constant_result(function))
+    assert marked.items() <= vars(triton_attention.architecture).items()
+    assert marked

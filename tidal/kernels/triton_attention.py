@@ -88,13 +88,16 @@ def supports(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim in HEAD_DIMS
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def architecture(device: torch.device) -> int:
     """Compute capability × 10 of a GPU; 0 in the interpreter."""
     if INTERPRETED.value:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# What torch.compiler.assume_constant_result does; to import that takes longer than all of torch.
+architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(

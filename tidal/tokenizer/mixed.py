@@ -182,9 +182,9 @@ class MixedTokenizer:
         blocks = find_blocks(text)
         cap = self.max_block_units
         # Of text with spaces nearly all blocks fit: an ASCII character is one unit and no unspaced script.
-        cuts = {b: c for b in set(blocks) if len(b) > cap or not b.isascii() if len(c := self._cut(b)) > 1}
-        if cuts:
-            blocks = [piece for block in blocks for piece in cuts.get(block, (block,))]
+        if len(text) > cap or not text.isascii():
+            cuts = {b: c for b in set(blocks) if len(b) > cap or not b.isascii() if len(c := self._cut(b)) > 1}
+            blocks = [piece for block in blocks for piece in cuts.get(block, (block,))] if cuts else blocks
         if cut_probability == 0.0:
             return blocks
         if not 0.0 < cut_probability <= 1.0:

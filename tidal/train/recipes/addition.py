@@ -10,10 +10,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
-from tidal.blocks import BlockTable, passage
+from tidal.blocks import BlockTable, joined
 from tidal.cli import UserError
 from tidal.config import Addition, Train
 from tidal.infer.engine import Completion, generate
@@ -55,8 +56,10 @@ def answer_of(*numbers: int, operation: str = "+") -> str:
 
 def random_operand(rng: np.random.Generator, digits: int) -> int:
     """A number of exactly so many digits, of any size."""
-    first = rng.integers(1 if digits > 1 else 0, 10)
-    return int("".join(map(str, [first, *rng.integers(0, 10, digits - 1).tolist()])))
+    number = int(rng.integers(1 if digits > 1 else 0, 10))
+    for digit in rng.integers(0, 10, digits - 1).tolist():
+        number = 10 * number + digit
+    return number
 
 
 def random_sums(rng: np.random.Generator, digits: int, count: int) -> list[Sum]:
@@ -77,8 +80,9 @@ def random_problem(rng: np.random.Generator, settings: Addition, operation: str,
         lengths = [max(1, most + 1 - n) for n in rng.geometric(0.9, count).tolist()]
     else:
         every = np.arange(1, most + 1)
-        share = every / every.sum() if settings.lengths == "rising" else None
-        lengths = rng.choice(every, count, p=share).tolist()
+        rising = settings.lengths == "rising"
+        drawn = rng.choice(every, count, p=every / every.sum()) if rising else rng.integers(1, most + 1, count)
+        lengths = drawn.tolist()
         lengths = lengths[:1] * count if settings.lengths == "equal" else lengths
     if operation == "*":
         lengths[1] = 1
@@ -186,18 +190,21 @@ class AdditionRecipe:
     def packed(self, rows: Sequence[Sequence[Asked]]) -> Batch:
         """Rows of documents."""
         self.table.limit()
-        texts = (text for row in rows for a in row for text in (a.stray + a.prompt, a.answer))
-        self.table.indices(block for text in texts for block in self.tokenizer.split(text))  # all that are new, at once
-        documents = [[passage(self.table, a.stray + a.prompt, a.answer, place_offset=a.place_offset,
-                              position_scale=a.position_scale) for a in row] for row in rows]  # fmt: skip
+        split = self.tokenizer.split
+        blocks = [[(split(a.stray + a.prompt), split(a.answer)) for a in row] for row in rows]
+        self.table.indices(chain.from_iterable(chain(*pair) for row in blocks for pair in row))  # new ones, all at once
+        documents = [[joined(self.table, before, after, place_offset=a.place_offset, position_scale=a.position_scale)
+                      for (before, after), a in zip(*both, strict=True)]
+                     for both in zip(blocks, rows, strict=True)]  # fmt: skip
         batch = pack(documents, self.table, steps=self.settings.model.steps)
-        for places, row, passages in zip(batch.reader_places, rows, documents, strict=True):
-            ends = np.cumsum([0, *(self.table.n_tokens(p.blocks).sum() for p in passages)])
-            for a, start in zip(row, ends.tolist(), strict=False):
+        for places, row, passages in zip(batch.reader_places.numpy(), rows, documents, strict=True):
+            start = 1  # after <bos>
+            for a, p in zip(row, passages, strict=True):
                 if a.stray:
-                    n_tokens = self.table.n_tokens(self.table.indices(self.tokenizer.split(a.stray))).sum()
-                    stray = slice(start + 1, start + 1 + n_tokens)  # after <bos>
+                    n_tokens = int(self.table.n_tokens(self.table.indices(split(a.stray))).sum())
+                    stray = slice(start, start + n_tokens)
                     places[stray] = moved(places[stray], a.stray_offset - a.place_offset)
+                start += int(self.table.n_tokens(p.blocks).sum())
         return batch
 
     def _far(self, rng: np.random.Generator, offset: int, text: str, stray: str) -> int | None:
