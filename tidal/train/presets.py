@@ -12,7 +12,7 @@ GREEDY = frozenset({"addition", "characters"})
 PRESETS: dict[str, Train] = {
     "addition": Train(
         recipe="addition",
-        max_steps=2000,
+        max_steps=1600,
         rows=64,
         validate_every=200,
         model=Shape(d_model=64, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=2, reader_ff=192, writer_ff=192,
