@@ -84,7 +84,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         shared = [n for n in some[0]["exact_match"] if all(n in r["exact_match"] for r in some)]
         means = [statistics.fmean(r["exact_match"][n] for r in some) for n in shared]
         axes.plot([int(n) for n in shared], means, color=colour, marker="o", markersize=4,
-                  label=f"{variant}, up to {digits} digits{unusual(some[0])}, seeds: {len(some)}")  # fmt: skip
+                  label=f"{variant}, up to {digits} digits, {some[0]['steps']:,} steps{unusual(some[0])}, "
+                        f"seeds: {len(some)}")  # fmt: skip
         axes.axvline(digits, color=colour, linewidth=0.8, linestyle="--")
     lengths = sorted({int(n) for r in runs for n in r["exact_match"]})
     axes.set(xscale="log", xlabel="digits of both operands (dashed: trained up to here)", ylabel="exact match")
