@@ -90,14 +90,14 @@ def test_replayed_steps_with_the_fused_kernel(recorder: Recorder, monkeypatch: p
 def test_a_recording_of_old_caches_shows(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: caches grow or rows leave, and the recording stays. It reads and writes what nobody reads now."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "_recorded", property(lambda self: self.__dict__.get("kept"), keep), raising=False)
+        patch.setattr(Decoder, "recording", property(lambda self: self.__dict__.get("kept"), keep), raising=False)
         with pytest.raises((AssertionError, RuntimeError)):
             check_steps(tiny("english", "memory")[0])
     assert recorder.replays
 
 
 def keep(decoder: Decoder, new: recorded.Recorded | None) -> None:
-    """Set `_recorded`, but never back to nothing."""
+    """Set `recording`, but never back to nothing."""
     if new is not None:
         decoder.__dict__["kept"] = new
 

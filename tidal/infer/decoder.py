@@ -70,7 +70,8 @@ class Decoder:
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             recorded.check(self.device)
-        self._recorded: recorded.Recorded | None = None
+        self.recording: recorded.Recorded | None = None
+        """knows this decoder: who is done with it sets this to None, else its caches live until Python finds the cycle"""
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = self.room = room
         self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
@@ -95,7 +96,7 @@ class Decoder:
         """Go on with these rows only, in this order; a row named twice is copied."""
         if list(rows) == list(range(len(self.builders))):
             return
-        self._recorded = None
+        self.recording = None
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for cache in (*self.reader_caches, *self.writer_caches):
             cache.data = cache.data.index_select(1, index)
@@ -170,8 +171,8 @@ class Decoder:
             inputs.append(self.model.foretold(self.sums, data[..., 0], data[..., 4]))
         if self.cuda_graphs and some is None:
             everything = functools.partial(self._write, None, n + self.capacity)
-            self._recorded = self._recorded or recorded.Recorded(everything)
-            logits = self._recorded(*inputs)
+            self.recording = self.recording or recorded.Recorded(everything)
+            logits = self.recording(*inputs)
         else:
             logits = self._write(some, n + max(s.sees_reader[1] for s in steps), *inputs)
         return self._checked(logits, len(rows))
@@ -219,7 +220,7 @@ class Decoder:
     def _reserve(self, n_tokens: int) -> None:
         if n_tokens <= self.capacity:
             return
-        self._recorded = None
+        self.recording = None
         self.capacity = max(n_tokens + self.room, 2 * self.capacity)
         for cache in self.reader_caches:
             cache.grow(self.capacity)

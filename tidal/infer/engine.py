@@ -193,6 +193,7 @@ def _run(decoder: Decoder, waiting: deque[Any], how: Sampling,
                     yield row.index, row.completion()
                     rows[i] = None
     finally:
+        decoder.recording = None
         model.train(was_training)
 
 
