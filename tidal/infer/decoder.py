@@ -71,7 +71,7 @@ class Decoder:
         if cuda_graphs:
             recorded.check(self.device)
         self.recording: recorded.Recorded | None = None
-        """knows this decoder: who is done with it sets this to None, else its caches live until Python finds the cycle"""
+        """knows this decoder: set to None by who is done with it, else caches live until Python finds the cycle"""
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = self.room = room
         self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
