@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tidal import ranks
 from tidal.cli import UserError
@@ -34,3 +39,19 @@ def set_threads(d_model: int, asked: int = 0) -> None:
     """Use `asked` CPU threads; 0: torch's choice for wide models, one for narrow ones, which several slow down."""
     if asked or d_model < WIDE:
         torch.set_num_threads(asked or 1)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """What is made here has a shape and no memory: modules on torch's meta device, not initialised.
+
+    To draw normal numbers for tensors without memory imports torch's compiler, which takes two seconds.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is torch.nn.init.normal_ else function(*args, **kwargs)

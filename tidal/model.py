@@ -128,12 +128,13 @@ class TidalTransformer(nn.Module):
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
-        if shape.rotary_places:
-            places = sinusoids(config.n_places, d // shape.n_heads // 2)
-        else:  # rows have twice the norm of an embedding
-            places = math.sqrt(8 / d) * sinusoids(config.n_places, d)
-        places = torch.cat([places, torch.zeros_like(places[:1])])  # the last is NO_PLACE
-        self.register_buffer("place_table", places, persistent=False)
+        with torch.device("cpu"):
+            if shape.rotary_places:
+                places = sinusoids(config.n_places, d // shape.n_heads // 2)
+            else:  # rows have twice the norm of an embedding
+                places = math.sqrt(8 / d) * sinusoids(config.n_places, d)
+            places = torch.cat([places, torch.zeros_like(places[:1])])  # the last is NO_PLACE
+        self.register_buffer("place_table", places.to(self.unit_embedding.weight.device), persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)

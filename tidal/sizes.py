@@ -104,12 +104,11 @@ def cost(name: str, settings: Train) -> Cost:
 
 def meta_model(settings: Train) -> TidalTransformer:
     """The model without memory for its weights."""
-    import torch
-
     from tidal.config import TidalConfig
+    from tidal.device import shapes_only
     from tidal.model import TidalTransformer
 
-    with torch.device("meta"):
+    with shapes_only():
         return TidalTransformer(TidalConfig(settings.text.vocab_size, N_WRITABLE, N_HEAD, 32, "", settings.model))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,3 +118,22 @@ def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> N
     model, tokenizer = tiny("english", "memory")
     complaint = refused(write(tmp_path, model, tokenizer, lambda values: values["shape"].update(sizes)))
     assert "weights do not fit its config.json" in complaint or "places" in complaint
+
+
+def test_loading_and_generating_import_no_compiler(tmp_path: Path) -> None:
+    """torch._dynamo, which tensors without memory fetch for some operations, takes longer to import than torch."""
+    folder = write(tmp_path / "run", *tiny("english", "memory", torch.float32))
+    program = f"""if True:
+        import sys, tidal
+        model, tokenizer = tidal.load({str(folder)!r})
+        tidal.generate(model, tokenizer, ["the"], max_new_units=9)
+        sys.exit("torch._dynamo" in sys.modules)"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_width_that_the_file_does_not_have_costs_no_memory(tmp_path: Path) -> None:
+    """Tables of places are made for it before anything is compared."""
+    def wider(values: dict[str, Any]) -> None:
+        values["shape"]["d_model"] *= 10**9
+
+    assert "d_model is 16000000000" in refused(write(tmp_path, *tiny("english", "memory"), config=wider))

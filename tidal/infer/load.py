@@ -11,6 +11,7 @@ import torch
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import TidalConfig
+from tidal.device import shapes_only
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -45,7 +46,10 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
     try:
         if config.shape.reader_layers + config.shape.writer_layers > len(tensors):
             raise ValueError("it has more layers than there are tensors")
-        with torch.device("meta"):  # sizes that the file does not have cost no memory
+        width = tensors["unit_embedding.weight"].shape[-1] if "unit_embedding.weight" in tensors else 0
+        if width != config.shape.d_model:
+            raise ValueError(f"d_model is {config.shape.d_model}, its tensors are {width} wide")
+        with shapes_only():  # sizes that the file does not have cost no memory
             TidalTransformer(config, tokenizer.spelling).load_state_dict(tensors, assign=True)
         model = TidalTransformer(config, tokenizer.spelling)
         model.load_state_dict(tensors)
