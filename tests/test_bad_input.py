@@ -298,7 +298,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "sealed config": (
         sealed(replaced("config.json", '"d_model": 16', '"d_model": 32')),
-        "weights do not fit its config.json: d_model is 32, its tensors are 16 wide",
+        "weights do not fit its config.json: .*size mismatch",
     ),
     "sealed unknown key": (
         sealed(replaced("config.json", '"d_model": 16', '"d_model": 16, "colour": "blue"')),

@@ -128,7 +128,7 @@ class TidalTransformer(nn.Module):
         d = shape.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.unit_embedding = nn.Embedding(config.n_head, d)  # also the head
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # small, and on `meta` its operations would import torch's compiler
             if shape.rotary_places:
                 places = sinusoids(config.n_places, d // shape.n_heads // 2)
             else:  # rows have twice the norm of an embedding

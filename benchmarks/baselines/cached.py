@@ -39,7 +39,7 @@ class CachedDecoder:
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             recorded.check(self.device)
-        self._recorded: recorded.Recorded | None = None
+        self.recording: recorded.Recorded | None = None
         self.lengths = [1 + len(p) for p in prompts]
         size = (config.layers, 2, len(prompts), config.n_kv_heads, max(capacity, *self.lengths, 1),
                 config.d_model // config.n_heads)  # fmt: skip
@@ -85,8 +85,8 @@ class CachedDecoder:
         data = torch.tensor(list(zip(ids, self.lengths, strict=True)), device=self.device)
         if self.cuda_graphs:
             everything = functools.partial(self._step, self.data.shape[4], None)
-            self._recorded = self._recorded or recorded.Recorded(everything)
-            logits = self._recorded(data)
+            self.recording = self.recording or recorded.Recorded(everything)
+            logits = self.recording(data)
         else:
             logits = self._step(end, low if low == end - 1 else None, data)
         self.lengths = [length + 1 for length in self.lengths]
@@ -116,12 +116,12 @@ class CachedDecoder:
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
-        self._recorded = None
+        self.recording = None
         self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
         self.lengths = [self.lengths[row] for row in rows]
 
     def _grow(self, capacity: int) -> None:
-        self._recorded = None
+        self.recording = None
         size = list(self.data.shape)
         size[4] = capacity - size[4]
         self.data = torch.cat([self.data, self.data.new_zeros(size)], 4)
@@ -169,6 +169,7 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
                     if unit == model.config.eos_id or len(done[i].ids) >= max_new:
                         active.remove(i)
             if not active:
+                decoder.recording = None  # which knows the decoder, and its caches
                 break
             if 2 * len(active) <= len(rows):
                 kept = [at for at, i in enumerate(rows) if i in active]

@@ -48,7 +48,7 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
             raise ValueError("it has more layers than there are tensors")
         width = tensors["unit_embedding.weight"].shape[-1] if "unit_embedding.weight" in tensors else 0
         if width != config.shape.d_model:
-            raise ValueError(f"d_model is {config.shape.d_model}, its tensors are {width} wide")
+            raise ValueError(f"size mismatch: d_model is {config.shape.d_model}, its tensors are {width} wide")
         with shapes_only():  # sizes that the file does not have cost no memory
             TidalTransformer(config, tokenizer.spelling).load_state_dict(tensors, assign=True)
         model = TidalTransformer(config, tokenizer.spelling)

@@ -67,6 +67,8 @@ TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
 }
 """The largest tiles without spills that were found by compiling ahead of time; not yet timed on a GPU."""
 
+CONFIGS = {kind: Config(*(Tile(*tile) for tile in tiles)) for kind, tiles in TILES.items()}
+
 INTERPRETER = Config(*[Tile(32, 32, 4, 1)] * 5)
 DELTA = Tile(32, 0, 4, 1)
 
@@ -79,8 +81,7 @@ def configuration(dtype: torch.dtype, head_dim: int, arch: int) -> Config:
     if arch == 0:
         return INTERPRETER
     family = arch // 10 * 10
-    tiles = TILES.get((dtype.itemsize, head_dim, family)) or TILES[dtype.itemsize, head_dim, 80]
-    return Config(*(Tile(*tile) for tile in tiles))
+    return CONFIGS.get((dtype.itemsize, head_dim, family)) or CONFIGS[dtype.itemsize, head_dim, 80]
 
 
 def supports(dtype: torch.dtype, head_dim: int) -> bool:
