@@ -276,12 +276,12 @@ def check(runner: Runner, texts: Sequence[tuple[str, str]]) -> float:
 
 
 def layer_passes(runner: Runner, texts: Sequence[tuple[str, str]]) -> int:
-    """Layers applied while writing, each counted once for every row it is applied to, however many places it has."""
+    """Layers applied while writing, each counted for every token or unit it is applied to."""
     count = 0
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal count
-        count += inputs[0].shape[0]
+        count += inputs[0].shape[:2].numel()
 
     handles = [m.register_forward_pre_hook(hook) for m in runner.model.modules() if isinstance(m, Layer)]
     totals = []

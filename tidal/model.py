@@ -46,6 +46,11 @@ class View:
     rows: Sequence[int] | None = None
     """Of these keys and values, one for each row of queries, where a cache has others, too."""
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        """Attention of queries [B, H, L, D] over these keys and values."""
+        return interval_attention(q, k, v, self.ranges, self.q_position, self.k_position, slopes, plan=self.plan,
+                                  rows=self.rows)  # fmt: skip
+
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
 
@@ -95,8 +100,7 @@ class Layer(nn.Module):
             q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
             k_bhkd, v_bhkd = view.extend(*self.keys_values(h, turns_blr))
             q_bhld = turned(self.norm_query(q_bhld), turns_blr).to(v_bhkd.dtype)
-            a_bhld = interval_attention(q_bhld, k_bhkd, v_bhkd, view.ranges, view.q_position, view.k_position,
-                                        self.slopes, plan=view.plan, rows=view.rows)  # fmt: skip
+            a_bhld = view.attend(q_bhld, k_bhkd, v_bhkd, self.slopes)
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
         return x_bld + mlp_bld

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import fuzz
 from tests.strategies import tiny, tiny_copy
-from tidal.infer.decoder import Decoder
+from tidal.infer.decoder import Decoder, RaggedView
 from tidal.infer.engine import Completion, generate, stream
 from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.kernels import cpu
@@ -61,6 +62,17 @@ def no_select(patch: pytest.MonkeyPatch) -> None:
         self.builders = [self.builders[row] for row in rows]
 
     patch.setattr(Decoder, "select", select)
+
+
+def tokens_in_wrong_columns(patch: pytest.MonkeyPatch) -> None:
+    """Rows of different lengths that are read together: a token attends as its neighbour."""
+    original = RaggedView.attend
+
+    def attend(self: RaggedView, *args: torch.Tensor) -> torch.Tensor:
+        row, column = self.where
+        return original(dataclasses.replace(self, where=(row, column.roll(1))), *args)
+
+    patch.setattr(RaggedView, "attend", attend)
 
 
 def context_not_selected(patch: pytest.MonkeyPatch) -> None:
@@ -122,7 +134,7 @@ def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0)
 
 
-@pytest.mark.parametrize("bug", [no_select, context_not_selected, not_reopened, bos_forgotten])
+@pytest.mark.parametrize("bug", [no_select, tokens_in_wrong_columns, context_not_selected, not_reopened, bos_forgotten])
 def test_planted_bugs_are_caught(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny("english", "memory")
     bug(monkeypatch)

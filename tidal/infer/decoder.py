@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +16,27 @@ from tidal.model import KeysValues, TidalTransformer, View
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
 
-PADDING = ReaderToken(0, 0.0, 0, (0, 0))
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedView(View):
+    """Rows of different lengths, one after the other in one row without padding; only attention spreads them.
+
+        layers      a b c d e f       what a layer does to each token by itself, it does to these
+        attention   a b ·             where    (0, 0) (0, 1) (1, 0) (2, 0) (2, 1) (2, 2)
+                    c · ·
+                    d e f
+    """
+
+    where: tuple[Tensor, Tensor]
+    """Row and column of each token, int64 [tokens]."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        """Of queries [1, H, tokens, D]."""
+        n_rows, width = self.q_position.shape
+        spread = q.new_zeros(n_rows, q.shape[1], width, q.shape[3])
+        row, column = self.where
+        spread[row, :, column] = q[0].transpose(0, 1)
+        return super().attend(spread, k, v, slopes)[row, :, column].transpose(0, 1)[None]
 
 
 class KeyValueCache:
@@ -25,13 +47,10 @@ class KeyValueCache:
         size = (2, n_rows, shape.n_kv_heads, n_slots, shape.d_model // shape.n_heads)
         self.data = torch.zeros(size, dtype=weight.dtype, device=weight.device)
 
-    def put(self, at: tuple[Tensor, Tensor], k: Tensor, v: Tensor, source: tuple[Tensor, Tensor] | None = None) -> None:
-        """Store k, v [r, H, L, D] at row and slot indices [n].
-
-        `source` says which n of their r and L; by default L is one, and every row is stored.
-        """
+    def put(self, at: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+        """Store k, v [r, H, L, D] at row and slot indices [r·L]."""
         for side, new in zip(self.data, (k, v), strict=True):
-            side[at[0], :, at[1]] = new[:, :, 0] if source is None else new[source[0], :, source[1]]
+            side[at[0], :, at[1]] = new.transpose(1, 2).flatten(0, 1)
 
     def get(self, end: int) -> KeysValues:
         """Keys and values [B, H, end, D] of all rows, not copied."""
@@ -119,39 +138,41 @@ class Decoder:
             self._append(rows, news)
 
     def _append(self, rows: Sequence[int], news: list[list[ReaderToken]]) -> None:
-        width, end = max(map(len, news)), max(self.builders[r].n_read for r in rows)
+        lengths, ends = [len(new) for new in news], [self.builders[r].n_read for r in rows]
+        width, end = max(lengths), max(ends)
         self._reserve(end)
-        lengths = torch.tensor([len(new) for new in news], device=self.device)
-        steps = torch.arange(width, device=self.device)
-        from_row, from_step = (steps < lengths[:, None]).nonzero(as_tuple=True)  # what is not padding
-        source = from_row, from_step
-        row = torch.tensor(rows, device=self.device)
-        first = torch.tensor([self.builders[r].n_read for r in rows], device=self.device) - lengths
-        at = row[source[0]], first[source[0]] + source[1]
-        padded = [new + [PADDING] * (width - len(new)) for new in news]
-        data = torch.tensor([[(t.id, t.place, *t.sees, 0, 0) for t in new] for new in padded], device=self.device)
-        q_position = torch.tensor([[t.position for t in new] for new in padded], device=self.device)
-        self.positions[at[0], self.n_block + at[1]] = q_position[source]
-        ranges = data[..., 2:].to(torch.int32).view(len(rows), width, 2, 2)
+        data = torch.tensor([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
+                             for line, (r, end_r, new) in enumerate(zip(rows, ends, news, strict=True))
+                             for i, t in enumerate(new)], device=self.device)  # fmt: skip
+        row, slot, line, column, ids, places = data[:, :6].unbind(1)
+        position = torch.tensor([t.position for new in news for t in new], device=self.device)
+        self.positions[row, self.n_block + slot] = position
+        ranges = data.new_zeros(len(rows), width, 2, 2, dtype=torch.int32)
+        ranges[line, column] = data[:, 6:].to(torch.int32).view(-1, 2, 2)
+        q_position = position.new_zeros(len(rows), width)
+        q_position[line, column] = position
         some = self._some(rows)
         k_position = self.positions[slice(None) if some is None else some, self.n_block : self.n_block + end]
         plan = TilePlan.build(ranges, end)  # remembers distances and mask for all layers
+        ragged = min(lengths) < width
 
         def view(cache: KeyValueCache) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
-                cache.put(at, k, v, source)
+                cache.put((row, slot), k, v)
                 return cache.get(end)
 
-            return View(ranges, q_position, k_position, extend, plan, some)
+            seen = ranges, q_position, k_position, extend, plan, some
+            return RaggedView(*seen, where=(line, column)) if ragged else View(*seen)
 
-        states = self.model.read(data[..., 0], data[..., 1], [view(c) for c in self.reader_caches])
-        grown = lengths > 0
-        last = states[torch.arange(len(rows), device=self.device), lengths - 1][grown]
-        self.context[row[grown]] = self.model.context_of(last)
-        if self.model.foretold:
-            self.sums[row[grown]] = self.model.foretold.sums(self.model.foretell(last))
+        ids, places = (x.view((1, -1) if ragged else (len(rows), width)) for x in (ids, places))
+        states = self.model.read(ids, places, [view(c) for c in self.reader_caches])
         if self.model.has_memory:
-            self.writer_caches[0].put((at[0], self.n_block + at[1]), *self.model.memory(states, data[..., 1]), source)
+            self.writer_caches[0].put((row, self.n_block + slot), *self.model.memory(states, places))
+        lasts = [i - 1 for i, new in zip(itertools.accumulate(lengths), news, strict=True) if new]
+        last, grown = states.flatten(0, 1)[lasts], row[lasts]
+        self.context[grown] = self.model.context_of(last)
+        if self.model.foretold:
+            self.sums[grown] = self.model.foretold.sums(self.model.foretell(last))
 
     def step(self, rows: Sequence[int], written: Sequence[Sequence[int]]) -> Tensor:
         """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block."""

@@ -26,7 +26,7 @@ from tidal.model import TidalTransformer
 from tidal.tokenizer import Block, MixedTokenizer
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
-READ_TOGETHER = 16  # a pass of the reader waits for so many rows, or for half of all: docs/decoding.md
+READ_SHARE = 0.75  # of the rows, which a pass of the reader waits for: docs/decoding.md
 REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
 
 
@@ -172,7 +172,7 @@ def _run(decoder: Decoder, waiting: deque[Any], how: Sampling,
                 rows = [rows[i] for i in active]
                 active = list(range(len(rows)))
             to_read = {i: row.blocks_to_read for i in active if (row := rows[i]) and row.blocks_to_read}
-            if len(to_read) >= min(READ_TOGETHER, len(active) / 2):
+            if len(to_read) >= READ_SHARE * len(active):
                 read_grouped(decoder, to_read)
             going = [(i, row) for i in active if (row := rows[i]) and not row.blocks_to_read]
             if not going:
