@@ -176,8 +176,8 @@ def slot_off_by_one(put: Callable[..., None]) -> Callable[..., None]:
 
 
 def memory_of_first_block_only(put: Callable[..., None]) -> Callable[..., None]:
-    def bugged(self: Any, at: Any, k: Tensor, v: Tensor, *rest: Any) -> None:
-        put(self, at, k, v * 0 if rest and int(at[1].min()) > 24 else v, *rest)
+    def bugged(self: Any, at: Any, k: Tensor, v: Tensor) -> None:
+        put(self, at, k, v * 0 if int(at[1].min()) > 24 else v)
 
     return bugged
 
