@@ -139,7 +139,8 @@ def choose(only: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     for part in only:
         if not any(part == group or part in name for group, name, _ in everything):
             raise UserError(f"no variant and no group {part!r}; see --list")
-    return (v for v in everything if not only or any(part == v[0] or part in v[1] for part in only))
+    groups = VARIANTS.keys() & set(only)  # "text" is not to be looked for in names
+    return (v for v in everything if not only or v[0] in groups or any(p in v[1] for p in set(only) - groups))
 
 
 def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], out: Path) -> list[Point]:

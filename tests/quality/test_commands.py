@@ -97,6 +97,7 @@ def test_ablations_run_and_go_on(corpus: Path, tmp_path: Path, capsys: pytest.Ca
     assert "byte transformer" in capsys.readouterr().out
     with pytest.raises(UserError, match="no variant and no group 'magic'"):
         ablations.run(["--only", "magic"])
+    assert {group for group, _, _ in ablations.choose(["text"])} == {"text"}, "and not what has it in its name"
 
 
 def test_every_variant_can_be_built() -> None:
