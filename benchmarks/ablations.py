@@ -74,7 +74,9 @@ VARIANTS: dict[str, dict[str, str]] = {
         "vocabulary 4k": "vocab-size=4096",
         "vocabulary 8k": "vocab-size=8192",
         "no boundary dropout": "cut-probability=0",
+        "boundary dropout 0.1": "cut-probability=0.1",
         "boundary dropout 0.2": "cut-probability=0.2",
+        "both parts of cut blocks learnt": "beginnings=learnt",
         "blocks: tokens": "block-rule=token",
         "blocks: two words": "block-rule=pair",
         "blocks: up to 32 characters": "block-rule=many",
@@ -105,11 +107,13 @@ class Ablations(Racing):
     seconds: float = 0.0
     """Seconds of every run on its own clock, in place of steps."""
     only: tuple[str, ...] = ()
-    """Groups, or parts of names, of the variants to run; none: all."""
+    """Groups, names, or parts of names, of the variants to run; none: all."""
     at_once: int = 4
     """Variants that take turns with one default."""
     out: str = "benchmarks/results/ablations.json"
     """Results are added to this file."""
+    cuts: int = 0
+    """Measure the boundary gap, too, at so many places of the held-out documents; 0: do not."""
     table: bool = False
     """Only print the table of what is in the file, as Markdown."""
     list: bool = False
@@ -139,8 +143,9 @@ def choose(only: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     for part in only:
         if not any(part == group or part in name for group, name, _ in everything):
             raise UserError(f"no variant and no group {part!r}; see --list")
-    groups = VARIANTS.keys() & set(only)  # "text" is not to be looked for in names
-    return (v for v in everything if not only or v[0] in groups or any(p in v[1] for p in set(only) - groups))
+    names = {name for _, name, _ in everything}
+    whole = {part for part in only if part in VARIANTS or part in names}  # these are not to be looked for inside names
+    return (v for v in everything if not only or whole & set(v[:2]) or any(p in v[1] for p in set(only) - whole))
 
 
 def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], out: Path) -> list[Point]:
@@ -169,7 +174,7 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
             def report(point: Point, ends: dict[str, Point] = ends) -> None:
                 ends[point["contestant"]] = point
 
-            race([entries[name] for name in names], texts, seed, budget, settings, report)
+            race([entries[name] for name in names], texts, seed, budget, settings, report, cuts=settings.cuts)
             default_ms = ends[entries[DEFAULT].label]["step_ms"]
             for name in names:
                 end = ends[entries[name].label]

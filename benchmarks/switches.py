@@ -43,6 +43,8 @@ class Switches:
     """Off: suffixes only add to what a step is fed, and do not scale the context."""
     block_rule: Literal["word", "token", "pair", "many"] = "word"
     """What is written at a time: a word, a token of it, two words, as much of a line as the longest block holds."""
+    beginnings: Literal["read", "learnt"] = "read"
+    """Learnt: of a block that boundary dropout cuts, not only the rest is asked for."""
     head: Literal["tied", "own"] = "tied"
     """Own: the head has weights of its own, in place of the unit embeddings."""
     matrices: Literal["muon", "adamw"] = "muon"
@@ -144,6 +146,10 @@ class SwitchedRecipe(TextRecipe):
 
     def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         return self.switches.on_batch(super().batch(step, share))
+
+    def cut(self, p: Passage, rng: np.random.Generator) -> Passage:
+        p = super().cut(p, rng)
+        return p if self.switches.beginnings == "read" else dataclasses.replace(p, read_only=())
 
     def regrouped(self, p: Passage) -> Passage:
         """The passage in the blocks of the switches; its prompt ends where it did."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import NOTHING, BlockTable, Passage, passage
+from tidal.blocks import NOTHING, BlockTable, Passage, cut_at_random, passage
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -98,19 +98,18 @@ def tiny_copy(tokenizer: str, shape: str) -> tuple[TidalTransformer, MixedTokeni
 
 
 @st.composite
-def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4) -> Passage:
+def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4, dropout: bool = True) -> Passage:
     """A document with or without a prompt, an end, boundary dropout, a place offset, stretched positions; or empty."""
-    rng = np.random.default_rng(draw(st.integers(0, 9)))
-    return passage(
+    whole = passage(
         table,
         draw(st.just("") | hostile_text(max_size=max_size)),
         draw(hostile_text(max_size=max_size)),
         ends=draw(st.booleans()),
         place_offset=draw(st.sampled_from((0, 0, 3))),
         position_scale=draw(st.sampled_from((1.0, 1.0, 1.7))),
-        rng=rng,
-        cut_probability=draw(st.sampled_from((0.0, 0.5))),
     )
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    return cut_at_random(whole, table, rng, draw(st.sampled_from((0.0, 0.5)))) if dropout else whole
 
 
 @st.composite

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -35,7 +38,7 @@ def n_tokens(p: Passage, table: BlockTable) -> int:
 
 
 def n_steps(p: Passage, table: BlockTable) -> int:
-    return int(table.n_targets(p.blocks[p.supervise_from :]).sum())
+    return int(table.n_targets(p.blocks[p.supervised]).sum())
 
 
 # ------------------------------------------------------------------------------------------------- table
@@ -138,30 +141,78 @@ def test_low_bits_of_hashes_are_spread() -> None:
 # ------------------------------------------------------------------------------------------------ passages
 
 
+Cut = Callable[[Passage, BlockTable, np.random.Generator, float], Passage]
+
+
+def check_dropout(cut_at_random: Cut, table: BlockTable, prompt: str, completion: str, chance: float,
+                  seed: int) -> None:  # fmt: skip
+    """The text stays; a cut block is two, of which only the rest is learnt; the generator is all that matters."""
+    whole = passage(table, prompt, completion, place_offset=2)
+    cut, again = (cut_at_random(whole, table, np.random.default_rng(seed), chance) for _ in range(2))
+    assert (again.blocks.tolist(), again.read_only) == (cut.blocks.tolist(), cut.read_only)
+    assert cut.blocks.dtype == np.int32
+    assert (cut.blocks[0], cut.blocks[-1], cut.place_offset) == (BOS_BLOCK, EOS_BLOCK, 2)
+    rest, n_cut = iter(zip(texts_of(cut, table), cut.supervised.tolist(), strict=True)), 0
+    for block, learnt in zip(texts_of(whole, table), whole.supervised.tolist(), strict=True):
+        text, supervised = next(rest)
+        if text != block:
+            assert not supervised
+            end, supervised = next(rest)
+            assert text
+            assert end
+            text, n_cut = text + end, n_cut + 1
+        assert (text, supervised) == (block, learnt)
+    assert not list(rest)
+    if chance in (0, 1):
+        assert n_cut == chance * sum(len(text) > 1 for text in texts_of(whole, table))
+
+
 @settings(max_examples=80)
 @given(tokenizer_names, hostile_text(), hostile_text(), st.floats(0, 1), st.integers(0, 5))
-def test_cutting_at_random_keeps_the_text(name: str, prompt: str, completion: str, chance: float, seed: int) -> None:
-    table = BlockTable(tokenizers()[name])
-    whole = passage(table, prompt, completion, place_offset=2)
-    cut = cut_at_random(whole, table, np.random.default_rng(seed), chance)
-    texts = texts_of(cut, table)
-    assert "".join(texts[: cut.supervise_from]) == prompt
-    assert "".join(texts[cut.supervise_from :]) == completion
-    assert all(texts[1:-1])
-    assert (cut.blocks[0], cut.blocks[-1], cut.place_offset) == (BOS_BLOCK, EOS_BLOCK, 2)
-    assert cut.blocks.dtype == np.int32
-    again = cut_at_random(whole, table, np.random.default_rng(seed), chance)
-    assert again.blocks.tolist() == cut.blocks.tolist()
-    if chance == 1:
-        n_long = sum(len(text) > 1 for text in texts_of(whole, table))
-        assert len(cut.blocks) == len(whole.blocks) + n_long
+def test_boundary_dropout(name: str, prompt: str, completion: str, chance: float, seed: int) -> None:
+    check_dropout(cut_at_random, BlockTable(tokenizers()[name]), prompt, completion, chance, seed)
 
 
-def test_every_inner_cut_happens() -> None:
+def cuts_off_nothing(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    inner = type("Inner", (), {"random": rng.random, "integers": lambda self, low, high: rng.integers(0, high)})
+    return cut_at_random(p, table, inner(), chance)
+
+
+def of_itself(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    return cut_at_random(p, table, np.random.default_rng(), chance)
+
+
+def loses_the_end(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    return cut_at_random(dataclasses.replace(p, blocks=p.blocks[:-1]), table, rng, chance)
+
+
+def learns_beginnings(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    return dataclasses.replace(cut_at_random(p, table, rng, chance), read_only=())
+
+
+def learns_no_ends(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    cut = cut_at_random(p, table, rng, chance)
+    return dataclasses.replace(cut, read_only=tuple(i + 1 for i in cut.read_only))
+
+
+def prompt_stays(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    return dataclasses.replace(cut_at_random(p, table, rng, chance), supervise_from=p.supervise_from)
+
+
+@pytest.mark.parametrize("bug", [cuts_off_nothing, of_itself, loses_the_end, learns_beginnings, learns_no_ends,
+                                 prompt_stays])  # fmt: skip
+def test_planted_bug_in_boundary_dropout_is_found(bug: Cut) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        check_dropout(bug, BlockTable(tokenizers()["english"]), "the light and the", " night with the dogs", 1, 0)
+
+
+def test_dropout_is_uniform_over_inner_characters_and_as_frequent_as_asked() -> None:
     table = BlockTable(tokenizers()["english"])
-    whole = passage(table, "", "light")
-    seen = {texts_of(cut_at_random(whole, table, np.random.default_rng(i), 1), table)[1] for i in range(99)}
-    assert seen == {"l", "li", "lig", "ligh"}
+    whole = passage(table, "", " abcde" * 9000)
+    cut = cut_at_random(whole, table, np.random.default_rng(1), 0.5)
+    heads = Counter(len(table.texts[cut.blocks[i]]) for i in cut.read_only)
+    assert sorted(heads) == list(range(1, 6))
+    assert all(abs(count - 900) < 130 for count in heads.values())  # four and a half standard deviations
 
 
 def test_lone_surrogates_are_refused() -> None:
@@ -204,7 +255,7 @@ def test_what_is_learnt_sees_the_end_of_a_long_prompt() -> None:
 @given(st.data(), tokenizer_names, st.integers(2, 40), st.integers(1, 60), st.integers(0, 12))
 def test_windows(data: st.DataObject, name: str, reader_budget: int, writer_budget: int, overlap: int) -> None:
     table = BlockTable(tokenizers()[name])
-    whole = data.draw(passages(table, max_size=10))
+    whole = data.draw(passages(table, max_size=10, dropout=False))
     cut = windows(whole, table, reader_budget, writer_budget, overlap)
     supervised = [block for w in cut for block in w.blocks[w.supervise_from :].tolist()]
     assert supervised == whole.blocks[whole.supervise_from :].tolist(), "each block once, in order"
@@ -225,6 +276,13 @@ def test_windows(data: st.DataObject, name: str, reader_budget: int, writer_budg
         last = Passage(window.blocks[[0, -1]])
         assert n_tokens(window, table) <= max(reader_budget, n_tokens(last, table))
         assert n_steps(window, table) <= max(writer_budget, n_steps(last, table))
+
+
+def test_windows_are_cut_before_blocks_are() -> None:
+    table = BlockTable(tokenizers()["english"])
+    cut = cut_at_random(passage(table, "", "the light"), table, np.random.default_rng(0), 1)
+    with pytest.raises(ValueError, match=r"blocks \(1, 3\) .* read only"):
+        windows(cut, table, 2, 2)
 
 
 @settings(max_examples=60)

@@ -57,7 +57,8 @@ def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps) -> Batch:
 def blocks_of(p: Passage, table: BlockTable) -> list[tuple[str, bool]]:
     """(text, supervised) of all blocks after `<bos>`; the text of the end of the document is empty."""
     assert p.blocks[0] == BOS_BLOCK
-    return [(table.texts[index], rank >= p.supervise_from) for rank, index in enumerate(p.blocks) if rank]
+    return [(table.texts[index], rank >= p.supervise_from and rank not in p.read_only)
+            for rank, index in enumerate(p.blocks) if rank]  # fmt: skip
 
 
 def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) -> Batch:

@@ -178,18 +178,24 @@ class Passage:
     place_offset: int = 0
     position_scale: float = 1.0
     """Training may stretch distances, to prepare for longer ones; decoding does not."""
+    read_only: tuple[int, ...] = ()
+    """Indices of blocks after the prompt that are read, but not learnt: the beginnings of blocks that were cut."""
+
+    @property
+    def supervised(self) -> npt.NDArray[np.bool_]:
+        """Which blocks [n] are learnt."""
+        learnt = np.arange(len(self.blocks)) >= self.supervise_from
+        learnt[list(self.read_only)] = False
+        return learnt
 
 
 def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = True, place_offset: int = 0,
-            position_scale: float = 1.0, rng: np.random.Generator | None = None,
-            cut_probability: float = 0.0) -> Passage:  # fmt: skip
+            position_scale: float = 1.0) -> Passage:  # fmt: skip
     """Split a prompt (unsupervised) and its completion into one passage, exactly as the decoder will.
 
     Raises ValueError on lone surrogates.
     """
-    tokenizer = table.tokenizer
-    before = tokenizer.split(prompt, rng, cut_probability) if prompt else []
-    after = tokenizer.split(completion, rng, cut_probability) if completion else []
+    before, after = table.tokenizer.split(prompt), table.tokenizer.split(completion)
     return joined(table, before, after, ends=ends, place_offset=place_offset, position_scale=position_scale)
 
 
@@ -204,7 +210,8 @@ def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, en
 def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
     """Boundary dropout: each block of two characters or more is cut, with this probability, at a random one.
 
-    The model thereby learns to go on from a prompt that ends inside a word.
+    The model thereby learns to go on from a prompt that ends inside a word. It does not learn to end its own words
+    there: of a cut block only the rest is asked for, the beginning is read as a prompt is.
     """
     chosen = np.flatnonzero(rng.random(len(p.blocks)) < probability)
     texts = [table.texts[block] for block in p.blocks[chosen].tolist()]
@@ -215,8 +222,9 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     blocks = p.blocks.copy()
     blocks[at] = table.indices([text[:cut] for _, text, cut in cuts])
     blocks = np.insert(blocks, at + 1, table.indices([text[cut:] for _, text, cut in cuts]))
-    supervise_from = p.supervise_from + int((at < p.supervise_from).sum())
-    return dataclasses.replace(p, blocks=blocks, supervise_from=supervise_from)
+    in_prompt = int((at < p.supervise_from).sum())
+    read_only = tuple((at + np.arange(len(at)))[in_prompt:].tolist())
+    return dataclasses.replace(p, blocks=blocks, supervise_from=p.supervise_from + in_prompt, read_only=read_only)
 
 
 def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int,
@@ -226,7 +234,11 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     Every supervised block is supervised in exactly one window. With `overlap`, a window begins with up to so many
     reader tokens from before it, unsupervised, as its context; without, the first has the end of the prompt: what fits
     beside the supervised blocks, or half a window. Windows without supervised blocks are left out.
+
+    Raises ValueError for a passage with `read_only` blocks: boundary dropout comes after.
     """
+    if p.read_only:
+        raise ValueError(f"blocks {p.read_only} of the passage are read only; cut windows before blocks")
     body, n_prompt = p.blocks[1:], max(0, p.supervise_from - 1)
     n_tokens, n_steps = table.n_tokens(body), table.n_targets(body)
     n_steps[:n_prompt] = 0
@@ -279,7 +291,7 @@ def fill_rows(passages: Iterable[Passage], table: BlockTable, reader_budget: int
     A passage over a budget on its own gets a row of its own.
     """
     passages = list(passages)
-    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervise_from :]).sum()))
+    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervised]).sum()))
              for p in passages]  # fmt: skip
     starts = [*row_starts(sizes, reader_budget, writer_budget), len(passages)]
     yield from (passages[start:end] for start, end in pairwise(starts))

@@ -177,7 +177,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     p_of_b = np.repeat(np.arange(len(passages)), n_blocks)
     index_b = np.concatenate([p.blocks for p in passages])
     rank_b = np.arange(len(index_b)) - _starts(n_blocks)[p_of_b]
-    supervised_b = rank_b >= np.array([p.supervise_from for p in passages])[p_of_b]
+    supervised_b = np.concatenate([p.supervised for p in passages])
     row_b = row_of_p[p_of_b]
     offset_p = np.array([p.place_offset for p in passages], np.int64)
     scale_p = np.array([p.position_scale for p in passages], np.float64)

@@ -109,6 +109,10 @@ def dropout_moves_supervision(cut: Callable[..., Passage]) -> Callable[..., Pass
     return lambda p, *rest: dataclasses.replace(cut(p, *rest), supervise_from=p.supervise_from)
 
 
+def dropout_asks_for_beginnings(cut: Callable[..., Passage]) -> Callable[..., Passage]:
+    return lambda p, *rest: dataclasses.replace(cut(p, *rest), read_only=())
+
+
 def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
     from_zero = torch.tensor([0, 1], dtype=INT32)
     return {"reader_sees": batch.reader_sees * from_zero, "sees_reader": batch.sees_reader * from_zero}
@@ -309,7 +313,7 @@ def every_tile_full(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dropout_left_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, x, view: F.dropout(forward(self, x, view), 0.1, training=True)
+    return lambda self, *args: F.dropout(forward(self, *args), 0.1, training=True)
 
 
 def some_not_loaded(load: Callable[..., Any]) -> Callable[..., Any]:

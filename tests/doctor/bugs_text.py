@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.doctor.plant import Plant, both, replacing
-from tidal import blocks
-from tidal.blocks import BlockTable, Passage
+from tidal.blocks import BlockTable, Passage, passage
 from tidal.infer.grammar import Grammar
 from tidal.model import Losses, TidalTransformer
 from tidal.streams import Batch
@@ -27,8 +26,8 @@ def prompt_stripped(stream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def joined_before_split(table: BlockTable, prompt: str, completion: str, **how: Any) -> Passage:
-    right = blocks.passage(table, prompt, completion, **how)
-    whole = blocks.passage(table, "", prompt + completion, **how)
+    right = passage(table, prompt, completion, **how)
+    whole = passage(table, "", prompt + completion, **how)
     n = len(table.tokenizer.split(prompt)) if prompt else 0
     return dataclasses.replace(whole, supervise_from=min(1 + n, len(whole.blocks)), place_offset=right.place_offset)
 

@@ -94,18 +94,6 @@ def check_places(t: MixedTokenizer, text: str) -> None:
             assert place == (tails.index(after) if spoken else -1)
 
 
-def check_dropout(t: MixedTokenizer, text: str) -> None:
-    """Cut surely, every block of two characters or more is two blocks; the generator is all that matters."""
-    whole, cut = t.split(text), t.split(text, np.random.default_rng(5), 1.0)
-    assert cut == t.split(text, np.random.default_rng(5), 1.0)
-    rest = iter(cut)
-    for block in whole:
-        pieces = [next(rest, "") for _ in range(min(len(block), 2))]
-        assert all(pieces)
-        assert "".join(pieces) == block
-    assert not list(rest)
-
-
 def check_rules(_: MixedTokenizer, text: str) -> None:
     """`find_blocks` against the rules read out slowly, one character at a time."""
     blocks, at = [], 0
@@ -190,6 +178,5 @@ TEXT_LAWS = (
     check_cap,
     check_canonical,
     check_places,
-    check_dropout,
     check_rules,
 )

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import pytest
 
 from tidal.tokenizer import Block, MixedTokenizer, mixed, split
@@ -71,24 +70,6 @@ def last_piece_is_lost(t: MixedTokenizer, patch: Patch) -> None:
         return pieces[:-1] if len(pieces) > 1 else pieces
 
     patch.setattr(mixed, "cut_to_fit", broken)
-
-
-def cuts_off_nothing(t: MixedTokenizer, patch: Patch) -> None:
-    def broken(blocks: list[str], rng: np.random.Generator, _: float) -> list[str]:
-        cuts = [int(rng.integers(0, len(block))) for block in blocks]
-        return [p for b, at in zip(blocks, cuts, strict=True) for p in ((b[:at], b[at:]) if len(b) > 1 else (b,))]
-
-    patch.setattr(mixed, "_cut_at_random", broken)
-
-
-def cuts_with_another_generator(t: MixedTokenizer, patch: Patch) -> None:
-    cut = mixed._cut_at_random
-    patch.setattr(mixed, "_cut_at_random", lambda blocks, _, p: cut(blocks, np.random.default_rng(), p))
-
-
-def text_of_dropout_is_lost(t: MixedTokenizer, patch: Patch) -> None:
-    cut = mixed._cut_at_random
-    patch.setattr(mixed, "_cut_at_random", lambda blocks, rng, p: cut(blocks[:-1], rng, p))
 
 
 TEXT = "the cat, the cat don't  care\n R2D2 54663 + snake_case \u2581é\U0010ffff Привет 你好 ภาษา "
@@ -158,9 +139,6 @@ BUGS: dict[str, tuple[Callable[[MixedTokenizer, str], None], Plant]] = {
         laws.check_places,
         remake(lambda b: Block(b.text, b.tokens, b.units, tuple(range(len(b.tokens)))[::-1])),
     ),
-    "dropout makes empty blocks": (laws.check_dropout, cuts_off_nothing),
-    "dropout has its own generator": (laws.check_dropout, cuts_with_another_generator),
-    "dropout loses the last block": (laws.check_dropout, text_of_dropout_is_lost),
     "the ASCII shortcut ends words at apostrophes": (laws.check_rules, pattern("&(-@", "@")),
     "two spaces before a word both go with it": (laws.check_rules, pattern("| ?(?:", "| *(?:")),
     "numbers stick to words": (laws.check_rules, pattern(r"[^\W\d_]+", r"[^\W_]+")),

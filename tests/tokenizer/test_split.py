@@ -1,13 +1,11 @@
-"""The split rules by example, their caps, boundary dropout, and that no text is slow."""
+"""The split rules by example, their caps, and that no text is slow."""
 
 from __future__ import annotations
 
 import sys
 import time
 import unicodedata
-from collections import Counter
 
-import numpy as np
 import pytest
 
 from tidal.tokenizer import split as rules
@@ -64,24 +62,6 @@ def test_combining_marks_lie_where_the_pattern_looks_for_them() -> None:
     ranges = [(ord(listed[at]), ord(listed[at + 2])) for at in range(0, len(listed), 3)]
     found = {code for first, last in ranges for code in range(first, last + 1)}
     assert found == {c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] == "M"}
-
-
-def test_dropout_is_uniform_over_inner_characters_and_as_frequent_as_asked() -> None:
-    tokenizer = laws.tokenizer("mixed")
-    text = " abcdefghi" * 9000
-    blocks = tokenizer.split(text, np.random.default_rng(1), 0.5)
-    assert "".join(blocks) == text
-    heads = Counter(len(b) for b in blocks if b.startswith(" ") and len(b) < 10)
-    assert sorted(heads) == list(range(1, 10))
-    assert all(abs(count - 500) < 100 for count in heads.values())  # four and a half standard deviations
-    assert tokenizer.split(text, np.random.default_rng(1), 0.0) == tokenizer.split(text)
-
-
-@pytest.mark.parametrize(("seed", "probability"), [(None, 0.5), (1, -0.1), (1, 1.5), (1, float("nan"))])
-def test_dropout_settings_are_checked(seed: int | None, probability: float) -> None:
-    rng = None if seed is None else np.random.default_rng(seed)
-    with pytest.raises(ValueError, match=r"cut_probability"):
-        laws.tokenizer("mixed").split("text", rng, probability)
 
 
 @pytest.mark.parametrize(

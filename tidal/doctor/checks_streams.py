@@ -155,7 +155,11 @@ def supervision(patient: Patient, meter: Meter) -> None:
             cut = windows(whole, table, reader_budget, writer_budget, overlap)
             _same_targets(patient, meter, document, cut, "windows")
         dropped = cut_at_random(whole, table, np.random.default_rng(1), 0.7)
-        meter.same("text after boundary dropout", document.completion, _written(patient, [dropped]), here,
+        text = "".join(table.texts[i] for i in dropped.blocks)
+        meter.same("text after boundary dropout", document.text, text, here, ("text", TRAINED))
+        blocks, written = tokenizer.split(document.completion), _written(patient, [dropped])
+        ends = [block[max(0, len(block) - len(end)) :] for block, end in zip(blocks, written, strict=False)]
+        meter.same("blocks, or their ends, after boundary dropout", ends + blocks[len(ends) :], written, here,
                    ("text", TRAINED))  # fmt: skip
     if patient.batch is not None:
         _batch_spells_itself(patient, meter, patient.batch)
@@ -170,8 +174,8 @@ def _same_targets(patient: Patient, meter: Meter, document: Document, cut: Seque
         meter.same("first blocks", BOS_BLOCK, int(p.blocks[0]), Where(document.text), (ORACLE, side))
 
 
-def _written(patient: Patient, passages: Sequence[Passage]) -> str:
-    """The text that the targets of passages spell."""
+def _written(patient: Patient, passages: Sequence[Passage]) -> list[str]:
+    """The blocks that the targets of passages spell."""
     texts = []
     for p in passages:
         targets = pack([[p]], patient.table).targets[0].tolist()
@@ -182,7 +186,7 @@ def _written(patient: Patient, passages: Sequence[Passage]) -> str:
                 block = []
             elif unit != patient.tokenizer.eos_id:
                 block.append(unit)
-    return "".join(texts)
+    return texts
 
 
 def _batch_spells_itself(patient: Patient, meter: Meter, batch: Batch) -> None:

@@ -95,7 +95,7 @@ def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], 
         rng = np.random.default_rng(2**31)
         kinds = [(own.operations[n % len(own.operations)], own.digits - n % min(2, own.digits)) for n in range(64)]
         problems = [random_problem(rng, own, operation, digits) for operation, digits in kinds]
-        return [Document(*problem) for problem in problems], f"new sums of up to {own.digits} digits"
+        return [Document(*problem) for problem in problems], f"new problems of up to {own.digits} digits"
     text = settings.get("text", {})
     paths = [str(path) for path in text.get("data", ())]
     if paths and all(os.path.exists(path) or glob.glob(path) for path in paths):

@@ -171,11 +171,10 @@ class MixedTokenizer:
 
     # ------------------------------------------------------------------ text -> blocks
 
-    def split(self, text: str, rng: np.random.Generator | None = None, cut_probability: float = 0.0) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """Blocks of `text`, none empty or of more than `max_block_units` units. They join to `text`.
 
-        Boundary dropout: each block of at least two characters is cut, with `cut_probability`, at a uniformly
-        random inner character; this needs `rng`. ValueError for lone surrogates.
+        ValueError for lone surrogates.
         """
         if not text.isascii():
             utf8(text)
@@ -185,13 +184,7 @@ class MixedTokenizer:
         if len(text) > cap or not text.isascii():
             cuts = {b: c for b in set(blocks) if len(b) > cap or not b.isascii() if len(c := self._cut(b)) > 1}
             blocks = [piece for block in blocks for piece in cuts.get(block, (block,))] if cuts else blocks
-        if cut_probability == 0.0:
-            return blocks
-        if not 0.0 < cut_probability <= 1.0:
-            raise ValueError(f"cut_probability must lie in [0, 1], not {cut_probability}")
-        if rng is None:
-            raise ValueError("boundary dropout (cut_probability > 0) needs a random generator")
-        return _cut_at_random(blocks, rng, cut_probability)
+        return blocks
 
     def _cut(self, block: str) -> list[str]:
         """Cut a block along tokens where its script has no spaces, and wherever it is over the cap."""
@@ -307,17 +300,6 @@ class MixedTokenizer:
     def _piece_ids(self, known: str) -> list[int]:
         """Tokens of a text that holds only characters of the alphabet."""
         return [self._from_processor[index] for index in self._processor.encode(known)]
-
-
-def _cut_at_random(blocks: list[str], rng: np.random.Generator, probability: float) -> list[str]:
-    cut: list[str] = []
-    for block, draw in zip(blocks, rng.random(len(blocks)), strict=True):
-        if draw < probability and len(block) > 1:
-            where = int(rng.integers(1, len(block)))
-            cut += block[:where], block[where:]
-        else:
-            cut.append(block)
-    return cut
 
 
 def _remember(cache: dict[str, Value], text: str, value: Value) -> None:

@@ -54,8 +54,12 @@ class TextRecipe:
         for i in share_of(s.rows, share):
             rng = np.random.default_rng([s.seed, 2, step, i])  # of the row, whoever builds it
             row = self.rows[self._row(step * s.rows + i)]
-            cut.append([cut_at_random(p, self.table, rng, s.text.cut_probability) for p in row])
+            cut.append([self.cut(p, rng) for p in row])
         return pack(cut, self.table, steps=s.model.steps)
+
+    def cut(self, p: Passage, rng: np.random.Generator) -> Passage:
+        """Boundary dropout."""
+        return cut_at_random(p, self.table, rng, self.settings.text.cut_probability)
 
     def _row(self, i: int) -> int:
         epoch, rank = divmod(i, len(self.rows))
