@@ -180,7 +180,7 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     """Tidal, and the baselines with the feed-forward width that gives them as many parameters."""
     d, heads = args.d_model, max(4, args.d_model // 64)
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
-                  reader_ff=3 * d, context_ff=4 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
+                  reader_ff=3 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
                   writer_attention=args.writer_attention, foretell=TEXT.foretell, recall=TEXT.recall)  # fmt: skip
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip

@@ -44,7 +44,7 @@ def random_model(tokenizer: MixedTokenizer, rng: np.random.Generator) -> TidalTr
         d_model=16 * heads, n_heads=heads, n_kv_heads=1, reader_layers=int(rng.integers(1, 3)),
         writer_layers=int(rng.integers(1, 3)), reader_ff=32, writer_ff=32, suffix_rows=int(rng.choice([0, 64])),
         writer_attention=attention[rng.integers(3)], qk_norm=bool(rng.integers(2)),
-        context_ff=int(rng.choice([0, 24])), foretell=bool(rng.integers(2)), recall=bool(rng.integers(2)),
+        foretell=bool(rng.integers(2)), recall=bool(rng.integers(2)),
     )  # fmt: skip
     t = tokenizer
     model = TidalTransformer(

@@ -44,7 +44,7 @@ tokenizer_names = st.sampled_from(TOKENIZERS)
 
 SHAPES = {
     "memory": Shape(d_model=16, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=1, reader_ff=24, writer_ff=24,
-                    context_ff=8, suffix_rows=61, qk_norm=False, rotary_places=True),
+                    suffix_rows=61, qk_norm=False, rotary_places=True),
     "memory deep": Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=0, writer_layers=3, reader_ff=16,
                          writer_ff=40, suffix_rows=0, qk_norm=True, query_gain=2.0, step_stride=1.0, step_window=3,
                          place_jitter=5),
@@ -52,7 +52,7 @@ SHAPES = {
                    recall=True, suffix_rows=7, writer_attention="block", qk_norm=True, step_stride=0.375,
                    step_window=2),
     "none": Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=3, writer_layers=2, reader_ff=24, writer_ff=24,
-                  context_ff=40, foretell=True, recall=True, suffix_rows=1000, writer_attention="none", qk_norm=False),
+                  foretell=True, recall=True, suffix_rows=1000, writer_attention="none", qk_norm=False),
 }  # fmt: skip
 shape_names = st.sampled_from(tuple(SHAPES))
 

@@ -155,7 +155,7 @@ def dense_log_probs(model: TidalTransformer, tokenizer: MixedTokenizer, before: 
     steps = torch.arange(len(targets))
     x = model.unit_embedding.weight[torch.tensor([tokenizer.bob_id, *targets[:-1]])]
     x = x + (0 if shape.rotary_places else model.place_table[steps])
-    context = states[-1] @ model.context.weight.T + (mlp(model.context_mlp, states[-1]) if shape.context_ff else 0)
+    context = states[-1] @ model.context.weight.T
     if shape.suffix_rows:
         for t in range(len(targets)):
             hashes = suffix_hashes(targets[:t], tokenizer.digit_units.tolist())

@@ -42,9 +42,6 @@ class Shape:
     """Hidden width of the reader's SwiGLU."""
     writer_ff: int = 384
     """Hidden width of the writer's SwiGLU."""
-    context_ff: int = 0
-    """Hidden width of the SwiGLU between the reader's last state and the writer, used once a block; 0: a linear map
-    only."""
     foretell: bool = False
     """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
     over spellings."""
@@ -70,7 +67,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 0),
-                            ("writer_layers", 1), ("reader_ff", 1), ("context_ff", 0), ("writer_ff", 1),
+                            ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1),
                             ("suffix_rows", 0), ("query_gain", 0), ("place_jitter", 0),
                             ("step_stride", 0), ("step_window", 0)):  # fmt: skip
             if not getattr(self, name) >= least:  # NaN too

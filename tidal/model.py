@@ -142,8 +142,6 @@ class TidalTransformer(nn.Module):
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = nn.Linear(d, d, bias=False)
-        if shape.context_ff:
-            self.context_mlp = SwiGLU(d, shape.context_ff)
         if shape.suffix_rows:  # gains of the context, and what is added to it; row 0 is "no suffix" and stays zero
             self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, 2 * d, padding_idx=0)
         if shape.recall:  # the first of each n_head + 1 rows says that nothing is recalled
@@ -210,12 +208,9 @@ class TidalTransformer(nn.Module):
         return states
 
     def context_of(self, states: Tensor) -> Tensor:
-        """What all steps of a block are told [..., D] of the reader's last state [..., D] before it.
-
-        The MLP works once a block, where it is cheap: what it does no step's own MLP has to do.
-        """
+        """What all steps of a block are told [..., D] of the reader's last state [..., D] before it."""
         told: Tensor = self.context(states)
-        return told + self.context_mlp(states) if self.config.shape.context_ff else told
+        return told
 
     def foretell(self, states: Tensor) -> Tensor:
         """Log-probabilities [..., V], float32 or better, of the last token of the block that comes next, of the
@@ -321,8 +316,7 @@ class TidalTransformer(nn.Module):
         shape, d = self.config.shape, self.config.shape.d_model
         key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
         attention, seen = 2 * d * d + key_value, 2 * d * context
-        per_token = d * (d + 3 * shape.context_ff)
-        per_token += shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
+        per_token = d * d + shape.reader_layers * (attention + seen + 3 * d * shape.reader_ff)
         per_step = d * self.config.n_head + shape.writer_layers * 3 * d * shape.writer_ff
         if shape.writer_attention != "none":
             per_step += shape.writer_layers * attention

@@ -147,7 +147,7 @@ def activation_bytes(shape: Shape, tokens: int, steps: int, blocks: int, vocab: 
     if not attends:
         wrote = 3 * d + 4 * shape.writer_ff + 1
     memory = k if shape.writer_attention == "memory" else 0
-    floats = tokens * (shape.reader_layers * read + 4 * d + 4 * shape.context_ff + 5 * memory)
+    floats = tokens * (shape.reader_layers * read + 4 * d + 5 * memory)
     floats += steps * (shape.writer_layers * wrote + (5 if shape.suffix_rows else 3) * d + memory + N_HEAD)
     floats += blocks * (d + vocab) + 16 * (tokens + steps)  # positions, ranges, hashes
     return FLOAT * floats

@@ -26,7 +26,7 @@ def random_shape(r: random.Random) -> Shape:
     return Shape(
         d_model=heads * width, n_heads=heads, rotary_places=width % 4 == 0 and r.random() < 0.5,
         n_kv_heads=kv_heads, reader_layers=r.randint(1, 3), writer_layers=r.randint(1, 3), reader_ff=r.randint(4, 40),
-        writer_ff=r.randint(4, 40), suffix_rows=r.choice((0, 1, 7, 61, 1000)), context_ff=r.choice((0, 8)),
+        writer_ff=r.randint(4, 40), suffix_rows=r.choice((0, 1, 7, 61, 1000)),
         foretell=r.random() < 0.5,
         recall=r.random() < 0.5,
         writer_attention=r.choice(("memory", "memory", "block", "none")), qk_norm=r.random() < 0.5,

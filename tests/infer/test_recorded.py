@@ -23,7 +23,7 @@ from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 
-FUSED = Shape(d_model=64, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=2, reader_ff=32, context_ff=32,
+FUSED = Shape(d_model=64, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=2, reader_ff=32,
               writer_ff=32, suffix_rows=64, foretell=True, recall=True)  # fmt: skip
 """heads of 32, which the fused kernels have"""
 

@@ -286,8 +286,6 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
 
     x = model.unit_embedding.weight[[step.id for step in steps]] + (0 if shape.rotary_places else fed)
     told = (states[-1] @ model.context.weight.T).expand_as(x)
-    if shape.context_ff:
-        told = told + swiglu(model.context_mlp, states[-1])
     if shape.suffix_rows:
         rows = [[1 + h % shape.suffix_rows for h in step.suffixes if h >= 0] for step in steps]
         table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])

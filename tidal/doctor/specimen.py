@@ -11,7 +11,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.tokenizer.split import find_blocks
 
 SHAPE = Shape(d_model=32, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=2, reader_ff=48, writer_ff=48,
-              context_ff=24, foretell=True, recall=True, suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
+              foretell=True, recall=True, suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
 """Everything there is: shared key heads, an MLP, foretelling, recall, suffixes, jitter, steps that stand apart."""
 
 

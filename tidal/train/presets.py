@@ -34,7 +34,7 @@ PRESETS: dict[str, Train] = {
         max_steps=1000,
         rows=8,
         validate_every=200,
-        model=Shape(reader_layers=2, context_ff=512, foretell=True, recall=True, writer_ff=128,
+        model=Shape(reader_layers=2, foretell=True, recall=True, writer_ff=128,
                     writer_attention="none", suffix_rows=24576),
         # docs/ablations.md
         optim=Optim(lr=4e-3),
@@ -51,7 +51,7 @@ def _size(d: int, heads: int, kv_heads: int, layers: tuple[int, int], suffix_row
         text, rows=rows, optim=dataclasses.replace(text.optim, lr=lr),
         text=dataclasses.replace(text.text, vocab_size=vocab, reader_budget=budget),
         model=Shape(d_model=d, n_heads=heads, n_kv_heads=kv_heads, reader_layers=layers[0], writer_layers=layers[1],
-                    reader_ff=3 * d, context_ff=4 * d, foretell=True, recall=True, writer_ff=d,
+                    reader_ff=3 * d, foretell=True, recall=True, writer_ff=d,
                     writer_attention="none", suffix_rows=suffix_rows),
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ SIZES: dict[str, Train] = {
     "medium": _size(768, 12, 4, (12, 2), 32768, 16384, 1024, 16, 8e-4),
     "large": _size(1024, 16, 4, (22, 2), 32768, 16384, 1024, 32, 6e-4),
     "xl": _size(1536, 12, 4, (24, 3), 32768, 32768, 2048, 32, 4e-4),
-    "1.3b": _size(2048, 16, 4, (21, 3), 32768, 32768, 2048, 32, 3e-4),
+    "1.3b": _size(2048, 16, 4, (22, 3), 32768, 32768, 2048, 32, 3e-4),
 }
 """`--model-size`: shape, vocabulary, length of a row, rows in a batch, learning rate. Those above tiny follow the usual
 proportions (heads of 64 and 128, which the kernels have; a rate that falls with the width); they are not tuned."""
