@@ -150,8 +150,8 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
     from benchmarks.contestants import Texts
     from benchmarks.entries import KINDS, entries_of
 
-    if settings.at_once < 1 or not (settings.steps > 0 or settings.seconds > 0):
-        raise UserError("--at-once, and --steps or --seconds, must be positive")
+    if settings.at_once < 1 or not (settings.steps > 0 or settings.seconds > 0) or settings.cuts < 0:
+        raise UserError("--at-once, and --steps or --seconds, must be positive, and --cuts not negative")
     budget = Budget("seconds", settings.seconds) if settings.seconds else Budget("steps", settings.steps)
     specs = {DEFAULT: "tidal"} | {n: s if s.partition(":")[0] in KINDS else f"tidal:{s}" for n, s in chosen.items()}
     entries = dict(zip(specs, entries_of(list(specs.values()), settings.set), strict=True))
@@ -192,8 +192,8 @@ def markdown(results: Sequence[Point], chosen: dict[str, str]) -> str:
     lines = []
     for title, found in conditions.items():
         lines += [f"**{title}**, {found[0]['held_out_bytes']:,} held-out bytes", "",
-                  "| variant | bits per byte | against default | seeds | step | 10^12 flop | parameters |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "| variant | bits per byte | against default | seeds | step | 10^12 flop | parameters | gap a unit |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         default: dict[int, list[float]] = {}
         for r in found:
             if r["variant"] == DEFAULT:
@@ -208,9 +208,14 @@ def markdown(results: Sequence[Point], chosen: dict[str, str]) -> str:
             against = "" if name == DEFAULT else f"{statistics.fmean(changes):+.2f}%{spread}"
             step, work = (statistics.fmean(r[key] for r in rows) for key in ("times_default_step", "teraflops"))
             lines.append(f"| {name} | {statistics.fmean(bits):.4f} | {against} | {len({r['seed'] for r in rows})} |"
-                         f" × {step:.2f} | {work:.1f} | {rows[0]['parameters']:,} |")  # fmt: skip
+                         f" × {step:.2f} | {work:.1f} | {rows[0]['parameters']:,} | {_gap(rows)} |")  # fmt: skip
         lines.append("")
     return "\n".join(lines)
+
+
+def _gap(rows: Sequence[Point]) -> str:
+    gaps = [r["boundary"]["gap_per_unit"] for r in rows if "boundary" in r]
+    return f"{statistics.fmean(gaps):.3f}" if gaps else ""
 
 
 if __name__ == "__main__":

@@ -87,12 +87,17 @@ def test_ablations_run_and_go_on(corpus: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "a.json"
     flags = ["--corpus", str(corpus), "--steps", "2", "--set", *TINY, "--out", str(out), "--only", "aux 0", "baselines"]
     ablations.run([*flags[:-2], "aux 0", "token transformer"])
-    shown, tokens = capsys.readouterr().out, ["token transformer", "token transformer, bf16"]
-    assert [r["variant"] for r in json.loads(out.read_text())] == ["default", "not foretold, aux 0", "aux 0.1", *tokens]
+    shown, first = capsys.readouterr().out, ["default", "not foretold, aux 0", "aux 0.1", "token transformer"]
+    assert [r["variant"] for r in json.loads(out.read_text())] == first
     assert re.search(r"\| aux 0\.1 \| \d+\.\d{4} \| [+-]\d+\.\d\d% \| 1 \| × ", shown)
-    others = ["token model that recalls", "byte transformer"]
-    ablations.run(flags)  # only what is missing
-    assert [r["variant"] for r in json.loads(out.read_text())][5:] == ["default", *others]
+    others = ["token transformer, bf16", "token model that recalls", "byte transformer"]
+    ablations.run([*flags, "--cuts", "9"])  # only what is missing
+    added = json.loads(out.read_text())[4:]
+    assert [r["variant"] for r in added] == ["default", *others]
+    assert [r["boundary"]["cuts"] for r in added] == [9, 9, 9, 9]
+    assert f"| {added[2]['boundary']['gap_per_unit']:.3f} |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--cuts not negative"):
+        ablations.run([*flags, "--cuts", "-1"])
     ablations.run([*flags, "--table"])
     assert "byte transformer" in capsys.readouterr().out
     with pytest.raises(UserError, match="no variant and no group 'magic'"):
