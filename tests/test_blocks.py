@@ -215,6 +215,13 @@ def test_dropout_is_uniform_over_inner_characters_and_as_frequent_as_asked() -> 
     assert all(abs(count - 900) < 130 for count in heads.values())  # four and a half standard deviations
 
 
+@pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
+def test_dropout_wants_a_probability(probability: float) -> None:
+    table = BlockTable(tokenizers()["english"])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        cut_at_random(passage(table, "", "text"), table, np.random.default_rng(1), probability)
+
+
 def test_lone_surrogates_are_refused() -> None:
     with pytest.raises(ValueError, match="surrogate"):
         passage(BlockTable(tokenizers()["english"]), "", "a\ud800")

@@ -211,8 +211,11 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     """Boundary dropout: each block of two characters or more is cut, with this probability, at a random one.
 
     The model thereby learns to go on from a prompt that ends inside a word. It does not learn to end its own words
-    there: of a cut block only the rest is asked for, the beginning is read as a prompt is.
+    there: of a cut block only the rest is asked for, the beginning is read as a prompt is. Raises ValueError unless the
+    probability lies in [0, 1].
     """
+    if not 0 <= probability <= 1:  # NaN, too
+        raise ValueError(f"the probability of a cut must lie in [0, 1], not {probability}")
     chosen = np.flatnonzero(rng.random(len(p.blocks)) < probability)
     texts = [table.texts[block] for block in p.blocks[chosen].tolist()]
     cuts = [(i, text, int(rng.integers(1, len(text)))) for i, text in zip(chosen, texts, strict=True) if len(text) > 1]
