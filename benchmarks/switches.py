@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
+from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage, cut_blocks
 from tidal.config import Optim, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
@@ -43,6 +43,8 @@ class Switches:
     """Off: suffixes only add to what a step is fed, and do not scale the context."""
     block_rule: Literal["word", "token", "pair", "many"] = "word"
     """What is written at a time: a word, a token of it, two words, as much of a line as the longest block holds."""
+    cuts: Literal["places", "blocks"] = "places"
+    """Blocks: boundary dropout cuts long blocks no more often than short ones; the probability is that of a block."""
     beginnings: Literal["read", "learnt"] = "read"
     """Learnt: of a block that boundary dropout cuts, not only the rest is asked for."""
     head: Literal["tied", "own"] = "tied"
@@ -148,7 +150,10 @@ class SwitchedRecipe(TextRecipe):
         return self.switches.on_batch(super().batch(step, share))
 
     def cut(self, p: Passage, rng: np.random.Generator) -> Passage:
-        p = super().cut(p, rng)
+        if self.switches.cuts == "blocks":
+            p = cut_blocks(p, self.table, rng, np.full(len(p.blocks), self.settings.text.cut_probability))
+        else:
+            p = super().cut(p, rng)
         return p if self.switches.beginnings == "read" else dataclasses.replace(p, read_only=())
 
     def regrouped(self, p: Passage) -> Passage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from tidal.blocks import (
     Growing,
     Passage,
     cut_at_random,
+    cut_blocks,
     fill_rows,
     passage,
     suffix_hashes,
@@ -206,13 +208,39 @@ def test_planted_bug_in_boundary_dropout_is_found(bug: Cut) -> None:
         check_dropout(bug, BlockTable(tokenizers()["english"]), "the light and the", " night with the dogs", 1, 0)
 
 
-def test_dropout_is_uniform_over_inner_characters_and_as_frequent_as_asked() -> None:
+def check_places(cut_at_random: Cut) -> None:
+    """Every place inside a block is as likely to be where it is cut; a block of more of them is cut more often."""
     table = BlockTable(tokenizers()["english"])
-    whole = passage(table, "", " abcde" * 9000)
-    cut = cut_at_random(whole, table, np.random.default_rng(1), 0.5)
-    heads = Counter(len(table.texts[cut.blocks[i]]) for i in cut.read_only)
-    assert sorted(heads) == list(range(1, 6))
-    assert all(abs(count - 900) < 130 for count in heads.values())  # four and a half standard deviations
+    n = 4000
+    for block in (" abcde", " a"):
+        whole = passage(table, "", block * n)
+        assert len(whole.blocks) == n + 2
+        cut = cut_at_random(whole, table, np.random.default_rng(1), 0.2)
+        heads = Counter(len(table.texts[cut.blocks[i]]) for i in cut.read_only)
+        places = len(block) - 1
+        expected = n * (1 - 0.8**places) / places
+        assert sorted(heads) == list(range(1, places + 1))
+        assert all(abs(count - expected) < 4.5 * math.sqrt(expected) for count in heads.values())
+
+
+def test_dropout_cuts_at_every_place_inside_a_block_alike() -> None:
+    check_places(cut_at_random)
+
+
+def long_as_often_as_short(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    return cut_blocks(p, table, rng, np.full(len(p.blocks), chance))
+
+
+def counts_ends_as_places(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
+    n_chars = np.array([len(table.texts[i]) for i in p.blocks])
+    return cut_blocks(p, table, rng, 1 - (1 - chance) ** n_chars)
+
+
+@pytest.mark.parametrize("bug", [long_as_often_as_short, counts_ends_as_places])
+def test_planted_bug_in_how_often_blocks_are_cut_is_found(bug: Cut) -> None:
+    check_dropout(bug, BlockTable(tokenizers()["english"]), "the light", " and the night", 0.5, 0)
+    with pytest.raises(AssertionError):
+        check_places(bug)
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])

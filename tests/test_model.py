@@ -97,7 +97,8 @@ def test_flops_are_those_that_torch_counts(shape: str) -> None:
         model.head(model.states(batch)[1])
     own = sum(layer.attends for layer in model.writer) * 4 * model.config.shape.d_model * n_steps**2
     n_blocks = int((batch.next_tokens >= 0).sum())
-    assert counter.get_total_flops() == model.flops(n_tokens, n_steps, n_tokens, n_blocks) + own
+    first = 2 * n_blocks * model.foretold.n_first * model.config.shape.d_model if model.foretold else 0
+    assert counter.get_total_flops() == model.flops(n_tokens, n_steps, n_tokens, n_blocks) + own + first
 
 
 @shapes

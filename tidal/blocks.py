@@ -208,7 +208,8 @@ def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, en
 
 
 def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
-    """Boundary dropout: each block of two characters or more is cut, with this probability, at a random one.
+    """Boundary dropout: each place between two characters of a block is a cut with this probability; of several in a
+    block, one counts.
 
     The model thereby learns to go on from a prompt that ends inside a word. It does not learn to end its own words
     there: of a cut block only the rest is asked for, the beginning is read as a prompt is. Raises ValueError unless the
@@ -216,7 +217,14 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     """
     if not 0 <= probability <= 1:  # NaN, too
         raise ValueError(f"the probability of a cut must lie in [0, 1], not {probability}")
-    chosen = np.flatnonzero(rng.random(len(p.blocks)) < probability)
+    n_places = np.array([max(0, len(table.texts[block]) - 1) for block in p.blocks.tolist()])
+    return cut_blocks(p, table, rng, 1 - (1 - probability) ** n_places)
+
+
+def cut_blocks(p: Passage, table: BlockTable, rng: np.random.Generator,
+               probabilities: npt.NDArray[np.float64]) -> Passage:  # fmt: skip
+    """Cut blocks with these probabilities [n] at a random character; those of a single one are left whole."""
+    chosen = np.flatnonzero(rng.random(len(p.blocks)) < probabilities)
     texts = [table.texts[block] for block in p.blocks[chosen].tolist()]
     cuts = [(i, text, int(rng.integers(1, len(text)))) for i, text in zip(chosen, texts, strict=True) if len(text) > 1]
     if not cuts:

@@ -240,8 +240,8 @@ class Text:
     """Size of the sentencepiece vocabulary to train."""
     reader_budget: int = 256
     """Reader tokens in a row."""
-    cut_probability: float = 0.05
-    """Boundary dropout: how often a block of the training data is cut at a random character."""
+    cut_probability: float = 0.015
+    """Boundary dropout: how often a block of the training data is cut at a place between two characters."""
     hold_out: float = 0.05
     """Part of the documents kept for validation."""
 

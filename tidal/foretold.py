@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidal.config import TidalConfig
-from tidal.tokenizer import Spelling
+from tidal.tokenizer import ROOT, Spelling
 
 
 class Foretold(nn.Module):
@@ -32,6 +32,8 @@ class Foretold(nn.Module):
         for name in ("order", "child_unit", "child_from", "child_to", "first_child", "node_from", "node_to"):
             values = torch.from_numpy(getattr(spelling, name)) if spelling else None
             self.register_buffer(name, values, persistent=False)
+        self.n_first = int(spelling.first_child[ROOT + 1]) if spelling else 0
+        """How many units a token may end with."""
 
     @property
     def n_sums(self) -> tuple[int, int]:
@@ -54,22 +56,35 @@ class Foretold(nn.Module):
         return sums
 
     def forward(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
-        """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node."""
+        """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node.
+
+        A first step may go on with any unit that a token ends with, a hundred or (Chinese) a thousand: that is a matrix
+        product. Later steps have a few to choose from, which are gathered one by one.
+        """
         buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
         unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
-        node, row = nodes.flatten().clamp(min=0), which.flatten()
-        n_children = torch.where(nodes.flatten() < 0, 0, first_child[node + 1] - first_child[node])
+        table, node, row = self.embedding.weight, nodes.flatten(), which.flatten()
+        n_children = torch.where(node <= ROOT, 0, first_child[node + 1] - first_child[node])
         begins = n_children.cumsum(0) - n_children
         step = torch.repeat_interleave(n_children)
         child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
-        with torch.no_grad():
-            of_node = _between(sums_nkt, row, node_from[node], node_to[node])
-            of_child = _between(sums_nkt, row[step], child_from[child], child_to[child])
-            share = of_child.clamp(min=0) / (of_node[step] + 1e-6)
-            weights = (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
-        table = self.embedding.weight
-        hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights.to(table.dtype))
+        of_node = _between(sums_nkt, row, node_from[node], node_to[node])
+        of_child = _between(sums_nkt, row[step], child_from[child], child_to[child])
+        weights = self._weights(of_child, of_node[step]).to(table.dtype)
+        hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights)
+        first = (node == ROOT).nonzero().squeeze(1)
+        if len(first):
+            these = slice(0, self.n_first)
+            of_first = (sums_nkt[..., child_to[these]] - sums_nkt[..., child_from[these]]).sum(1)
+            of_all = sums_nkt[..., -1].sum(1, keepdim=True)
+            told_nd = self._weights(of_first, of_all).to(table.dtype) @ table[unit[these]]
+            hints = hints.index_add(0, first, told_nd[row[first]].to(hints.dtype))
         return hints.view(*nodes.shape, table.shape[1])
+
+    @torch.no_grad()
+    def _weights(self, of_child: Tensor, of_node: Tensor) -> Tensor:
+        share = of_child.clamp(min=0) / (of_node + 1e-6)
+        return (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
 
 
 def _between(sums_nkt: Tensor, row: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -311,7 +311,8 @@ class TidalTransformer(nn.Module):
         """Floating-point operations of a forward pass (two a multiply-add; three times this with backward).
 
         `n_tokens` are read and `n_steps` written, each seeing `context` reader keys, in `n_blocks`, which matter if the
-        model foretells; norms, tables and the keys of a step's own block, which are few, are not counted.
+        model foretells. Not counted: norms, tables, what a first step is foretold, and the keys of a step's own block,
+        which are few.
         """
         shape, d = self.config.shape, self.config.shape.d_model
         key_value = 2 * d * d * shape.n_kv_heads // shape.n_heads
