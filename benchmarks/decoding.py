@@ -69,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
     parser.add_argument("--cuda-graphs", action="store_true", help="record steps as CUDA graphs, of all models")
     parser.add_argument("--text", type=Path, help="English text to use in place of the docstrings")
-    parser.add_argument("--same-width", action="store_true",
-                        help="same feed-forward width for all; the baselines then have fewer parameters")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="batch 1 and 8, context 256, 2 repeats")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
     args = parser.parse_args(argv)
@@ -198,8 +196,7 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     coders: dict[str, Coder] = {"byte": ByteCoder(), "token": TokenCoder(tokenizer)}
     for name, coder in coders.items():
         plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
-        wide = plain if args.same_width else plain.with_parameters(total)
-        runners.append(baseline(name, coder, wide, args.device, args.cuda_graphs))
+        runners.append(baseline(name, coder, plain.with_parameters(total), args.device, args.cuda_graphs))
     return runners
 
 

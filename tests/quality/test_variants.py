@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,24 @@ def test_without_gains_only_what_is_added_is_learnt(texts: Texts) -> None:
         assert isinstance(r, TidalRunner)
         learnt.append([bool(half.any()) for half in r.model.suffix_embedding.weight.chunk(2, 1)])
     assert learnt == [[True, True], [False, True]]
+
+
+def test_boundary_dropout_can_be_otherwise(texts: Texts) -> None:
+    """Long blocks cut as often as short ones; beginnings learnt, too."""
+    shares, cuts = {}, {}
+    for spec in ("cut-probability=0.1", "cuts=blocks,cut-probability=0.1", "beginnings=learnt,cut-probability=0.1"):
+        r = runner(entry(f"tidal:{spec}"), texts, 0, CPU)
+        whole = passage(r.recipe.table, "", " a" * 2000 + " abcdefgh" * 2000)
+        cuts[spec] = cut = r.recipe.cut(whole, np.random.default_rng(0))
+        text = [r.recipe.table.texts[i] for i in cut.blocks]
+        whole_again = [text[i] + text[i + 1] for i in cut.read_only]
+        shares[spec] = [whole_again.count(block) / 2000 for block in (" a", " abcdefgh")]
+    by_place, by_block, learnt = shares
+    assert shares[by_place] == pytest.approx([0.1, 1 - 0.9**8], abs=0.05)
+    assert shares[by_block] == pytest.approx([0.1, 0.1], abs=0.03)
+    assert cuts[learnt].blocks.tolist() == cuts[by_place].blocks.tolist()
+    assert cuts[by_place].read_only
+    assert not cuts[learnt].read_only
 
 
 def leak(r: TidalRunner) -> float:
