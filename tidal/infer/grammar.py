@@ -45,10 +45,10 @@ class Grammar:
     def _mask(self, tail: bytes, room: int, first: bool) -> torch.Tensor:
         tokenizer = self.tokenizer
         mask = torch.zeros(tokenizer.n_head, dtype=torch.bool)
-        for byte in range(256):
-            mask[FIRST_BYTE + byte] = room > 0 and (
-                self._finishes(bytes([byte]) + tail) or self._completable(bytes([byte]) + tail, room - 1)
-            )
+        mask[FIRST_BYTE : FIRST_BYTE + 256] = torch.tensor([
+            room > 0 and (self._finishes(spelling) or self._completable(spelling, room - 1))
+            for spelling in (bytes([byte]) + tail for byte in range(256))
+        ])  # fmt: skip
         if not tail:
             mask[FIRST_BYTE + 256 : tokenizer.n_writable] = room > 0
             mask[tokenizer.eos_id if first else tokenizer.eob_id] = True
