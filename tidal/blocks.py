@@ -101,7 +101,8 @@ class BlockTable:
         self.texts: list[str] = []
         self.tokens, self.places, self.targets, self.hashes = Growing(), Growing(), Growing(), Growing(3)
         self.nodes, self.codes = Growing(), Growing()
-        self.token_start, self.target_start, self.last_token, self.n_bytes = (Growing() for _ in range(4))
+        self.token_start, self.target_start, self.last_token = Growing(), Growing(), Growing()
+        self.n_bytes, self.n_chars = Growing(), Growing()
         self.token_start.extend([0])
         self.target_start.extend([0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -151,6 +152,7 @@ class BlockTable:
         texts, tokens, places, targets, last_tokens = zip(*entries, strict=True)
         self.texts += texts
         self.n_bytes.extend([len(text.encode()) for text in texts])
+        self.n_chars.extend(list(map(len, texts)))
         self.token_start.extend(self.tokens.n + np.cumsum([len(t) for t in tokens]))
         self.target_start.extend(self.targets.n + np.cumsum([len(t) for t in targets]))
         self.tokens.extend(list(chain.from_iterable(tokens)))
@@ -217,7 +219,7 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
     """
     if not 0 <= probability <= 1:  # NaN, too
         raise ValueError(f"the probability of a cut must lie in [0, 1], not {probability}")
-    n_places = np.array([max(0, len(table.texts[block]) - 1) for block in p.blocks.tolist()])
+    n_places = np.maximum(table.n_chars.view()[p.blocks] - 1, 0)  # <bos> and <eos> have no characters
     return cut_blocks(p, table, rng, 1 - (1 - probability) ** n_places)
 
 

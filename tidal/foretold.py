@@ -64,6 +64,7 @@ class Foretold(nn.Module):
         buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
         unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
         table, node, row = self.embedding.weight, nodes.flatten(), which.flatten()
+        # NO_NODE, -1, looks something up, too, but has no children to use it
         n_children = torch.where(node <= ROOT, 0, first_child[node + 1] - first_child[node])
         begins = n_children.cumsum(0) - n_children
         step = torch.repeat_interleave(n_children)
