@@ -54,6 +54,8 @@ FLAGS = ["--no-doctor", "--validate-every", "10", "--rows", "4", "--digits", "1"
          "--max-block-units", "8", "--d-model", "16", "--n-heads", "2", "--n-kv-heads", "1", "--writer-layers", "1",
          "--reader-ff", "24", "--writer-ff", "24", "--suffix-rows", "50", "--accumulate", "2", "--device", "cpu",
          "--threads", "1"]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much of everything."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pty
+import re
 import resource
 import select
 import struct
@@ -117,3 +119,14 @@ def tree(folder: Path) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
     }
+
+
+def objects(lines: list[str]) -> list[dict[str, object]]:
+    """What --json prints, line by line."""
+    return [json.loads(line) for line in lines]
+
+
+def figures(plain: list[str]) -> dict[str, float]:
+    """What `evaluate` prints without --json, as it is with it."""
+    pairs = [re.fullmatch(r"(.*?) +([\d.,]+)", line) for line in plain]
+    return {pair[1].replace(" ", "_"): float(pair[2].replace(",", "")) for pair in pairs if pair}

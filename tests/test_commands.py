@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 import shutil
@@ -12,19 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from commands import ROOT, SMALL, SMALL_TEXT, Ran, Terminal, run, tidal, tree
 
 import tidal as package
+from tests.commands import ROOT, SMALL, Ran, Terminal, figures, objects, run, tidal, tree
+from tests.laws import check_scores
 from tidal import checkpoint
 from tidal.config import Optim
-from tidal.infer.__main__ import _before as before
-from tidal.infer.__main__ import run as infer
 from tidal.train.optim import learning_rate
 
 KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "degenerate", "seconds"]
-SEA = "the sea comes in and the sea goes out and so it goes on day by day "
 TRAIN = ("--max-steps", "30", "--validate-every", "15", "--rows", "8", "--lr", "1e-2", "--warmup-steps", "5", *SMALL)
 
 
@@ -41,19 +37,6 @@ def home(addition: tuple[Path, Ran]) -> Iterator[Path]:
     before = tree(addition[0])
     yield addition[0]
     assert tree(addition[0]) == before
-
-
-@pytest.fixture(scope="module")
-def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """A folder with a run on a text, one line without a line break, easy enough to be learnt in 40 steps."""
-    folder = tmp_path_factory.mktemp("sea")
-    (folder / "sea.txt").write_text((SEA * 200)[:10_000])
-    flags = ("--recipe", "text", "--data", "sea.txt", "--max-steps", "40", "--warmup-steps", "5", "--lr", "1e-2")
-    return folder, tidal("train", *flags, *SMALL_TEXT, "--d-model", "32", cwd=folder)
-
-
-def objects(lines: list[str]) -> list[dict[str, object]]:
-    return [json.loads(line) for line in lines]
 
 
 def without_seconds(lines: list[str]) -> list[dict[str, object]]:
@@ -207,17 +190,6 @@ def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path) -> No
         assert without_seconds(piped.lines) == without_seconds(by_file.lines)
 
 
-def test_plain_output_is_the_text_and_nothing_else(sea: tuple[Path, Ran]) -> None:
-    flags = ("--checkpoint", "runs/text/checkpoints/step-000040", "--prompt", "the sea goes", "the sea comes",
-             "--temperature", "0", "--max-new-units", "30")  # fmt: skip
-    done = tidal("infer", *flags, cwd=sea[0])
-    assert len(done.lines) == 2
-    assert done.lines[0].startswith("the sea goes ")
-    assert done.lines[1].startswith("the sea comes ")
-    assert done.out.endswith("\n")
-    assert done.err == "using runs/text/checkpoints/step-000040\n"
-
-
 def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
     """One bad prompt does not end it, and what is redirected holds results only."""
     answers = tmp_path / "answers.jsonl"
@@ -239,12 +211,6 @@ def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- evaluation
 
 
-def figures(plain: list[str]) -> dict[str, float]:
-    """What `evaluate` prints without --json, as it is with it."""
-    pairs = [re.fullmatch(r"(.*?) +([\d.,]+)", line) for line in plain]
-    return {pair[1].replace(" ", "_"): float(pair[2].replace(",", "")) for pair in pairs if pair}
-
-
 def test_evaluate_addition(home: Path) -> None:
     flags = ("addition", "--digits", "2", "--count", "20", "--batch-size", "7")
     done = tidal("evaluate", *flags, "--json", cwd=home)
@@ -261,122 +227,11 @@ def test_evaluate_addition(home: Path) -> None:
     assert plain["exact_match"] == pytest.approx(values["exact_match"], abs=1e-4)
 
 
-def test_evaluate_bits_per_byte(sea: tuple[Path, Ran], tmp_path: Path) -> None:
-    lines = [{"text": SEA * 30}, {"prompt": SEA, "completion": SEA}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ("bits-per-byte", "--data", str(tmp_path / "a.jsonl"), "--context", "64")
-    (line,) = tidal("evaluate", *flags, "--json", cwd=sea[0]).lines
-    values = json.loads(line)
-    assert list(values) == ["bits_per_byte", "documents", "bytes", "units", "context", "seconds"]
-    assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
-    assert values["units"] > values["bytes"]  # every block end is charged
-    assert 0.01 < values["bits_per_byte"] < 2
-    plain = figures(tidal("evaluate", *flags, cwd=sea[0]).lines)
-    assert list(plain) == list(values)
-    assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
-
-
-# ---------------------------------------------------------------------------------------- own text
-
-
-def test_samples_are_turned_the_right_way_round(sea: tuple[Path, Ran]) -> None:
-    folder, done = sea
-    samples = objects((folder / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
-    assert len(samples) == 2
-    for sample in samples:
-        written = str(sample["completion"]).split()
-        known = set(SEA.split())
-        backwards = {word[::-1] for word in known} - known
-        assert sum(word in known for word in written) > 0.8 * len(written) > 10
-        assert not backwards & set(written)
-        assert f"  {sample['prompt']!r} → {sample['completion']!r}\n" in done.err  # the same is printed
-
-
-ENGLISH = "".join(f"Line {i} of a small file; it costs {i * 7} pence, don't you know?\n" for i in range(200))[:10_000]
-CHINESE = "今天天气很好，我们去公园玩。你们明天也来吗？" * 152
-SMALL_FILES = {"english": ENGLISH, "chinese": CHINESE, "one line": (SEA * 200)[:10_000].strip()}
-
-
-@pytest.mark.parametrize("name", SMALL_FILES)
-def test_ten_kilobytes_need_no_other_flags(name: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text(SMALL_FILES[name], encoding="utf-8")
-    assert 9_000 < (tmp_path / "file").stat().st_size <= 10_100
-    done = tidal("train", "--recipe", "text", "--data", "file", "--max-steps", "2", cwd=tmp_path)
-    assert done.out == ""
-    assert (tmp_path / "runs/text/latest").read_text() == "step-000002\n"
-    assert json.loads((tmp_path / "runs/text/doctor.json").read_text(encoding="utf-8"))["ok"]
-    assert "Before training: all well" in re.sub("<.*?>", "", (tmp_path / "runs/text/report.html").read_text())
-    samples = objects((tmp_path / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
-    for sample in samples:
-        assert str(sample["prompt"]) in SMALL_FILES[name]
-        assert "".join(sample["blocks"]) == sample["completion"]  # type: ignore[arg-type]
-
-
-def test_garbage_is_counted(sea: tuple[Path, Ran]) -> None:
-    flags = ("--data", "sea.txt", "--count", "6", "--max-new-units", "20", "--json")
-    done = tidal("evaluate", "samples", *flags, cwd=sea[0])
-    figures = json.loads(done.out)
-    assert list(figures) == ["count", "empty", "ended_at_once", "repeating", "endless", "distinct_blocks", "blocks"]
-    assert figures["count"] == 6
-    assert all(0 <= figures[name] <= 1 for name in ("empty", "ended_at_once", "repeating", "endless"))
-
-
-def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path) -> None:
-    """Several kinds of data in one run, with the tokenizer of another."""
-    folder = tmp_path / "data" / "deep"
-    folder.mkdir(parents=True)
-    (folder / "a.txt").write_text(SEA * 20)
-    (folder / "b.md.gz").write_bytes(gzip.compress((SEA * 21).encode()))
-    pairs = [{"prompt": f"{i} ", "completion": f"{SEA}{i}\n"} for i in range(40)]
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(p) + "\n" for p in pairs).encode()))
-    data = ("--data", "data", "--data", str(tmp_path / "c.jsonl.*"))
-    tokenizer = ("--tokenizer", str(sea[0] / "runs/text/tokenizer"))
-    done = tidal("train", *data, *tokenizer, "--max-steps", "3", *SMALL_TEXT, "--out", "here", cwd=tmp_path)
-    (read,) = re.findall(r"^([\d,]+) documents, ", done.err, re.MULTILINE)
-    assert 30 <= int(read) < 42  # the others are held out
-    assert "training the tokenizer" not in done.err
-    model, its_tokenizer = package.load(tmp_path / "here")
-    assert its_tokenizer.fingerprint == package.MixedTokenizer.load(tokenizer[1]).fingerprint
-    assert model.config.shape.suffix_rows == 500
-
-
-def test_a_streamed_text_ends_before_a_stop_string(sea: tuple[Path, Ran], capsys: pytest.CaptureFixture[str]) -> None:
-    """It comes piece by piece, and no part of a stop string with it, wherever blocks end."""
-    flags = ["--checkpoint", str(sea[0] / "runs/text"), "--prompt", "the sea", "--max-new-units", "60", "--seed", "2"]
-    infer(flags)
-    text = capsys.readouterr().out.removeprefix("the sea")
-    for stop in ([text[n : n + 3] for n in (0, 5, 20)], [text[9:14]], ["zzz"], [text[-3:-1], "zz"]):
-        infer([*flags, "--stop", *stop])
-        wanted = capsys.readouterr().out
-        infer([*flags, "--stream", "--stop", *stop])
-        assert capsys.readouterr().out == wanted
-    assert [before("and so it", stop) for stop in ((), ("so",), ("it goes",), ("d", "x" * 20))] == [9, 4, 3, 0]
-
-
 # --------------------------------------------------------------------------------------------- python
 
 
-@pytest.mark.parametrize("name", ["addition", "sea"])
-def test_three_ways_to_score_agree_on_a_trained_run(name: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(name)[0] / "runs"
-    model, tokenizer = package.load(next(folder.iterdir()))
-    model.double()
-    for text, start in (
-        ("54663 + 132 = 54795\n", 0),
-        ("54663 + 132 = 54795\n", 13),
-        (f"{SEA}😀 今天天气\0 \u2581<bob> {SEA}", 5),
-        ("", 0),
-    ):
-        packed, naive, decoded = (
-            package.score(model, tokenizer, text, how, supervise_from=start)  # type: ignore[arg-type]
-            for how in ("packed", "naive", "decode")
-        )
-        assert packed.dtype == np.float64
-        blocks = tokenizer.split(text[start:])
-        assert packed.shape == (sum(len(tokenizer.write_units(b)) + 1 for b in blocks) + 1,)
-        assert np.isfinite(packed).all()
-        assert np.abs(packed - naive).max() < 1e-9
-        assert np.abs(packed - decoded).max() < 1e-9
+def test_three_ways_to_score_agree_on_a_trained_run(home: Path) -> None:
+    check_scores(*package.load(home / "runs/addition"))
 
 
 # ----------------------------------------------------------------------------------------- help, bench

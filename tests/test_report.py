@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import time
@@ -23,8 +22,8 @@ from hypothesis import strategies as st
 from tidal.cli import UserError
 from tidal.report import page
 from tidal.report.__main__ import run as report
-from tidal.report.draw import COLOURS, HEIGHT, LEFT, WIDTH, Curve, Panel, number, png, smooth, svg, terminal, ticks
-from tidal.report.page import comparison_panels, duration, render_comparison, render_run, run_panels, visible
+from tidal.report.draw import COLOURS, Panel, png
+from tidal.report.page import comparison_panels, render_comparison, render_run, run_panels, visible
 from tidal.report.runs import newest, read
 
 HOSTILE = "</style><script>alert(1)</script>\u202e\x00\x1b[2J&lt;<img src=http://evil.test/x onerror=alert(2)>"
@@ -188,67 +187,6 @@ def test_the_page_takes_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     page.Pages().write(tmp_path)  # there is no run
     assert "no report.html: " in capsys.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------- drawings
-
-
-def test_points_are_where_they_belong() -> None:
-    drawing = svg(Panel("t", "u", [Curve("a", [(0, 0.0), (50, 5.0), (100, 10.0)])]))
-    (points,) = re.findall(r'points="(.*?)"', drawing)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
-    assert (x0, x2) == (LEFT, pytest.approx(WIDTH - 10, abs=20))
-    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.2)
-    assert HEIGHT > y0 > y1 > y2 > 0
-    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.2)
-    labels = {text: float(y) - 3.5 for y, text in re.findall(r'class="y" x="\d+" y="(.*?)">(.*?)<', drawing)}
-    assert labels["0"] == pytest.approx(y0, abs=0.1)
-    assert labels["10"] == pytest.approx(y2, abs=0.1)
-    assert svg(Panel("t", "u", [Curve("a", [(1, math.nan)])])) == ""
-
-
-def test_many_points_are_thinned_and_smoothed() -> None:
-    noise = [(float(i), 1.0 + (i % 7) / 10) for i in range(20_000)]
-    panel = Panel("t", "u", [Curve("a", noise)], noisy=True)
-    assert len(svg(panel)) < 20_000
-    assert panel.shown()[0].points[-1] == noise[-1]
-    assert svg(panel).count("<polyline") == 2
-    assert max(y for _, y in smooth(noise)[10:-10]) < 1.4
-
-
-@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
-def test_ticks_are_few_and_inside(low: float, width: float) -> None:
-    high = low + width
-    if high - low > 1e-9 * max(abs(low), abs(high)):
-        found = ticks(low, high)
-        assert found == sorted(set(found))
-        assert 2 <= len(found) <= 7
-        assert all(low - 0.01 * width <= tick <= high + 0.01 * width for tick in found)
-
-
-@given(st.floats(1e-12, 1e9), st.floats(2.5, 1e9))
-def test_logarithmic_ticks(low: float, factor: float) -> None:
-    found = ticks(low, low * factor, log=True)
-    assert 1 <= len(found) <= 13
-    assert all(low <= tick <= low * factor for tick in found)
-
-
-@pytest.mark.parametrize(("value", "text"), [
-    (0, "0"), (1600, "1,600"), (12_345, "12.3k"), (2.5e6, "2.5M"), (0.5, "0.5"), (1.9e-5, "1.9e-5"), (1e-4, "1e-4"),
-    (-1.917, "-1.92"), (math.nan, "nan")])  # fmt: skip
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (42, 119, 960, 7199, 12_600)] == ["42 s", "119 s", "16 min", "120 min", "3.5 h"]
-
-
-def test_in_letters() -> None:
-    plot = terminal(Panel("Loss", "nats", [Curve("a", [(0, 1.0), (10, 500.0)]), Curve("b", [(0, 2.0), (10, 3.0)])]))
-    assert "Loss, log10 of nats, against step" in plot
-    assert not re.search(r"\x1b", plot)
-    assert terminal(Panel("Loss", "nats", [])) == ""
 
 
 # ------------------------------------------------------------------------------------------ the command

@@ -27,6 +27,7 @@ from tidal.tokenizer import Spelling
 
 KeysValues = tuple[Tensor, Tensor]
 
+
 @dataclass(frozen=True)
 class View:
     """What the queries of a pass see: positions, ranges over the keys, and how those keys come together.
@@ -51,6 +52,7 @@ class View:
         return interval_attention(q, k, v, self.ranges, self.q_position, self.k_position, slopes, plan=self.plan,
                                   rows=self.rows)  # fmt: skip
 
+
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
 
@@ -63,6 +65,7 @@ class SwiGLU(nn.Module):
         gate, value = self.up(x).chunk(2, dim=-1)
         down: Tensor = self.down(F.silu(gate) * value)
         return down
+
 
 class Layer(nn.Module):
     """One pre-norm transformer layer, for reader and writer alike; `attends=False` leaves the MLP only."""
@@ -105,6 +108,7 @@ class Layer(nn.Module):
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
         return x_bld + mlp_bld
 
+
 class Losses(NamedTuple):
     """Sums over units of one batch, in nats; divide by the counts. (A tuple, in which FSDP finds the tensors.)"""
 
@@ -114,6 +118,7 @@ class Losses(NamedTuple):
     next_tokens: Tensor
     """[] loss of the auxiliary next-token prediction"""
     n_next: int
+
 
 class TidalTransformer(nn.Module):
     """Reader and writer. `forward` is the packed pass; `read` and `write` are its two halves, for the decoder."""
@@ -332,6 +337,7 @@ class TidalTransformer(nn.Module):
         layers = shape.reader_layers + self.has_memory
         width = 2 * shape.n_kv_heads * (shape.d_model // shape.n_heads)
         return n_tokens * layers * width * self.unit_embedding.weight.element_size()
+
 
 def _planned(ranges: Tensor, q_position: Tensor, k_position: Tensor,
              extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)) -> View:  # fmt: skip

@@ -80,4 +80,3 @@ def command(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     main(command, "tests.doctor.table")
-

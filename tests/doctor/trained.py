@@ -195,4 +195,3 @@ def train_both(folder: Path, patch: Patch) -> dict[bool, Path]:
     with patch.context() as inner:
         in_packing(leak)(inner)
         return {False: healthy, True: train_tiny(folder / "leaky")}
-

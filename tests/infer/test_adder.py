@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.infer.test_beam import check_beams, check_greedy
+from tests.infer.beams import check_beams, check_greedy
 from tests.infer.test_engine import check_batch
 from tests.train.runs import train_step
 from tidal.config import Addition

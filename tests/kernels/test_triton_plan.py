@@ -146,4 +146,3 @@ def test_no_host_synchronisation() -> None:
         torch.autograd.grad(out, (case.q, case.k, case.v, case.slopes), case.weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+
+from tests.train.runs import whole
 
 
 @pytest.fixture
 def one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of the recipe addition do not share rows, so that a test sees which is which."""
     monkeypatch.setattr("tidal.train.recipes.addition.paired", lambda asked: [[a] for a in asked])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a run that nothing happens to."""
+    return whole(tmp_path_factory.mktemp("alone") / "run")

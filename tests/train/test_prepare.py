@@ -51,6 +51,7 @@ def check_seams(text: str, tokenizer: MixedTokenizer, size: int, piece: int) -> 
     assert alike, "other blocks"  # not compared in the assert: pytest would take minutes to show the difference
     return len(pieces)
 
+
 FRAGMENTS = (*HOSTILE, *"aZ09 \n\t'’_(.\u0301\u200d今é", "don't", "f(x)=[1,2];", "  ")
 texts = st.one_of(hostile_text(), st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
 

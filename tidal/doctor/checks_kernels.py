@@ -19,6 +19,7 @@ from tidal.kernels.api import DEVICES, FIXED_SLOPES
 CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"), (2, 4100, "random"))
 """queries, keys, kind of ranges"""
 
+
 @check(17, "kernels agree", "a fused kernel computes something else than the reference, or its gradients do")
 def kernels(patient: Patient, meter: Meter) -> None:
     """Every backend that runs here against the definition, head by head in float64: output and all gradients.

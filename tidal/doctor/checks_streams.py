@@ -270,5 +270,3 @@ def _fill_padding(patient: Patient, batch: Batch, documents: Sequence[Document])
             rest.copy_(torch.randint(limit, rest.shape, generator=generator))
         changed[name] = value
     return dataclasses.replace(batch, **changed)
-
-
