@@ -86,9 +86,10 @@ def in_packing(change: Callable[[Batch], dict[str, Any]]) -> Plant:
     return everywhere(pack, bugged)
 
 
-def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[str, Any]] | None = None,
-            read: Callable[[int, ReaderToken], dict[str, Any]] | None = None) -> Plant:  # fmt: skip
-    """The decoder is fed other streams than training."""
+def bugged_builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[str, Any]] | None = None,
+                   read: Callable[[int, ReaderToken], dict[str, Any]] | None = None,
+                   ) -> type[DocumentBuilder]:  # fmt: skip
+    """One whose steps, and whose reader tokens, are changed."""
 
     class Bugged(DocumentBuilder):
         def step(self, written: Sequence[int]) -> WriterStep:
@@ -99,7 +100,12 @@ def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[st
             first, right = self.n_read, super()._append(tokens, places)
             return [dataclasses.replace(t, **(read(first + i, t) if read else {})) for i, t in enumerate(right)]
 
-    return everywhere(DocumentBuilder, Bugged)
+    return Bugged
+
+
+def builder(*args: Any, **kwargs: Any) -> Plant:
+    """The decoder is fed other streams than training."""
+    return everywhere(DocumentBuilder, bugged_builder(*args, **kwargs))
 
 
 def with_block(change: Callable[[MixedTokenizer, Block], dict[str, Any]]) -> Plant:

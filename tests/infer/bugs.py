@@ -12,78 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tidal import streams
-from tidal.blocks import BlockTable, Passage, suffix_hashes
-from tidal.config import PLAIN_STEPS, Steps
+from tests.doctor.plant import Plant, bugged_builder, replacing
+from tidal.blocks import BlockTable, suffix_hashes
 from tidal.infer import decoder as decoding
-from tidal.infer import engine, score
+from tidal.infer import engine
 from tidal.infer.grammar import Grammar
-from tidal.streams import Batch, DocumentBuilder, ReaderToken, WriterStep
+from tidal.streams import Batch, DocumentBuilder, WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
-
-Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-# ------------------------------------------------------------------------------------ how to plant them
-
-
-def in_packing(change: Callable[[Batch], dict[str, Tensor]]) -> Plant:
-    """Training is fed other streams than decoding."""
-    pack = streams.pack
-
-    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-        batch = pack(rows, table, steps=steps)
-        return dataclasses.replace(batch, **change(batch))
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(streams, "pack", bugged)
-        patch.setattr(score, "pack", bugged)
-
-    return plant
-
-
-def builder(step: Callable[[DocumentBuilder, Sequence[int], WriterStep], dict[str, Any]] | None = None,
-            read: Callable[[int, ReaderToken], dict[str, Any]] | None = None) -> type[DocumentBuilder]:  # fmt: skip
-    class Bugged(DocumentBuilder):
-        def step(self, written: Sequence[int]) -> WriterStep:
-            right = super().step(written)
-            return dataclasses.replace(right, **(step(self, written, right) if step else {}))
-
-        def _append(self, tokens: Sequence[int], places: Sequence[int]) -> list[ReaderToken]:
-            first, right = self.n_read, super()._append(tokens, places)
-            return [dataclasses.replace(t, **(read(first + i, t) if read else {})) for i, t in enumerate(right)]
-
-    return Bugged
 
 
 def in_decoding(*args: Any, **kwargs: Any) -> Plant:
     """The decoder is fed other streams than training."""
-    bugged = builder(*args, **kwargs)
+    bugged = bugged_builder(*args, **kwargs)
     return lambda patch: patch.setattr(decoding, "DocumentBuilder", bugged)
-
-
-def in_builder(*args: Any, **kwargs: Any) -> Plant:
-    """The definition itself is wrong."""
-    bugged = builder(*args, **kwargs)
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(streams, "DocumentBuilder", bugged)
-        patch.setattr(decoding, "DocumentBuilder", bugged)
-
-    return plant
-
-
-def both(*plants: Plant) -> Plant:
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        for one in plants:
-            one(patch)
-
-    return plant
-
-
-def replacing(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Plant:
-    """The method `name` of a class, or name of a module, becomes `wrap(what it was)`."""
-    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
 # -------------------------------------------------------------------------------- tokenizer and streams
@@ -190,16 +131,6 @@ def context_of_another_row(step: Callable[..., Tensor]) -> Callable[..., Tensor]
         logits = step(self, *args)
         self.context = self.context.roll(-1, 0)
         return logits
-
-    return bugged
-
-
-def positions_lost(reserve: Callable[..., None]) -> Callable[..., None]:
-    def bugged(self: decoding.Decoder, n_tokens: int) -> None:
-        grows = n_tokens > self.capacity
-        reserve(self, n_tokens)
-        if grows:
-            self.positions = torch.zeros_like(self.positions)
 
     return bugged
 

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.doctor.bugs_model import first_is_recalled, recalled_from_other_documents, recalled_from_the_future
+from tests.doctor.bugs_model import (
+    first_is_recalled,
+    positions_lost,
+    recalled_from_other_documents,
+    recalled_from_the_future,
+)
+from tests.doctor.plant import Plant, both, builder, in_packing, replacing
 from tests.infer.bugs import (
-    Plant,
-    both,
     context_after_own_token,
     context_of_another_row,
     document_start_ignored,
@@ -18,9 +22,7 @@ from tests.infer.bugs import (
     eob_first,
     eos_anywhere,
     grammar_ignored,
-    in_builder,
     in_decoding,
-    in_packing,
     logits_tempered_in_place,
     moved_from_second_block,
     next_tokens_shifted,
@@ -33,11 +35,9 @@ from tests.infer.bugs import (
     place_without_offset,
     position_from_padded_length,
     position_off_by_one,
-    positions_lost,
     prompt_read_as_one_block,
     read_back_in_characters,
     reader_sees_next_token,
-    replacing,
     room_ignored,
     sees_own_reader_tokens,
     sees_previous_block,
@@ -159,10 +159,10 @@ BUGS: dict[str, tuple[Plant, str]] = {  # bug: how to plant it, the checks that 
     "positions off by one from the second block on": (in_packing(position_off_by_one), "twin, tabled, naive, decoded"),
     "positions off by one, in both": (
         both(in_packing(position_off_by_one),
-             in_builder(read=lambda i, t: {"position": moved_from_second_block(t.position)})),
+             builder(read=lambda i, t: {"position": moved_from_second_block(t.position)})),
         "tabled, naive"),
     "place from the wrong end": (place_from_the_wrong_end, "tabled"),
-    "place offset forgotten by the writer": (in_builder(place_without_offset), "twin, tabled"),
+    "place offset forgotten by the writer": (builder(place_without_offset), "twin, tabled"),
     "writer sees its block's first reader token": (
         in_packing(sees_own_reader_tokens), "twin, tabled, naive, decoded, future"),
     "context is the state after its block's first token": (
