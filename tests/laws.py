@@ -255,7 +255,7 @@ def check_engine_writes(model: TidalTransformer, tokenizer: MixedTokenizer, text
 def check_scores(model: TidalTransformer, tokenizer: MixedTokenizer) -> None:
     """A trained model in float64 scores hard texts alike in all three ways, one value per unit."""
     model.double()
-    text = "the sea comes in and the sea goes out "
+    text = "the sea comes in and the sea goes out and so it goes on day by day "
     for hard, start in (
         ("54663 + 132 = 54795\n", 0),
         ("54663 + 132 = 54795\n", 13),
