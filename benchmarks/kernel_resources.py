@@ -1,9 +1,11 @@
-"""What each Triton kernel takes of a GPU: registers, spills and shared memory, on a machine without one.
+"""What each Triton kernel takes of a GPU: registers, spills, shared memory, instructions; on a machine without one.
 
     python -m benchmarks.kernel_resources [--archs 90] [--head-dims 64 128] [--dtypes bfloat16 float32]
 
 Every kernel is compiled as it would be launched (tidal/kernels/aot.py), once for each architecture, dtype and head
-dimension; a "!" marks one that spills or wants more shared memory than a block may have. Ends in one JSON line.
+dimension; a "!" marks one that spills or wants more shared memory than a block may have. The last column counts the
+machine instructions that a thread issues for each of its scores, in the loops over tiles that are shifted, full and
+partial (docs/kernels.md), as the kernel has them. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import versions, write
-from tidal.kernels.aot import ARCHITECTURES, SHARED_LIMIT, kernel_specs, resources
+from tidal.kernels.aot import ARCHITECTURES, SHARED_LIMIT, KernelSpec, kernel_specs, resources, score_loops
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     print(f"{'arch':<6} {'dtype':<9} {'D':>3}  {'kernel':<16} {'tile':>8} {'warps':>5} {'stages':>6}"
-          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8}")  # fmt: skip
+          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8}  a score")  # fmt: skip
     kernels: list[dict[str, Any]] = []
     for arch in args.archs:
         for dtype in args.dtypes:
@@ -42,21 +44,31 @@ def main(argv: Sequence[str] | None = None) -> None:
                         found = resources(spec, arch)
                     except ValueError as reason:  # the interpreter is on
                         parser.error(str(reason))
+                    per_score = instructions_per_score(spec, found.cubin)
                     share = found.shared / SHARED_LIMIT[arch]
                     mark = "  !" if found.spills or share > 1 else ""
                     print(f"sm_{arch:<3} {dtype:<9} {head_dim:>3}  {spec.name:<16} {spec.tile:>8} {spec.num_warps:>5}"
                           f" {spec.num_stages:>6} {found.registers:>9} {found.spills:>5} B {found.shared:>7} B"
-                          f" {share:>8.0%}{mark}", flush=True)  # fmt: skip
+                          f" {share:>8.0%}  {' '.join(f'{x:.1f}' for x in per_score)}{mark}", flush=True)  # fmt: skip
                     kernels.append({
                         "arch": arch, "dtype": dtype, "head_dim": head_dim, "kernel": spec.name, "tile": spec.tile,
                         "warps": spec.num_warps, "stages": spec.num_stages, "registers": found.registers,
                         "spill_bytes": found.spills, "shared_bytes": found.shared, "shared_limit": SHARED_LIMIT[arch],
+                        "instructions_per_score": per_score,
                     })  # fmt: skip
     spilling = sum(k["spill_bytes"] > 0 for k in kernels)
     too_large = sum(k["shared_bytes"] > k["shared_limit"] for k in kernels)
     print(f"{len(kernels)} kernels: {spilling} spill, {too_large} want more shared memory than there is")
     write({"benchmark": "kernel-resources", "kernels": kernels, "spilling": spilling, "too_large": too_large,
            **versions()}, args.out)  # fmt: skip
+
+
+def instructions_per_score(spec: KernelSpec, cubin: bytes) -> list[float]:
+    """Of each loop over scores: the instructions of a warp, over the scores of each of its 32 threads."""
+    if "×" not in spec.tile:
+        return []
+    m, n = map(int, spec.tile.split("×"))
+    return [round(length * 32 * spec.num_warps / (m * n), 2) for length in score_loops(cubin)]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
         rows, rows_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, False))
         columns, columns_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, True))
     states = states_of_rows(rows, -(-n_keys // tile_k))
-    assert torch.equal(states, states_of_columns(columns))
+    by_columns = states.clone()  # the last queries are loaded under a mask where they fill no tile
+    if len(q_position[0]) % tile_q:
+        by_columns[:, -1].clamp_(max=PARTIAL)
+    assert torch.equal(states_of_columns(columns), by_columns)
 
     visible = visible_keys(ranges, n_keys).float()
     some = tiled(visible, 0.0, tile_q, tile_k).amax(-1) > 0
@@ -69,9 +72,9 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
     assert (states[by_first | by_second] == FULL).all(), "a tile that one range covers is not called full"
 
     ahead = (k_position[:, None, :] > q_position[:, :, None]).float()
-    mixed = (tiled(ahead, 0.0, tile_q, tile_k).amax(-1) > 0) & (states == FULL)
-    assert torch.equal(rows[..., 12] == 1, ~mixed.any(2))
-    assert torch.equal(columns[..., 2] == 1, ~mixed.any(1))
+    mixed = tiled(ahead, 0.0, tile_q, tile_k).amax(-1) > 0
+    assert torch.equal(rows[..., 12] == 1, ~(mixed & (states == FULL)).any(2))
+    assert torch.equal(columns[..., 2] == 1, ~(mixed & (by_columns == FULL)).any(1))
     for order, work in ((rows_order, (states > 0).sum(2)), (columns_order, (states > 0).sum(1))):
         assert sorted(order.tolist()) == list(range(work.numel()))
         assert (work.flatten()[order.long()].diff() <= 0).all(), "not the longest first"

@@ -33,6 +33,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "plan", "one_key", "hi = tl.cdiv(tl.max(tl.where(seen, end, 0), 0), TILE_K)", "hi = tl.max(end, 0) // TILE_K",
     ),
     "full tiles missing from the transpose": ("plan", "causal", "full = within(row + 8, tile, inside) |", "full ="),
+    "short last tile without a mask": ("plan", "causal", "short = (t + 1) * TILE_Q > n_queries", "short = t < 0"),
     "mixed tiles said to lie in the past": ("plan", "positions", "(high <= low).to(tl.int32)", "1"),
     "shift not taken off log Σ exp": ("forward", "causal", "highest - shift + logarithm", "highest + logarithm"),
     "running sum not rescaled": ("forward", "causal", "total * decay + tl.sum", "total + tl.sum"),
@@ -44,7 +45,8 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "sign of the slopes' gradient": (
         "backward", "causal", "of_scores * of_weights - of_both", "of_both - of_scores * of_weights",
     ),
-    "shift of the wrong sign in dkdv": ("backward", "causal", "lse_m += slope *", "lse_m -= slope *"),
+    "no origin where the keys are": ("tiles", "causal", "tl.fma(k_position, slope, -origin)", "slope * k_position"),
+    "shift of the wrong sign in dkdv": ("backward", "causal", "lse_m += tl.fma", "lse_m -= tl.fma"),
     "only the first head of a group": ("attention", "causal", "dk_part.view(by_group).sum(2)", "dk_part[:, ::group]"),
     "memory not written": ("attention", "causal", "dv.copy_(dv_part", "dk.copy_(dv_part"),
 }  # fmt: skip

@@ -4,7 +4,8 @@
         print(spec.name, spec.tile, resources(spec, arch=90))
 
 ``kernel_specs`` lists the kernels as the launcher would start them; ``resources`` compiles one of them with the
-ptxas that ships inside the triton package, and reads registers and spills with its cuobjdump. No GPU is needed.
+ptxas that ships inside the triton package, and reads registers and spills with its cuobjdump; ``score_loops`` counts
+instructions. No GPU is needed.
 Triton's own interpreter must be off (TRITON_INTERPRET unset before triton is imported).
 """
 
@@ -99,6 +100,28 @@ def resources(spec: KernelSpec, arch: int) -> Resources:
     usage = disassemble(cubin, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(read(usage, f"{name}:(\\d+)")) for name in ("REG", "STACK", "LOCAL"))
     return Resources(registers, stack + local, compiled.metadata.shared, cubin)
+
+
+def score_loops(cubin: bytes) -> list[int]:
+    """How many machine instructions a warp issues in one turn of each loop over scores, in the order of the program.
+
+    A loop goes from a label to the first jump back to it; those over scores take exponentials (MUFU.EX2), and lie one
+    after another. Jumps back from behind them, out of waiting for memory, are none.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    lengths, end = [], 0
+    for line in disassemble(cubin, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"\s*\.(L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            jump = re.search(r"BRA.*\(\.(L_\w+)\)", instruction[1])
+            start = labels.get(jump[1], 0) if jump else 0
+            if start > end and any("MUFU.EX2" in x for x in instructions[start:]):
+                end = len(instructions)
+                lengths.append(end - start)
+    return lengths
 
 
 def read(text: str, pattern: str) -> str:

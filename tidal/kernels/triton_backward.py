@@ -14,6 +14,7 @@ from tidal.kernels.triton_tiles import (
     in_base,
     load_ranges,
     load_rows,
+    load_some,
     may_shift,
     partial_tiles,
     score_of,
@@ -39,7 +40,7 @@ def delta_kernel(
 
 @triton.jit
 def dq_tile(
-    state, tile, q_md, dout_md, keys, q_position, ranges, lse, delta, reference, scale, slope,
+    state, tile, q_md, dout_md, keys, q_position, ranges, lse, delta, origin, scale, slope,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, SLOPES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +54,7 @@ def dq_tile(
     k_position_n = tl.load(k_position + key, mask=key < n_keys) if MASKED else tl.load(k_position + key)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
-        q_position, k_position_n[None, :], key[None, :], ranges, reference, scale, slope, MASKED, SHIFTED,
+        q_position, k_position_n[None, :], key[None, :], ranges, origin, scale, slope, MASKED, SHIFTED,
     )  # fmt: skip
     dweight = dot(dout_md, tl.trans(v_nd))
     weight = exponential(score - lse, FAST)
@@ -99,12 +100,12 @@ def dq_kernel(
     n_full, segments = full_tiles(row)
     if FAST and not SLOPES:  # the slopes' gradient needs distances anyway
         q_position_m = tl.load(q_position + local, mask=inside, other=0.0)
-        shifts, reference = may_shift(q_position_m, inside, tl.load(row + 12), slope)
-        lse_shifted = lse_m1 + slope * (q_position_m - reference)[:, None]
+        shifts, origin = may_shift(q_position_m, inside, tl.load(row + 12), slope)
+        lse_shifted = lse_m1 + tl.fma(q_position_m, slope, -origin)[:, None]
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
             state = dq_tile(
-                state, tile, q_md, dout_md, keys, 0.0, 0, lse_shifted, delta_m1, reference, scale_in, slope,
+                state, tile, q_md, dout_md, keys, 0.0, 0, lse_shifted, delta_m1, origin, scale_in, slope,
                 N, D, False, True, SLOPES, FAST,
             )  # fmt: skip
         n_full = tl.where(shifts, 0, n_full)
@@ -124,7 +125,7 @@ def dq_kernel(
             N, D, True, False, SLOPES, FAST,
         )  # fmt: skip
     dq += batch * stride_ob + head * stride_oh
-    store_rows(dq, first, stride_ol, n_left, state[0] * scale, M, D)
+    store_rows(dq, first, stride_ol, n_queries - first, state[0] * scale, M, D)
     if SLOPES:
         # −Σ dscore · distance. Σ dscore should be 0 but for the rounding of delta, whose error cancels if distances
         # are taken from their mean.
@@ -134,7 +135,7 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_tile(
-    state, tile, k_nd, v_nd, queries, added, key, k_position, reference, scale, slope,
+    state, tile, k_nd, v_nd, queries, added, key, k_position, origin, scale, slope,
     M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
@@ -144,26 +145,25 @@ def dkdv_tile(
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
     local, n_left = tl.arange(0, M), n_queries - first
-    inside = local < n_left  # also in full tiles: the last one may be shorter
-    q_md = load_rows(q, first, stride_ql, n_left, M, D, True)
-    q_position_m = tl.load(q_position + first + local, mask=inside, other=0.0)
-    lse_m = tl.load(lse + first + local, mask=inside, other=float("inf"))
+    q_md = load_rows(q, first, stride_ql, n_left, M, D, MASKED)
+    q_position_m = load_some(q_position + first, local, n_left, 0.0, MASKED)
+    lse_m = load_some(lse + first, local, n_left, float("inf"), MASKED)
     bounds = 0
     if MASKED:
         bounds = load_ranges(ranges + first.to(tl.int64) * 4, local, n_left, n_keys, 0)
     if SHIFTED:
-        lse_m += slope * (q_position_m - reference)
+        lse_m += tl.fma(q_position_m, slope, -origin)
     # float32 wants the same rounding as in the forward pass
     product = dot(k_nd, tl.trans(q_md)) if FAST else tl.trans(dot(q_md, tl.trans(k_nd)))
     score = score_of(
         product,
-        q_position_m[None, :], k_position, key, bounds, reference, scale, slope, MASKED, SHIFTED,
+        q_position_m[None, :], k_position, key, bounds, origin, scale, slope, MASKED, SHIFTED,
     )  # fmt: skip
     weight = exponential(score - lse_m[None, :], FAST)
-    dout_md = load_rows(dout, first, stride_gl, n_left, M, D, True)
+    dout_md = load_rows(dout, first, stride_gl, n_left, M, D, MASKED)
     dv = dot(weight.to(dout_md.dtype), dout_md, dv)
     dweight = dot(v_nd, tl.trans(dout_md))
-    dscore = weight * (dweight - tl.load(delta + first + local, mask=inside, other=0.0)[None, :])
+    dscore = weight * (dweight - load_some(delta + first, local, n_left, 0.0, MASKED)[None, :])
     dscore = dscore.to(q_md.dtype)
     if ATOMIC:
         dq, stride_dql, factor = added
@@ -206,10 +206,10 @@ def dkdv_kernel(
     column = columns + slot * (n_query_tiles + HEAD)
     n_full, last = tl.load(column + 1), column + HEAD + n_query_tiles - 1
     if FAST:
-        shifts, reference = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
+        shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             state = dkdv_tile(
-                state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, reference,
+                state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, origin,
                 scale_in, slope, M, D, False, True, FAST, ATOMIC,
             )  # fmt: skip
         n_full = tl.where(shifts, 0, n_full)
@@ -224,5 +224,5 @@ def dkdv_kernel(
             slope, M, D, True, False, FAST, ATOMIC,
         )  # fmt: skip
     offset = batch * stride_ob + head * stride_oh
-    store_rows(dk + offset, first, stride_ol, n_left, state[0] * scale, N, D)
-    store_rows(dv + offset, first, stride_ol, n_left, state[1], N, D)
+    store_rows(dk + offset, first, stride_ol, n_keys - first, state[0] * scale, N, D)
+    store_rows(dv + offset, first, stride_ol, n_keys - first, state[1], N, D)

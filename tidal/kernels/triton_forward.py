@@ -25,7 +25,7 @@ from tidal.kernels.triton_tiles import (
 
 @triton.jit
 def forward_tile(
-    state, tile, q_md, keys, q_position, ranges, shift, reference, scale, slope,
+    state, tile, q_md, keys, q_position, ranges, shift, origin, scale, slope,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The running softmax goes on over one tile of keys. q_position and ranges: [M, 1]; shift: [M]."""
@@ -37,7 +37,7 @@ def forward_tile(
     k_position_n = tl.load(k_position + key, mask=key < n_keys) if MASKED else tl.load(k_position + key)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
-        q_position, k_position_n[None, :], key[None, :], ranges, reference, scale, slope, MASKED, SHIFTED,
+        q_position, k_position_n[None, :], key[None, :], ranges, origin, scale, slope, MASKED, SHIFTED,
     )  # fmt: skip
     if SHIFTED:
         highest_new = tl.maximum(highest, tl.max(score, 1))
@@ -77,19 +77,18 @@ def forward_kernel(
         tl.full([M], LOWEST, dtype=tl.float32),
     )
 
-    # What a loop needs is loaded right before it: registers are short.
     n_full, segments = full_tiles(row)
-    shift, reference = tl.zeros([M], dtype=tl.float32), 0.0
+    shift, origin = tl.zeros([M], dtype=tl.float32), 0.0
     if FAST:
         q_position_m = tl.load(q_position + local, mask=local < n_left, other=0.0)
-        shifts, reference = may_shift(q_position_m, local < n_left, tl.load(row + 12), slope)
+        shifts, origin = may_shift(q_position_m, local < n_left, tl.load(row + 12), slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
             state = forward_tile(
-                state, tile, q_md, keys, 0.0, 0, 0.0, reference, scale, slope, N, D, False, True, FAST
+                state, tile, q_md, keys, 0.0, 0, 0.0, origin, scale, slope, N, D, False, True, FAST
             )
         n_full = tl.where(shifts, 0, n_full)
-        shift = tl.where(shifts, slope * (q_position_m - reference), 0.0)
+        shift = tl.where(shifts, tl.fma(q_position_m, slope, -origin), 0.0)
     q_position_m1 = tl.load(q_position + local, mask=local < n_left, other=0.0)[:, None]
     for i in range(0, n_full):
         tile = segment_tile(i, segments)
@@ -108,6 +107,6 @@ def forward_kernel(
     # A query without keys has total 0: it gives zeros, and log Σ exp = +inf makes its weights 0 in the backward pass.
     blind = total == 0.0
     log_sum = tl.where(blind, float("inf"), highest - shift + logarithm(total, FAST))
-    tl.store(lse + local, log_sum, mask=local < n_left)
+    tl.store(lse + local, log_sum, mask=first + local < n_queries)
     out += batch * stride_ob + head * stride_oh
-    store_rows(out, first, stride_ol, n_left, acc / tl.where(blind, 1.0, total)[:, None], M, D)
+    store_rows(out, first, stride_ol, n_queries - first, acc / tl.where(blind, 1.0, total)[:, None], M, D)

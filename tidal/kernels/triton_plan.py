@@ -10,7 +10,8 @@
                    └──── hull of range 0 ───┘             └ hull of range 1 ┘
 
     columns   for each tile of keys, the list of the query tiles that visit it: partial ones from the front of
-              the list, full ones from its back
+              the list, full ones from its back; a tile that the last queries do not fill is partial here, so that
+              full ones are loaded without a mask
 
 Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
 no absolute value (tidal/kernels/triton_tiles.py). Time and memory are O((Lq / tile) · (Lk / tile)), and nothing
@@ -98,8 +99,8 @@ def put(pointer, start, end):
     return end - start
 
 
-@triton.jit(do_not_specialize=["n_query_tiles"])
-def columns_kernel(rows, q_low, k_high, columns, work, n_query_tiles):
+@triton.jit(do_not_specialize=["n_queries", "n_query_tiles"])
+def columns_kernel(rows, q_low, k_high, columns, work, n_queries, n_query_tiles, TILE_Q: tl.constexpr):
     """One program per tile of keys and batch row."""
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tile
@@ -113,6 +114,9 @@ def columns_kernel(rows, q_low, k_high, columns, work, n_query_tiles):
         full = within(row + 8, tile, inside) | within(row + 10, tile, inside)
         partial = within(row, tile, inside) | within(row + 2, tile, inside)
         partial |= within(row + 4, tile, inside) | within(row + 6, tile, inside)
+        short = (t + 1) * TILE_Q > n_queries
+        partial |= full & short
+        full &= ~short
         low = tl.load(q_low + batch * n_query_tiles + t, mask=inside, other=0.0)
         n_ahead += tl.sum((full & (low < high)).to(tl.int32), 0)
         # cumsum counts from 1
@@ -167,7 +171,9 @@ def interval_plan(
         if transpose:
             table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + n_query_tiles)
             work = ranges.new_empty(n_batch * n_key_tiles)
-            columns_kernel[(n_key_tiles, n_batch)](rows, q_low, k_high, table, work, n_query_tiles)
+            columns_kernel[(n_key_tiles, n_batch)](
+                rows, q_low, k_high, table, work, n_queries, n_query_tiles, TILE_Q=tile_q
+            )
     return table, work.argsort(descending=True, stable=True).to(torch.int32)
 
 

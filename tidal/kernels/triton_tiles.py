@@ -16,14 +16,17 @@ First, scores are in base 2: log2(e) is folded into scale and slopes. Second, AL
     score[i, j] = scale · q_i·k_j − slope · |p_i − p_j|
 
 If all keys of a tile lie in the past, the absolute value goes away, and what depends on the query alone cancels
-in the softmax. With a position r near the queries,
+in the softmax. With an origin o = slope · r, where r is a position near the queries,
 
-    score[i, j] + shift_i = scale · q_i·k_j + slope · (p_j − r)        shift_i = slope · (p_i − r)
+    score[i, j] + shift_i = scale · q_i·k_j + (slope · p_j − o)        shift_i = slope · p_i − o
 
-costs one fused multiply-add a score instead of three operations. Both forms meet in one row of the softmax, so
-the running maximum is of score + shift everywhere. The shift costs precision: half an ulp of slope · (p_j − r)
-for keys near the query, so the form is used only where slope · (spread of the queries' positions) < SPREAD.
-In dkdv the roles are exchanged: r is near the keys.
+costs one fused multiply-add a score and one a key, instead of three operations a score; o is rounded once, and so
+cancels. Both forms meet in one row of the softmax, so the running maximum is of score + shift everywhere. The shift
+costs precision: half an ulp of slope · p_j − o for keys near the query, so the form is used only where
+slope · (spread of the queries' positions) < SPREAD. In dkdv the roles are exchanged: r is near the keys.
+
+Registers decide how large a tile can be. What a loop needs is loaded right before it; results are stored under
+masks of 64 bits, because those of the loads, being equal, would be kept through all loops.
 
 Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D] with any strides but 1 for the last dimension; ranges, positions,
 lse and delta are contiguous. Offsets of tiles are 64-bit, offsets inside a tile 32-bit.
@@ -112,6 +115,14 @@ def load_rows(pointer, first, stride, n_left, N: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
+def load_some(pointer, local, n_left, other, MASKED: tl.constexpr):
+    """One number a row, [N]; `other` beyond the n_left rows that are there."""
+    if MASKED:
+        return tl.load(pointer + local, mask=local < n_left, other=other)
+    return tl.load(pointer + local)
+
+
+@triton.jit
 def store_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.constexpr):
     """The way back, in the dtype of the matrix."""
     local = tl.arange(0, N)[:, None]
@@ -143,12 +154,12 @@ def load_ranges(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
 
 @triton.jit
 def score_of(
-    product, q_position, k_position, key, ranges, reference, scale, slope,
+    product, q_position, k_position, key, ranges, origin, scale, slope,
     MASKED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile from its products q·k; with the shift added if SHIFTED. All arguments broadcast."""
     if SHIFTED:
-        return product * scale + slope * (k_position - reference)
+        return product * scale + tl.fma(k_position, slope, -origin)
     score = product * scale - slope * tl.abs(q_position - k_position)
     if MASKED:
         start_0, end_0, start_1, end_1 = ranges
@@ -159,7 +170,7 @@ def score_of(
 
 @triton.jit
 def may_shift(positions, inside, past, slope):
-    """Does a program use the shifted form in its full tiles, and with which reference?"""
+    """Does a program use the shifted form in its full tiles, and with which origin?"""
     high = tl.max(tl.where(inside, positions, float("-inf")), 0)
     low = tl.min(tl.where(inside, positions, float("inf")), 0)
-    return (past != 0) & (tl.abs(slope) * (high - low) < SPREAD), high
+    return (past != 0) & (tl.abs(slope) * (high - low) < SPREAD), slope * high

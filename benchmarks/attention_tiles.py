@@ -1,0 +1,150 @@
+"""Which tiles make each Triton kernel fastest on this GPU: all candidates, checked and timed in turns.
+
+    python -m benchmarks.attention_tiles [--head-dims 64 128] [--mask two-stream] [--out benchmarks/results/NAME.json]
+    TRITON_INTERPRET=1 python -m benchmarks.attention_tiles --tiny     what of it runs without a GPU
+
+For one kernel after another the tile is varied, with those of tidal/kernels/triton_attention.py for the others: the
+forward pass is timed for `forward`, the backward for the rest. First all candidates are compiled, in as many processes
+as there are cores, into Triton's cache. One that is wrong, or wants more than a block may have, is reported and not
+timed. Ends in one JSON line; what is taken from it goes into TILES, and must then show no spills
+(`python -m benchmarks.kernel_resources`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from benchmarks.attention import Clock, device_name, median_times, times_of, versions, write
+from benchmarks.attention_problems import MASKS, TOLERANCE, Attend, Check, Form, Problem, problem
+from tidal.kernels import TilePlan
+from tidal.kernels.triton_attention import Config, Tile, architecture, attend, configuration
+from tidal.kernels.triton_tiles import INTERPRETED
+
+KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic")
+FAILURES = (TritonError, RuntimeError)
+"""too much shared memory, or what the compiler cannot do"""
+TINY = [Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table for each kernel and head dimension, and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mask", default="causal", choices=MASKS, help="(default: causal)")
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--keys", type=int, default=8192, help="a row (default: 8192)")
+    parser.add_argument("--batch", type=int, default=4, help="rows (default: 4)")
+    parser.add_argument("--heads", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: one a core)")
+    parser.add_argument("--tiny", action="store_true", help="sizes that take seconds in the interpreter")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
+    args = parser.parse_args(argv)
+    if not (torch.cuda.is_available() or (args.tiny and INTERPRETED.value)):
+        parser.error("no GPU here; TRITON_INTERPRET=1 and --tiny show that the benchmark works")
+    if args.tiny:
+        args.head_dims, args.keys, args.batch, args.heads, args.repeats = [32], 40, 1, 1, 1
+    form = Form(args.heads, args.heads, getattr(torch, args.dtype), "cpu" if INTERPRETED.value else "cuda")
+    torch.manual_seed(0)
+
+    jobs = [
+        (kernel, head_dim, tile)
+        for kernel, head_dim in itertools.product(args.kernels, args.head_dims)
+        for tile in (TINY if args.tiny else candidates(kernel))
+    ]
+    if not INTERPRETED.value:
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(functools.partial(compile_one, form), jobs))
+    clock = Clock(form.device)
+    results = [
+        result
+        for head_dim in args.head_dims
+        for result in compare(problem(args.mask, args.keys, args.batch, head_dim, form), jobs, clock, args.repeats)
+    ]
+    write({"benchmark": "attention-tiles", "device": device_name(form.device), "mask": args.mask, "keys": args.keys,
+           "batch": args.batch, "heads": args.heads, "dtype": args.dtype, "repeats": args.repeats,
+           "results": results, **versions()}, args.out)  # fmt: skip
+
+
+def candidates(kernel: str) -> list[Tile]:
+    """Tiles of 32 to 128 queries and keys; those of dkdv have the long side among the keys."""
+    sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
+    return [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
+
+
+def attention_with(p: Problem, kernel: str, tile: Tile) -> Attend:
+    """Tidal's kernels with one tile in place of the chosen one."""
+    chosen = configuration(p.q.dtype, p.q.shape[3], architecture(p.q.device))
+    config: Config = chosen._replace(**{kernel: tile})
+    plan = TilePlan.build(p.ranges, p.k.shape[2])
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = q.shape[3] ** -0.5
+        return attend(
+            q, k, v, p.ranges, p.q_position, p.k_position, p.slopes, scale, plan, config, kernel == "dkdv_atomic"
+        )
+
+    return run
+
+
+def compile_one(form: Form, job: tuple[str, int, Tile]) -> None:
+    """In a process of its own: run it once on little, so that Triton's cache has it; failures come again later."""
+    kernel, head_dim, tile = job
+    p = problem("causal", 256, 1, head_dim, form)
+    try:
+        torch.autograd.grad(attention_with(p, kernel, tile)(p.q, p.k, p.v).sum(), (p.q, p.k, p.v))
+    except FAILURES as reason:  # comes again, and is reported, where it is timed
+        print(f"{kernel} D {head_dim} {tuple(tile)}: {type(reason).__name__}", file=sys.stderr)
+
+
+def compare(p: Problem, jobs: list[tuple[str, int, Tile]], clock: Clock, repeats: int) -> Iterator[dict[str, Any]]:
+    """For each kernel, its candidates from the fastest on."""
+    head_dim, check = p.q.shape[3], Check(p)
+    for kernel in dict.fromkeys(kernel for kernel, *_ in jobs):
+        runs: dict[str, Attend] = {}
+        failed: dict[str, str] = {}
+        for tile in (tile for name, d, tile in jobs if (name, d) == (kernel, head_dim)):
+            label = f"{tile.m}×{tile.n}, {tile.warps} warps, {tile.stages} stages"
+            try:
+                attention = attention_with(p, kernel, tile)
+                error = max(check.errors(attention).values())
+            except FAILURES as reason:
+                failed[label] = f"{type(reason).__name__}: {reason}".splitlines()[0][:120]
+                continue
+            if error < TOLERANCE[p.q.dtype]:
+                runs[label] = attention
+            else:
+                failed[label] = f"wrong result: error {error:.3g}"
+        part = "forward_ms" if kernel == "forward" else "backward_ms"
+        if kernel == "forward":
+            works: dict[str, Callable[[], Tensor]] = {
+                label: functools.partial(run, p.q, p.k, p.v) for label, run in runs.items()
+            }
+            times = median_times(clock, works, repeats)
+        else:
+            times = {label: t[part] for label, t in times_of(p, runs, clock, repeats).items()}
+        times = {label: float(f"{t:.5g}") for label, t in sorted(times.items(), key=lambda item: item[1])}
+        for label, t in times.items():
+            slower = t / min(times.values())
+            print(f"{kernel:<12} D {head_dim:>3}  {label:<28} {t:>9.3f} ms  × {slower:.2f}", flush=True)
+        for label, why in failed.items():
+            print(f"{kernel:<12} D {head_dim:>3}  {label:<28} {why}", flush=True)
+        yield {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "failed": failed}
+
+
+if __name__ == "__main__":
+    main()
