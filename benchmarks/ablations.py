@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, str]] = {
         "both parts of cut blocks learnt": "beginnings=learnt",
         "blocks: tokens": "block-rule=token",
         "blocks: two words": "block-rule=pair",
+        "blocks: two words, and a writer that attends to them": "block-rule=pair,writer-attention=block",
         "blocks: up to 32 characters": "block-rule=many",
     },
     "order": {

@@ -133,6 +133,16 @@ def test_a_suffix_with_a_digit_has_no_hash(written: list[int]) -> None:
         assert (suffix_hashes(written, digits)[place] != NOTHING) == known
 
 
+def test_a_word_and_the_last_units_of_another_have_different_names() -> None:
+    """All of them share one table. With seeds a few apart, "whole: a b" and "last two: c b" were one for c = a ^ 2."""
+    digits = np.zeros(60, np.bool_)
+    named: dict[int, tuple[int, int, int]] = {}
+    for a, b in itertools.product(range(60), repeat=2):
+        whole, two, _ = suffix_hashes([a, b], digits)
+        for order, name in ((0, whole), (2, two), (3, suffix_hashes([a, b, a], digits)[2])):
+            assert named.setdefault(name, (order, a, b)) == (order, a, b)
+
+
 def test_low_bits_of_hashes_are_spread() -> None:
     """Rows of the table are hash modulo its size, also where that is a power of two."""
     digits = np.zeros(300, np.bool_)

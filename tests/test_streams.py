@@ -291,21 +291,21 @@ def test_the_example_of_the_design() -> None:
     assert batch.writer_positions[0].tolist() == [n_before] * 7 + [n_before + 6] * 2
 
 
-def test_layout_two_feeds_these_numbers() -> None:
+def test_layout_three_feeds_these_numbers() -> None:
     """Old weights load only while this holds. When it must change, raise `tidal.config.LAYOUT` and write it anew."""
-    assert LAYOUT == 2
+    assert LAYOUT == 3
     table = BlockTable(tokenizers()["digits"])
     batch = streams.pack([[passage(table, "12 + 3 =", "", place_offset=4)]], table)
     assert batch.reader_places.tolist() == [[-1, 5, 4, -1, -1, -1, 4, -1]]  # <bos> 1 2 ' ' + ' ' 3 ' ='
     digits = [unit == 50 for unit in range(300)]
     assert [suffix_hashes(written, digits) for written in ([7], [7, 8, 9], [7, 50, 9, 10], [299, 0, 1, 2, 3, 4])] == [
-        (3933692053, -1, -1), (1016355341, 1773408625, 391511235), (-1, 1695961466, -1),
-        (4146945224, 90433017, 2185832833),
+        (3933692053, -1, -1), (1016355341, 2483421998, 2460225051), (-1, 2405974839, -1),
+        (4146945224, 124798331, 3641800109),
     ]  # fmt: skip
     expected = [-0.95105666, -0.80836105, 0.81199962, 0.21814327, 0.30901656, -0.588687, 0.58365798, 0.97591674]
     assert np.abs(sinusoids(200, 8)[7].numpy() - expected).max() < 1e-4
 
 
 def test_another_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match="streams of layout 1, this version of Tidal builds layout 2"):
-        TidalConfig(400, 353, 384, 32, "f", layout=1)
+    with pytest.raises(ValueError, match="streams of layout 2, this version of Tidal builds layout 3"):
+        TidalConfig(400, 353, 384, 32, "f", layout=2)

@@ -14,8 +14,9 @@ from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 Ints = npt.NDArray[np.int64]
 SUFFIX_ORDERS = (0, 2, 3)  # all units written so far in the block, the last two, the last three
-_SEEDS = [0xCBF29CE484222325 + order for order in SUFFIX_ORDERS]
 FACTOR, _64_BITS = 0x9E3779B97F4A7C15, 0xFFFFFFFFFFFFFFFF
+# Far apart: seeds that differ by no more than units do would name a word and another's last units by one code.
+_SEEDS = [(0xCBF29CE484222325 + order * FACTOR) & _64_BITS for order in SUFFIX_ORDERS]
 NOTHING_WRITTEN = _SEEDS[0]  # the code of no units at all
 MAX_BLOCKS = 1 << 17  # of a table before `limit` empties it; about half a kilobyte each
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable

@@ -87,7 +87,7 @@ class Shape:
         return Steps(self.step_stride, self.step_window, self.recall)
 
 
-LAYOUT = 2
+LAYOUT = 3
 """Raise it whenever the builder or the model feeds other ids, positions, places, hashes or encodings for the same
 text: old weights would load, and write garbage."""
 
