@@ -5,8 +5,7 @@
 
 ``kernel_specs`` lists the kernels as the launcher would start them; ``resources`` compiles one of them with the
 ptxas that ships inside the triton package, and reads registers and spills with its cuobjdump; ``score_loops`` counts
-instructions. No GPU is needed.
-Triton's own interpreter must be off (TRITON_INTERPRET unset before triton is imported).
+instructions. No GPU is needed. Triton's own interpreter must be off (TRITON_INTERPRET unset before triton is imported).
 """
 
 import re

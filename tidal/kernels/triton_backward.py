@@ -139,8 +139,9 @@ def dkdv_tile(
     M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries; the score matrix is transposed, [N, M]. key and k_position: [N, 1]. If ATOMIC, dq is added
-    to what lies at `added`: a pointer, its stride, and the factor of q·k in the scores."""
+    """One tile of queries, all of which are there unless MASKED; the score matrix is transposed, [N, M]. key and
+    k_position: [N, 1]. If ATOMIC, dq is added to what lies at `added`: a pointer, its stride, and the factor of q·k in
+    the scores."""
     dk, dv = state
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
