@@ -165,7 +165,7 @@ class Oracle:
     def _name(self, units: Sequence[int], order: int) -> int:
         if not units or len(units) < order or any(map(self.is_digit, units)):
             return -1
-        code = 0xCBF29CE484222325 + order
+        code = 0xCBF29CE484222325 + order * 0x9E3779B97F4A7C15
         for unit in units:
             code = (code ^ (unit + 1)) * 0x9E3779B97F4A7C15 & _64_BITS
         return code >> 32
