@@ -49,6 +49,13 @@ def test_a_reader_that_is_sure_is_no_false_alarm() -> None:
     assert report.ok, report.table()
 
 
+def test_an_empty_document_is_no_false_alarm() -> None:
+    """There is nothing to cut in it."""
+    model, tokenizer = make()
+    report = run(model, tokenizer, texts=[Document("", ""), Document("the light", " and")], quick=True, checks=[1])
+    assert report.ok, report.table()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_n_grams_are_compared_where_texts_are_apart(overlap: bool) -> None:
     """Of a few short texts all windows have most in common, whatever the model, and no sample has."""

@@ -48,7 +48,7 @@ def same_ids(patient: Patient, meter: Meter) -> None:
             n = len(patient.oracle.spell(block))
             meter.holds(0 < n <= tokenizer.max_block_units,
                         f"a block has {n} units, not 1 to {tokenizer.max_block_units}", Where(text, block))  # fmt: skip
-    for document in [*patient.documents, *(_cut_inside(patient, d) for d in patient.documents)]:
+    for document in [*patient.documents, *(_cut_inside(patient, d) for d in patient.documents if d.text)]:
         layout, tape = patient.layout(document), Tape(patient.exact)
         wanted = [token.id for token in layout.tokens]
         trained = patient.pack([[document]]).reader_ids[0]
