@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def candidates(kernel: str) -> list[Tile]:
-    """Tiles of 32 to 128 queries and keys; those of dkdv have the long side among the keys."""
+    """Tiles of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the others."""
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
     return [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
 

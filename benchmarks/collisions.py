@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.contestants import corpus_folder
 from tidal.blocks import NOTHING, BlockTable, Ints
 from tidal.cli import main, parse
 from tidal.config import Text
-from tidal.corpora.build import build
 from tidal.prepare.documents import read_documents
 from tidal.prepare.make import tokenizer_for
 
@@ -39,11 +38,7 @@ class Collisions:
 def run(argv: list[str]) -> None:
     """Count, and print a table and one JSON line."""
     settings = parse(Collisions, argv, "python -m benchmarks.collisions", __doc__)
-    folder = Path(settings.corpus)
-    if not (folder / "train").is_dir():
-        folder = Path("corpora") / settings.corpus
-        build(settings.corpus, folder)
-    texts = [d.prompt + d.completion for d in read_documents([str(folder / "train")])]
+    texts = [d.prompt + d.completion for d in read_documents([str(corpus_folder(settings.corpus) / "train")])]
     hashes, reads = suffixes(BlockTable(tokenizer_for(None, settings.vocab_size, texts)), texts)
     print(f"{settings.corpus}: {len(hashes):,} suffixes, {reads.sum():,} reads")
     print(f"{'rows':>9} {'suffixes a row':>15} {'reads that share':>17} {'at random':>10}")

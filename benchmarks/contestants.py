@@ -68,6 +68,15 @@ def window_of(table: BlockTable, p: Passage) -> Window:
     return Window(p, texts[1 : p.supervise_from], texts[p.supervise_from : len(texts) - ends], ends)
 
 
+def corpus_folder(corpus: str) -> Path:
+    """The folder with train/ and held-out/ of a corpus named so, made if need be, or that very folder."""
+    folder = Path(corpus)
+    if not (folder / "train").is_dir():
+        folder = Path("corpora") / corpus
+        build(corpus, folder)
+    return folder
+
+
 class Texts:
     """A corpus, prepared once for every vocabulary that is asked for, and its held-out documents."""
 
@@ -75,11 +84,8 @@ class Texts:
         """`corpus` is a name of python -m tidal.corpora or a folder with train/ and held-out/. `held_out_bytes`: of
         the held-out documents take whole ones, evenly spread, up to about so many; 0: all. Raises UserError.
         """
-        folder = Path(corpus)
-        if not (folder / "train").is_dir():
-            folder = Path("corpora") / corpus
-            build(corpus, folder)
-        self.folder, self._temporary = folder, tempfile.TemporaryDirectory(prefix="tidal-quality-")
+        self.folder = folder = corpus_folder(corpus)
+        self._temporary = tempfile.TemporaryDirectory(prefix="tidal-quality-")
         documents = [d.prompt + d.completion for d in read_documents([str(folder / "held-out")])]
         total = sum(len(d.encode()) for d in documents)
         every = max(1, round(total / held_out_bytes)) if held_out_bytes else 1
