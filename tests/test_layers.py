@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = ("cli", "lazy", "files", "config", "ranks", "device", "allocator", "tokenizer", "places", "foretold", "blocks",
-          "recall", "streams", "kernels", "model", "checkpoint", "infer", "corpora", "prepare", "train", "evaluate",
-          "report", "doctor", "sizes")  # fmt: skip
+          "recall", "streams", "kernels", "linear", "model", "checkpoint", "infer", "corpora", "prepare", "train",
+          "evaluate", "report", "doctor", "sizes")  # fmt: skip
 PICTURE = "kernels/picture.py"  # a command that draws what the builder builds
 
 

@@ -20,6 +20,7 @@ from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
+from tidal.linear import Linear, product
 from tidal.places import sinusoids, turned
 from tidal.recall import N_RECALLED
 from tidal.streams import Batch
@@ -58,8 +59,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.up = Linear(d_model, 2 * d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.up(x).chunk(2, dim=-1)
@@ -79,9 +80,9 @@ class Layer(nn.Module):
         self.d_head, self.attends = shape.d_model // shape.n_heads, attends
         if attends:
             self.norm_attention = nn.RMSNorm(shape.d_model, eps=1e-6)
-            self.query = nn.Linear(shape.d_model, self.n_heads * self.d_head, bias=False)
-            self.key_value = nn.Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head, bias=False)
-            self.out = nn.Linear(self.n_heads * self.d_head, shape.d_model, bias=False)
+            self.query = Linear(shape.d_model, self.n_heads * self.d_head)
+            self.key_value = Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head)
+            self.out = Linear(self.n_heads * self.d_head, shape.d_model)
             norms = nn.RMSNorm if shape.qk_norm else nn.Identity
             self.norm_query, self.norm_key = norms(self.d_head, eps=1e-6), norms(self.d_head, eps=1e-6)
             for gain in self.norm_query.parameters():
@@ -146,7 +147,7 @@ class TidalTransformer(nn.Module):
         self.register_buffer("place_table", places.to(self.unit_embedding.weight.device), persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
-        self.context = nn.Linear(d, d, bias=False)
+        self.context = Linear(d, d)
         if shape.suffix_rows:  # gains of the context, and what is added to it; row 0 is "no suffix" and stays zero
             self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, 2 * d, padding_idx=0)
         if shape.recall:  # the first of each n_head + 1 rows says that nothing is recalled
@@ -220,7 +221,7 @@ class TidalTransformer(nn.Module):
     def foretell(self, states: Tensor) -> Tensor:
         """Log-probabilities [..., V], float32 or better, of the last token of the block that comes next, of the
         reader's last states [..., D]."""
-        logits = F.linear(states, self.token_embedding.weight)
+        logits = product(states, self.token_embedding.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, recalled: Tensor, context_bsd: Tensor,
@@ -251,7 +252,7 @@ class TidalTransformer(nn.Module):
 
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., n_head] over units; columns that are no writable id are -inf."""
-        return F.linear(states, self.unit_embedding.weight, self.head_mask)
+        return product(states, self.unit_embedding.weight, self.head_mask)
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
+from tidal.linear import product
 from tidal.model import Layer, View
 from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
@@ -239,7 +240,7 @@ class CausalTransformer(nn.Module):
 
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V]; ids that are never written are -inf."""
-        return F.linear(states, self.embedding.weight) + self.head_mask
+        return product(states, self.embedding.weight) + self.head_mask
 
     def supervised(self, batch: CausalBatch) -> tuple[Tensor, Tensor]:
         """Logits [n, V] and targets [n] of all that is learnt, row by row."""
