@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidal.config import TidalConfig
 from tidal.tokenizer import ROOT, Spelling
+from tidal.tokenizer.spelling import Ints
 
 
 class Foretold(nn.Module):
@@ -24,21 +25,34 @@ class Foretold(nn.Module):
     """
 
     FLOOR = 1e-3
+    order: Tensor
+    """[T] the spelled tokens"""
+    nodes: Tensor
+    """[..., 4] of each node its children `from, to` and its tokens `from, to` in that order; the last has none"""
+    children_of_all: Tensor
+    """[..., 3] of each child its unit and its tokens `from, to`"""
 
     def __init__(self, config: TidalConfig, spelling: Spelling | None) -> None:
         super().__init__()
         self.spelling = spelling
         self.embedding = nn.Embedding(config.n_head, config.shape.d_model)
-        for name in ("order", "child_unit", "child_from", "child_to", "first_child", "node_from", "node_to"):
-            values = torch.from_numpy(getattr(spelling, name)) if spelling else None
-            self.register_buffer(name, values, persistent=False)
+        arrays: dict[str, Ints | None] = dict.fromkeys(("order", "nodes", "children_of_all"))
+        if spelling:
+            first, none = spelling.first_child, np.zeros((1, 4), np.int64)  # the last row is NO_NODE, -1
+            nodes = np.stack([first[:-1], first[1:], spelling.node_from, spelling.node_to], 1)
+            children = np.stack([spelling.child_unit, spelling.child_from, spelling.child_to], 1)
+            arrays = {"order": spelling.order, "nodes": np.concatenate([nodes, none]), "children_of_all": children}
+        for name, array in arrays.items():
+            self.register_buffer(name, None if array is None else torch.from_numpy(array), persistent=False)
         self.n_first = int(spelling.first_child[ROOT + 1]) if spelling else 0
         """How many units a token may end with."""
+        self.n_most = int(np.diff(spelling.first_child).max()) if spelling else 0
+        """Children of the node that has most, in practice these."""
 
     @property
     def n_sums(self) -> tuple[int, int]:
         """K and 1 + T of `sums`."""
-        return 1 + (self.embedding.weight.dtype == torch.float64), 1 + cast(Tensor, self.order).shape[0]
+        return 1 + (self.embedding.weight.dtype == torch.float64), 1 + self.order.shape[0]
 
     @torch.no_grad()
     def sums(self, next_nv: Tensor) -> Tensor:
@@ -48,7 +62,7 @@ class Foretold(nn.Module):
         """
         if self.spelling is None:
             raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
-        p_nt = next_nv.index_select(1, cast(Tensor, self.order)).exp_()
+        p_nt = next_nv.index_select(1, self.order).exp_()
         sums = p_nt.new_zeros(len(p_nt), *self.n_sums, dtype=torch.float64)
         torch.cumsum(p_nt, -1, dtype=torch.float64, out=sums[:, 0, 1:])
         if sums.shape[1] > 1:
@@ -61,26 +75,34 @@ class Foretold(nn.Module):
         A first step may go on with any unit that a token ends with, a hundred or (Chinese) a thousand: that is a matrix
         product. Later steps have a few to choose from, which are gathered one by one.
         """
-        buffers = (self.child_unit, self.child_from, self.child_to, self.first_child, self.node_from, self.node_to)
-        unit, child_from, child_to, first_child, node_from, node_to = (cast(Tensor, b) for b in buffers)
         table, node, row = self.embedding.weight, nodes.flatten(), which.flatten()
-        # NO_NODE, -1, looks something up, too, but has no children to use it
-        n_children = torch.where(node <= ROOT, 0, first_child[node + 1] - first_child[node])
+        from_child, to_child, *_ = (of := self.nodes[node]).unbind(1)
+        n_children = torch.where(node == ROOT, 0, to_child - from_child)
         begins = n_children.cumsum(0) - n_children
         step = torch.repeat_interleave(n_children)
-        child = first_child[node][step] + torch.arange(len(step), device=step.device) - begins[step]
-        of_node = _between(sums_nkt, row, node_from[node], node_to[node])
-        of_child = _between(sums_nkt, row[step], child_from[child], child_to[child])
-        weights = self._weights(of_child, of_node[step]).to(table.dtype)
-        hints = F.embedding_bag(unit[child], table, begins, mode="sum", per_sample_weights=weights)
+        child = from_child[step] + torch.arange(len(step), device=step.device) - begins[step]
+        units = self.children_of_all[child]
+        of_node = _between(sums_nkt, row, of[:, 2:])
+        weights = self._weights(_between(sums_nkt, row[step], units[:, 1:]), of_node[step]).to(table.dtype)
+        hints = F.embedding_bag(units[:, 0], table, begins, mode="sum", per_sample_weights=weights)
         first = (node == ROOT).nonzero().squeeze(1)
         if len(first):
-            these = slice(0, self.n_first)
-            of_first = (sums_nkt[..., child_to[these]] - sums_nkt[..., child_from[these]]).sum(1)
-            of_all = sums_nkt[..., -1].sum(1, keepdim=True)
-            told_nd = self._weights(of_first, of_all).to(table.dtype) @ table[unit[these]]
-            hints = hints.index_add(0, first, told_nd[row[first]].to(hints.dtype))
+            units = self.children_of_all[: self.n_first]
+            of_first = (sums_nkt[..., units[:, 2]] - sums_nkt[..., units[:, 1]]).sum(1)
+            weights = self._weights(of_first, sums_nkt[..., -1].sum(1, keepdim=True)).to(table.dtype)
+            hints = hints.index_add(0, first, (weights @ table[units[:, 0]])[row[first]].to(hints.dtype))
         return hints.view(*nodes.shape, table.shape[1])
+
+    def fixed(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
+        """The same, in shapes that do not depend on the nodes and without waiting for the device, to be recorded: each
+        step looks at as many children as any node has, and a matrix product runs over all units."""
+        table, of, row = self.embedding.weight, self.nodes[nodes.reshape(-1, 1)], which.reshape(-1, 1)
+        child = of[..., 0] + torch.arange(self.n_most, device=of.device)
+        units = self.children_of_all[child.clamp(max=len(self.children_of_all) - 1)]
+        weights = self._weights(_between(sums_nkt, row, units[..., 1:]), _between(sums_nkt, row, of[..., 2:]))
+        told = torch.where(child < of[..., 1], weights, 0).to(table.dtype)
+        spread = told.new_zeros(len(told), len(table)).scatter_add_(1, units[..., 0], told)
+        return (spread @ table).view(*nodes.shape, table.shape[1])
 
     @torch.no_grad()
     def _weights(self, of_child: Tensor, of_node: Tensor) -> Tensor:
@@ -88,6 +110,6 @@ class Foretold(nn.Module):
         return (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
 
 
-def _between(sums_nkt: Tensor, row: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """What the tokens [start, end) of these rows add up to."""
-    return (sums_nkt[row, :, end] - sums_nkt[row, :, start]).sum(-1)
+def _between(sums_nkt: Tensor, row: Tensor, tokens: Tensor) -> Tensor:
+    """What the tokens `from, to` [..., 2] add up to in these rows [...]."""
+    return (sums_nkt[row, :, tokens[..., 1]] - sums_nkt[row, :, tokens[..., 0]]).sum(-1)

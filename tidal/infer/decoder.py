@@ -187,19 +187,16 @@ class Decoder:
         )  # fmt: skip
         q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
         context = self.context[slice(None) if some is None else some][:, None]
-        inputs = [data, q_position, context]
-        if self.model.foretold:  # how many units may follow differs from step to step: not to be recorded
-            inputs.append(self.model.foretold(self.sums, data[..., 0], data[..., 4]))
         if self.cuda_graphs and some is None:
             everything = functools.partial(self._write, None, n + self.capacity)
             self.recording = self.recording or recorded.Recorded(everything)
-            logits = self.recording(*inputs)
+            logits = self.recording(data, q_position, context)
         else:
-            logits = self._write(some, n + max(s.sees_reader[1] for s in steps), *inputs)
+            logits = self._write(some, n + max(s.sees_reader[1] for s in steps), data, q_position, context)
         return self._checked(logits, len(rows))
 
-    def _write(self, some: list[int] | None, memory_end: int, data: Tensor, q_position: Tensor, context: Tensor,
-               hints: Tensor | None = None) -> Tensor:  # fmt: skip
+    def _write(self, some: list[int] | None, memory_end: int, data: Tensor, q_position: Tensor,
+               context: Tensor) -> Tensor:  # fmt: skip
         """A step on the device, the same work whatever `data` holds; the first layer looks at its first `memory_end`
         slots."""
         n, here = self.n_block, slice(None) if some is None else some
@@ -217,6 +214,10 @@ class Decoder:
             return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend, rows=some)
 
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
+        hints = None
+        if foretold := self.model.foretold:
+            tell = foretold.fixed if self.cuda_graphs or data.is_cuda else foretold
+            hints = tell(self.sums, data[..., 0], data[..., 4])
         states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], data[..., 8:11], context, views, hints)
         return self.model.head(states[:, 0])
 

@@ -1,0 +1,45 @@
+"""What the reader foretells: both forms are the same. tests/test_model.py has the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.strategies import tokenizers
+from tidal.config import Shape, TidalConfig
+from tidal.foretold import Foretold
+from tidal.tokenizer import NO_NODE, Spelling
+
+SHAPE = Shape(d_model=8, n_heads=1, n_kv_heads=1, foretell=True)
+
+
+def both_ways(spelling: Spelling, n_vocab: int, n_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hints for every node, and for none, of several distributions."""
+    torch.manual_seed(0)
+    foretold = Foretold(TidalConfig(n_vocab, n_head, n_head, 16, "", SHAPE), spelling).to(dtype)
+    sums = foretold.sums(torch.randn(3, n_vocab, dtype=dtype).mul(4).log_softmax(-1))
+    nodes = torch.arange(NO_NODE, len(spelling.nodes)).repeat(2, 1)  # [2, nodes], as rows of steps
+    which = torch.randint(3, nodes.shape)
+    return foretold(sums, which, nodes), foretold.fixed(sums, which, nodes)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("language", ["english", "chinese"])
+def test_both_forms_tell_the_same(language: str, dtype: torch.dtype, tolerance: float) -> None:
+    tokenizer = tokenizers()[language]
+    one, other = both_ways(tokenizer.spelling, tokenizer.vocab_size, tokenizer.n_head, dtype)
+    assert one.shape == other.shape
+    torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+
+
+def test_a_node_with_more_children_than_the_root() -> None:
+    """ab, cb, db and eb, which all end with b: the root has one child, b has four."""
+    letters = {letter: 2 + i for i, letter in enumerate("abcde")}
+    spelled = [(token, (letters["b"], letters[first])) for token, first in enumerate("acde", 2)]
+    spelling = Spelling(spelled, eob_id=0, eos_id=1)
+    assert np.diff(spelling.first_child).tolist()[:2] == [1, 4]
+    one, other = both_ways(spelling, 8, 8, torch.float64)
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+    assert (other[:, 2] != 0).all(), "b is told what comes before it"
+    assert (other[:, 0] == 0).all(), "nothing is told where there is no node"
