@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = range(2, 129)
+FEW_ROWS = 128
 LARGE = 2**16  # elements of a weight that is not expected to lie in a core's own cache
 
 
@@ -29,7 +29,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.is_cpu and x.dtype == torch.float32 and weight.numel() >= LARGE and not torch.is_grad_enabled():
         n_rows = x.numel() // x.shape[-1]
-        if n_rows in FEW_ROWS:
+        if 1 < n_rows <= FEW_ROWS:
             y = torch.mm(weight, x.reshape(n_rows, -1).t()).t().view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias
     return F.linear(x, weight, bias)
