@@ -8,7 +8,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 
 demo: install  ## learn to add, then add
 	$(PY) -m tidal.train --recipe addition --out runs/demo
-	$(PY) -m tidal.infer --prompt "54663 + 132 ="
+	$(PY) -m tidal.infer --checkpoint runs/demo --prompt "54663 + 132 ="
 
 # About ten minutes on two cores; the learning rate is planned over the steps.
 TEXT_STEPS ?= 1000

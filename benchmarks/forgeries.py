@@ -16,6 +16,7 @@ import numpy as np
 
 from tidal import checkpoint
 from tidal.cli import UserError
+from tidal.doctor.examine import examine_checkpoint
 from tidal.infer.load import load
 from tidal.train.loop import Run, make_recipe
 from tidal.train.resume import look_in
@@ -126,6 +127,8 @@ def forgeries(outside: Path) -> dict[str, Callable[[Path], None]]:
             {"0.0.momentum_buffer": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, data=bytes(4))),
         "nesting without end": replaced("trainer.json", b"[" * 200_000),
         "state of wrong types": replaced("trainer.json", json.dumps({"step": "1", "settings": []}).encode()),
+        "digits without end": replaced("trainer.json", json.dumps(
+            {"step": 1, "settings": {"recipe": "addition", "seed": 0, "addition": {"digits": 10**9}}}).encode()),
         "layers without end": shape(reader_layers=10**12),
         "layers as wide as memory": shape(d_model=2**40, reader_ff=2**40),
         "places without end": shape(place_jitter=10**12),
@@ -134,7 +137,7 @@ def forgeries(outside: Path) -> dict[str, Callable[[Path], None]]:
 
 
 def forged(home: Path, source: Path) -> dict[str, Any]:
-    """Load and resume each forgery: one of both must refuse, in one line, and nothing outside may change."""
+    """Load, resume and examine each forgery: one must refuse, in one line, and nothing outside may change."""
     accepted: list[str] = []
     outside = home / "outside"
     outside.mkdir()
@@ -148,7 +151,7 @@ def forged(home: Path, source: Path) -> dict[str, Any]:
         shutil.copytree(source, folder)
         forge(folder)
         refused = 0
-        for use in (load, _resume):
+        for use in (load, _resume, _examine):
             try:
                 use(folder)
             except UserError:
@@ -158,6 +161,11 @@ def forged(home: Path, source: Path) -> dict[str, Any]:
             accepted.append(name)
         shutil.rmtree(home / "forged")
     return {"forgeries": len(cases), "accepted": accepted}
+
+
+def _examine(folder: Path) -> None:
+    if not examine_checkpoint(folder, checks=[19]).ok:
+        raise UserError("the doctor has a finding")
 
 
 def _resume(folder: Path) -> None:

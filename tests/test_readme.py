@@ -108,7 +108,9 @@ def test_make_demo_is_the_same_by_hand() -> None:
     )
     assert settings == same
     assert settings.recipe == "addition"
-    assert parse(Infer, asked, "tidal.infer") == parse(Infer, its_asked, "tidal.infer")
+    wanted = parse(Infer, asked, "tidal.infer")  # by hand of the newest run
+    assert dataclasses.replace(wanted, checkpoint=None) == parse(Infer, its_asked, "tidal.infer")
+    assert wanted.checkpoint == parse(Train, train, "tidal.train").out
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

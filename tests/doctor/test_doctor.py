@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,22 @@ from tests.doctor import healthy
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.table import examine_mutant
 from tidal.cli import UserError, main
-from tidal.doctor import Document, examine, run, training
+from tidal.config import Text
+from tidal.doctor import Document, checks_kernels, examine, run, training
 from tidal.doctor import __main__ as command
 from tidal.doctor.checks_run import _compare_n_grams
 from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
-from tidal.doctor.specimen import make
+from tidal.doctor.specimen import SHAPE, make
 from tidal.doctor.texts import of_run
+from tidal.kernels import api
+from tidal.model import TidalTransformer
+from tidal.prepare.make import prepare, prepare_for_training
+from tidal.prepare.survey import survey
+from tidal.streams import Batch
 from tidal.train import __main__ as training_command
 from tidal.train.presets import PRESETS
+from tidal.train.recipes.characters import TASKS
 
 TRAIN = (*(flag for flag in SMALL if flag != "--no-doctor"), "--max-steps", "2", "--rows", "2", "--threads", "1")
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
@@ -250,6 +258,8 @@ def test_a_meter_stops_at_the_first_difference() -> None:
         with pytest.raises(Found) as found:
             meter.close("values", torch.ones(2), torch.tensor([1.0, value]), 0.1, lambda i: Where(step=i), sides)
         assert found.value.where.step == 1
+        with pytest.raises(Found):
+            meter.close("values", torch.ones(1), torch.tensor([value]), float("nan"), Where(), sides)
     with pytest.raises(Found):
         meter.close("values", torch.zeros(2), torch.zeros(3), 1.0, Where(), sides)
     with pytest.raises(Found):
@@ -271,20 +281,116 @@ def test_json_has_no_infinities() -> None:
 
 def test_the_commands_of_the_docs_are_these() -> None:
     text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("doctor.md", "garbage.md"))
-    told = set(re.findall(r"python -m (tidal\.doctor(?: [\w./-]+)*|tests\.doctor\.\w+)", text))
-    flags = {flag for command in told for flag in re.findall(r"--[a-z-]+", command)}
-    assert flags <= {"--quick", "--json", "--data", "--checks", "--count"}
+    told = set(re.findall(r"python -m ((?:tidal\.doctor|tests\.doctor\.\w+)(?: [\w./-]+)*)", text))
+    fields = [*dataclasses.fields(command.Doctor), *dataclasses.fields(healthy.Healthy)]
+    own = {f"--{field.name}" for field in fields}
+    assert {flag for line in told for flag in re.findall(r"--[a-z-]+", line)} <= own
     assert told
 
 
-def test_texts_like_those_that_a_run_was_trained_on(tmp_path: Path) -> None:
+def test_problems_like_those_that_a_run_was_trained_on() -> None:
     own = dataclasses.replace(PRESETS["addition"].addition, operations="-*", digits=3)
-    documents, _ = of_run(dataclasses.asdict(dataclasses.replace(PRESETS["addition"], addition=own)), tmp_path)
+    settings = dataclasses.asdict(dataclasses.replace(PRESETS["addition"], addition=own))
+    documents, _ = of_run({"settings": settings})
     assert {d.prompt.split()[1] for d in documents} == {"-", "*"}
     for document in documents:
         a, operation, b, _ = document.prompt.split()
         assert document.completion == f" {int(a) - int(b) if operation == '-' else int(a) * int(b)}\n"
-    prompts = ["Hello\u2028there\x85", "and you"]
-    lines = [json.dumps({"prompt": p, "completion": "\u2029"}, ensure_ascii=False) + "\n" for p in prompts]
-    (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    assert [d.completion for d in of_run({"recipe": "text"}, tmp_path)[0]] == prompts
+
+
+def test_questions_like_those_that_a_run_was_trained_on() -> None:
+    documents, source = of_run({"settings": dataclasses.asdict(PRESETS["characters"])})
+    assert "held out" in source
+    assert {d.prompt.split()[0] for d in documents[:9]} == set(TASKS)
+    assert all(d.ends and d.completion.startswith(" ") for d in documents)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_text_like_that_a_run_was_trained_on(tmp_path: Path, prepared: bool) -> None:
+    """Of the held-out documents, prompts included; what changed since then is called so."""
+    lines = [{"prompt": f"{i} is", "completion": f" the number {i}."} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Text(data=(str(tmp_path / "data.jsonl"),), hold_out=0.2, vocab_size=300)
+    made = prepare_for_training(text, 0)
+    if prepared:
+        prepare(survey(text.data, 0.2, 0), made.tokenizer, tmp_path / "shards")
+        text = dataclasses.replace(text, data=(), prepared=str(tmp_path / "shards"))
+    settings = dataclasses.asdict(dataclasses.replace(PRESETS["text"], text=text, seed=0))
+    documents, source = of_run({"settings": settings, "data": made.digest})
+    assert source == "the run's held-out text"
+    assert 4 <= len(documents) <= 12
+    known = {(line["prompt"], line["completion"]) for line in lines}
+    assert {(d.prompt, d.completion) for d in documents} <= known
+    assert "not the same" in of_run({"settings": settings, "data": "another"})[1]
+    assert of_run({"settings": {**settings, "text": {"data": ["gone.txt"]}}}) == ([], "")
+
+
+@pytest.mark.parametrize("settings", [
+    [1], "text", {"recipe": "text"}, {"recipe": "addition", "seed": 0, "addition": {"operations": ""}},
+    {"recipe": "addition", "seed": 0, "addition": {"digits": 10**9}}, {"recipe": [], "seed": 0},
+    {"recipe": "text", "seed": 0, "text": {"hold_out": "much"}},
+])  # fmt: skip
+def test_settings_that_cannot_be_read(settings: object) -> None:
+    with pytest.raises(UserError, match=r"settings cannot be read: .*; give --data"):
+        of_run({"settings": settings})
+
+
+def test_too_little_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(CHECKS, 5, dataclasses.replace(CHECKS[5], run=full))
+    with pytest.raises(SystemExit) as stop:
+        main(command.run, "tidal.doctor", ["--checks", "5"])
+    assert stop.value.code == 2
+    assert "out of memory (DefaultCPUAllocator" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_texts_of_short_blocks_are_no_false_alarm() -> None:
+    """The shortest two documents have no block of two tokens."""
+    model, tokenizer = make()
+    texts = [Document("the", " sat"), Document("and", " the")]
+    assert all(len(tokenizer.encode_block(b).tokens) == 1 for d in texts for b in tokenizer.split(d.text))
+    report = run(model, tokenizer, texts=texts, quick=True, checks=[8])
+    assert report.ok, report.table()
+
+
+@pytest.mark.parametrize("wrong", [None, torch.float32, torch.bfloat16])
+def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torch.dtype | None) -> None:
+    """In both precisions: bfloat16 takes other ways than float32."""
+    triton = api.BACKENDS["triton"]
+
+    def bent(*arguments: Any) -> torch.Tensor:
+        return triton(*arguments) * (1.1 if arguments[0].dtype == wrong else 1.0)
+
+    monkeypatch.setitem(api.BACKENDS, "triton", bent)
+    monkeypatch.setattr(checks_kernels, "CASES", checks_kernels.CASES[:1])
+    monkeypatch.setattr(checks_kernels, "available_backends", lambda: ("triton",))
+    model, tokenizer = make(dataclasses.replace(SHAPE, d_model=32, n_heads=1, n_kv_heads=1))
+    report = run(model, tokenizer, quick=True, checks=[17])
+    assert report.ok == (wrong is None), report.table()
+    if wrong is not None:
+        assert str(wrong).removeprefix("torch.") in str(report.findings[0].where)
+
+
+@pytest.mark.parametrize("error", [-1.0, float("nan")])
+def test_a_wrong_training_pass_in_bfloat16_excuses_nothing(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """Decoding may be twice as far from it as it is from float64, and float64 takes other ways on a GPU."""
+    model, tokenizer = make()
+    log_probs = TidalTransformer.log_probs
+
+    def wrong(self: TidalTransformer, batch: Batch) -> torch.Tensor:
+        right = log_probs(self, batch)
+        return right + error if self.unit_embedding.weight.dtype == torch.bfloat16 else right
+
+    monkeypatch.setattr(TidalTransformer, "log_probs", wrong)
+    report = run(model.bfloat16(), tokenizer, quick=True, checks=[14])
+    assert "the training pass's mean error" in report.findings[0].message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_examining_on_a_gpu() -> None:
+    model, tokenizer = make()
+    report = run(model.cuda(), tokenizer, quick=True)
+    assert report.ok, report.table()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from functools import partial
 
 import torch
@@ -18,6 +20,9 @@ from tidal.kernels.api import DEVICES, FIXED_SLOPES
 
 CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"), (2, 4100, "random"))
 """queries, keys, kind of ranges"""
+EXACTLY = ((torch.float64, 1e-11),)
+FUSED = ((torch.float32, 1e-4), (torch.bfloat16, 6e-2))
+"""dtypes, and the largest difference as a share of the largest value"""
 
 
 @check(17, "kernels agree", "a fused kernel computes something else than the reference, or its gradients do")
@@ -25,41 +30,47 @@ def kernels(patient: Patient, meter: Meter) -> None:
     """Every backend that runs here against the definition, head by head in float64: output and all gradients.
 
     Ranges are random (empty, adjacent, overlapping, ragged) and those of streams; sizes are small, and large enough
-    for tiles, and for rows of a cache to be left where they are. Backends that have no float64 are measured in float32.
+    for tiles, and for rows of a cache to be left where they are. Fused kernels have no float64: they are measured in
+    float32, and in bfloat16, in which they do more than round.
     """
     shape = patient.model.config.shape
     heads = shape.n_heads, shape.n_kv_heads, shape.d_model // shape.n_heads
     for name in available_backends():
-        device = "cuda" if DEVICES.get(name, ("cpu",))[0] == "cuda" else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
+        devices = DEVICES.get(name, ("cpu",))
+        fused = "cuda" in devices
+        device = "cuda" if fused and torch.cuda.is_available() else "cpu"
+        if device not in devices:
             meter.note(f"{name} needs a GPU")
             continue
-        for n_queries, n_keys, kind in CASES:
-            inputs, ranges, (at_q, at_k), cotangent = _attention_case(heads, n_queries, n_keys, kind)
-            wanted = _gradients(_defined(inputs, ranges, at_q, at_k), inputs, cotangent)
-            dtype, limit = (torch.float64, 1e-11) if device == "cpu" else (torch.float32, 2e-3)
-            moved = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-            q, k, v, slopes = moved
-            if name in FIXED_SLOPES:
-                slopes, moved = slopes.detach(), moved[:3]
-            plan = TilePlan.build(ranges.to(device), n_keys)
+        for (dtype, limit), case in itertools.product(FUSED if fused else EXACTLY, CASES):
             try:
-                out = interval_attention(q, k, v, ranges.to(device), at_q.to(device), at_k.to(device), slopes,
-                                         backend=name, plan=plan)  # fmt: skip
+                _agrees(meter, name, device, dtype, limit, heads, case)
             except ValueError as error:  # it says loudly that it cannot do this shape: then nothing uses it
                 meter.note(f"{name}: {error}")
                 break
-            got = _gradients(out, moved, cotangent.to(device, dtype))
-            with torch.inference_mode():  # the same keys and values, in the rows of a cache
-                got.append(interval_attention(q, k.flip(0), v.flip(0), ranges.to(device), at_q.to(device),
-                                              at_k.to(device), slopes, backend=name, plan=plan,
-                                              rows=[1, 0]))  # fmt: skip
-            at = Where(layer=f"{name}, {n_queries} queries, {n_keys} keys, {kind}")
-            names = ("output", "dq", "dk", "dv", "dslopes")[: len(got) - 1]
-            for what, a, b in zip([*names, "output, rows of a cache"], [*wanted[: len(names)], wanted[0]], got,
-                                  strict=True):  # fmt: skip
-                scale = max(1.0, a.abs().max().item())
-                meter.close(what, a / scale, b.cpu().double() / scale, limit, at, (ORACLE, name))
+
+
+def _agrees(meter: Meter, name: str, device: str, dtype: torch.dtype, limit: float, heads: tuple[int, int, int],
+            case: tuple[int, int, str]) -> None:  # fmt: skip
+    inputs, ranges, (at_q, at_k), cotangent = _attention_case(heads, *case)
+    precise = torch.promote_types(dtype, torch.float32)
+    inputs, cotangent = [x.to(t) for x, t in zip(inputs, [dtype] * 3 + [precise], strict=True)], cotangent.to(dtype)
+    exact = [x.double().requires_grad_() for x in inputs]
+    wanted = _gradients(_defined(exact, ranges, at_q, at_k), exact, cotangent.double())
+    q, k, v, slopes = moved = [x.to(device).requires_grad_() for x in inputs]
+    ranges, at_q, at_k = ranges.to(device), at_q.to(device), at_k.to(device)
+    if name in FIXED_SLOPES:
+        slopes, moved = slopes.detach(), moved[:3]
+    attend = functools.partial(interval_attention, ranges=ranges, q_position=at_q, k_position=at_k, slopes=slopes,
+                               backend=name, plan=TilePlan.build(ranges, case[1]))  # fmt: skip
+    got = _gradients(attend(q, k, v), moved, cotangent.to(device))
+    with torch.inference_mode():  # the same keys and values, in the rows of a cache
+        got.append(attend(q, k.flip(0), v.flip(0), rows=[1, 0]))
+    at = Where(layer=f"{name}, {str(dtype).removeprefix('torch.')}, {case[0]} queries, {case[1]} keys, {case[2]}")
+    names = ("output", "dq", "dk", "dv", "dslopes")[: len(got) - 1]
+    for what, a, b in zip([*names, "output, rows of a cache"], [*wanted[: len(names)], wanted[0]], got, strict=True):
+        scale = max(1.0, a.abs().max().item())
+        meter.close(what, a / scale, b.cpu().double() / scale, limit, at, (ORACLE, name))
 
 
 def _attention_case(heads: tuple[int, int, int], n_queries: int, n_keys: int,
@@ -82,7 +93,7 @@ def _attention_case(heads: tuple[int, int, int], n_queries: int, n_keys: int,
     positions = [torch.rand(rows, n, generator=g) * 30 for n in (n_queries, n_keys)]
     inputs = [normal(rows, n_heads, n_queries, d_head), normal(rows, n_kv_heads, n_keys, d_head),
               normal(rows, n_kv_heads, n_keys, d_head), torch.rand(n_heads, dtype=torch.float64, generator=g)]
-    return ([x.requires_grad_() for x in inputs], ranges.to(torch.int32), (positions[0], positions[1]),
+    return (inputs, ranges.to(torch.int32), (positions[0], positions[1]),
             normal(rows, n_heads, n_queries, d_head))  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidal import checkpoint as checkpoints
 from tidal.cli import UserError
-from tidal.config import Shape, TidalConfig
+from tidal.config import TidalConfig
 from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import check
 from tidal.doctor.report import Meter, Skip, Where
@@ -81,8 +81,7 @@ def _as_stored(patient: Patient, meter: Meter, folder: Path) -> None:
     meter.same("configs", config, patient.model.config, Where(), ("file", "model"))
     _same_tensors(meter, {name: t.to(patient.dtype) for name, t in tensors.items()}, patient.model.state_dict(),
                   ("file", "model"))  # fmt: skip
-    if "settings" in trainer:
-        _learnt(meter, config, trainer, tensors)
+    _learnt(meter, config, trainer, tensors)
 
 
 def _same_tensors(meter: Meter, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str]) -> None:
@@ -101,15 +100,18 @@ def _same_tensors(meter: Meter, left: dict[str, Tensor], right: dict[str, Tensor
 
 def _learnt(meter: Meter, config: TidalConfig, trainer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """No tensor is still what the seed of the run made it."""
-    settings = trainer["settings"]
-    if not trainer["step"]:
+    try:
+        step, seed = int(trainer["step"]), int(trainer["settings"]["seed"])
+    except (LookupError, TypeError, ValueError):
+        return  # not of a run
+    if not step:
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(settings["seed"]))
-        initial = TidalTransformer(dataclasses.replace(config, shape=Shape(**settings["model"]))).state_dict()
+        torch.manual_seed(seed)
+        initial = TidalTransformer(config).state_dict()
     for name, tensor in tensors.items():
         same = name in initial and torch.equal(initial[name].float(), tensor.float())
-        meter.holds(not same, f"{name} is as it was made; {trainer['step']} steps have not changed it",
+        meter.holds(not same, f"{name} is as it was made; {step} steps have not changed it",
                     Where(tensor=name))  # fmt: skip
 
 
@@ -198,7 +200,9 @@ def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
         losses = [float(row["loss"]) for row in rows]
         steps = [int(row["step"]) for row in rows]
         trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        planned = int(trainer.get("settings", {}).get("max_steps", 0))
+        settings = trainer.get("settings") or {"max_steps": 0, "max_seconds": 0}
+        in_time = 0 < settings["max_seconds"] <= float(rows[-1]["seconds"]) if rows else False  # as was asked for
+        planned = 0 if in_time else int(settings["max_steps"])
     except (KeyError, ValueError, TypeError) as error:
         raise Skip(f"{run_dir / 'metrics.csv'} cannot be read: {error!r}") from error
     here = Where(tensor=str(run_dir / "metrics.csv"))
@@ -220,8 +224,10 @@ def _random_text(patient: Patient, meter: Meter) -> None:
     """Units drawn uniformly from m cost log m nats each on average, under any model (Gibbs' inequality) that does not
     see them; the mean of n of them may be below by chance, by 4 standard errors at most.
     """
+    if len(alphabet := sorted(c for c in patient.oracle.alphabet if c.isascii() and c.isdecimal())) < 2:
+        meter.note("the alphabet has no digits, so random ones were not tried")
+        return
     rng, per_block = np.random.default_rng(3), min(8, patient.tokenizer.max_block_units - 1)
-    alphabet = sorted(c for c in patient.oracle.alphabet if c.isascii() and c.isdecimal())
     documents = []
     for _ in range(RANDOM_UNITS // per_block // 8):
         blocks = [f" {''.join(rng.choice(alphabet, per_block))}" if i else "".join(rng.choice(alphabet, per_block))

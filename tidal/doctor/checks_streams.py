@@ -66,7 +66,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
     another document, with the future cut off, and in decoding; and the log-probabilities of a prefix do not depend on
     what follows it.
     """
-    shape, table = patient.model.config.shape, patient.model.place_table
+    shape, table = patient.model.config.shape, patient.model.place_table.cpu()
     coarse = 4 * max(torch.finfo(table.dtype).eps, 1e-4)
     norm = 1.0 if shape.rotary_places else (8 / shape.d_model) ** 0.5
     wanted = torch.cat([norm * place_encodings(len(table) - 1, table.shape[1]), torch.zeros_like(table[:1])])
@@ -83,7 +83,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
         tape = Tape(patient.exact)
         patient.decode(tape.model, [document])
         fed = {name: value for name in tape.entries if (value := tape.joined(name)) is not None}
-        del fed["context"]  # a state here, not an index
+        fed.pop("context", None)  # a state here, not an index
         _compare(patient, meter, document, fed, DECODED)
         _prefixes(patient, meter, document)
         if shape.place_jitter:

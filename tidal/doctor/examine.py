@@ -27,6 +27,7 @@ from tidal.infer.load import load_with_trainer
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.memory import out_of_memory
 
 MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_run)
 """To be imported is all they need: each registers its checks."""
@@ -83,7 +84,7 @@ def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), qu
     set_threads(model.config.shape.d_model)
     source = "the texts given"
     if not texts:
-        texts, source = of_run(trainer.get("settings", {}), folder.parent.parent)
+        texts, source = of_run(trainer)
     tell(f"texts: {source or 'a built-in list'}; {torch.get_num_threads()} CPU threads")
     return run(model, tokenizer, texts=texts, quick=quick, checks=checks, trained=True, checkpoint=folder,
                subject=str(folder), tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
@@ -114,6 +115,8 @@ def _result(check: Check, patient: Patient) -> Result:
     except Found as found:
         return result("finding", found.message, found.measured, found.limit, found.where)
     except CRASHES as error:
+        if out_of_memory(error):
+            raise
         return result("finding", f"{type(error).__name__}: {error}", float("inf"), 0, Where(tensor=_origin(error)))
     if not meter.compared:
         return result("skipped", "there was nothing to compare", 0, 0)

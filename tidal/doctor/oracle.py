@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,6 +70,11 @@ class Layout:
     """every token that can be foretold, and how it is written: its units, last first, and `<eob>`"""
     window: int
     """how many steps of its block a step sees; 0: all up to itself"""
+
+    @property
+    def has_long_block(self) -> bool:
+        """Whether some block has two tokens, so that both directions inside it can be looked at."""
+        return any(a.block == b.block for a, b in pairwise(self.tokens))
 
     def reader_sees(self) -> Tensor:
         """bool [I, J]"""

@@ -164,8 +164,8 @@ class Meter:
             differences = np.where(a == b, 0.0, np.abs(a - b))
         differences[np.isnan(differences)] = math.inf
         worst = float(differences.max(initial=0.0))
-        if worst > limit:
-            at = int(np.flatnonzero(differences > limit)[0])
+        if not worst <= limit:  # nor is NaN a limit
+            at = int(np.flatnonzero(~(differences <= limit))[0])
             self._stop(f"{what} differ by up to {worst:.3g}", worst, limit, where, at, what, sides,
                        (f"{a[at]:.9g}", f"{b[at]:.9g}"))  # fmt: skip
         self._remember(worst, limit)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidal.doctor.report import Skip
 from tidal.model import Layer, TidalTransformer, View
 from tidal.streams import Batch
 
@@ -123,7 +124,7 @@ def _weights(layer: Layer, out: Tensor, values: list[Tensor]) -> Tensor:
     """[heads, queries, keys]: heads that share keys are told apart by the dimension of the value that is asked for."""
     group, dims = layer.n_heads // layer.n_kv_heads, layer.d_head
     if group > dims:
-        raise ValueError(f"{group} heads share a key head of width {dims}; they cannot be told apart")
+        raise Skip(f"{group} heads share a key head of width {dims}; they cannot be told apart")
     asked = torch.zeros(layer.n_heads, dims, dtype=out.dtype)
     asked[torch.arange(layer.n_heads), torch.arange(layer.n_heads) % group] = 1
     rows = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from tidal.cli import UserError
-from tidal.config import Train
+from tidal.config import Text, Train
 from tidal.doctor.patient import Document
+from tidal.prepare.make import load as load_prepared
+from tidal.prepare.survey import survey
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.recipes.addition import random_problem
+from tidal.train.recipes.characters import held_out, library_words, questions
 
 HOSTILE: tuple[str, ...] = (
     "\0", "\t", "\r\n", "\n\n  ", " ", "   ", "\u00a0", "\u2028", "\x1c", "\x85",  # white space of all kinds
@@ -82,34 +85,51 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
     return [document for document in found if document.completion]
 
 
-def of_run(settings: Mapping[str, Any], run_dir: Path) -> tuple[list[Document], str]:
-    """Documents like those a run was trained on, held out where possible, and a word on where they come from."""
-    from tidal.prepare.documents import hold_out, read_documents
-    from tidal.train.recipes.addition import random_problem
+def of_run(trainer: Mapping[str, Any]) -> tuple[list[Document], str]:
+    """Documents like those a run was trained on, held out where possible, and a word on where they come from, of its
+    trainer.json; none where the data are gone. Raises UserError where settings or data cannot be read.
+    """
+    if not trainer.get("settings"):
+        return [], ""
+    try:  # of these settings alone: another version may have had other ones
+        recipe = str(trainer["settings"]["recipe"])
+        own = Train.from_dict({name: trainer["settings"][name] for name in ("recipe", "seed", recipe)})
+        if not own.addition.operations or max(own.addition.digits, own.addition.terms, own.addition.problems) > 4000:
+            raise ValueError(f"no such problems: {own.addition}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"the run's settings cannot be read: {error}; give --data") from error
+    rng = np.random.default_rng(2**31)
+    if recipe == "addition":
+        sums = own.addition
+        kinds = [(sums.operations[n % len(sums.operations)], sums.digits - n % min(2, sums.digits)) for n in range(64)]
+        problems = [random_problem(rng, sums, operation, digits) for operation, digits in kinds]
+        return [Document(*problem) for problem in problems], f"new problems of up to {sums.digits} digits"
+    if recipe == "characters":
+        asked = questions([word for word in library_words() if held_out(word)], 8, rng)
+        several = (question for one_of_each in zip(*asked.values(), strict=True) for question in one_of_each)
+        return [Document(q.prompt, q.answer) for q in several], "questions about words that were held out"
+    return _held_out_text(own.text, own.seed, trainer.get("data"))
 
-    if settings.get("recipe") == "addition":
-        try:  # of these settings alone: another version may have had other ones
-            own = Train.from_dict({"addition": settings.get("addition", {})}).addition
-        except ValueError as error:
-            raise UserError(f"the run's settings cannot be read: {error}; give --data") from error
-        rng = np.random.default_rng(2**31)
-        kinds = [(own.operations[n % len(own.operations)], own.digits - n % min(2, own.digits)) for n in range(64)]
-        problems = [random_problem(rng, own, operation, digits) for operation, digits in kinds]
-        return [Document(*problem) for problem in problems], f"new problems of up to {own.digits} digits"
-    text = settings.get("text", {})
-    paths = [str(path) for path in text.get("data", ())]
-    if paths and all(os.path.exists(path) or glob.glob(path) for path in paths):
-        _, held_out = hold_out(read_documents(paths), float(text["hold_out"]), int(settings["seed"]))
-        return [Document(d.prompt, d.completion) for d in held_out], "the run's held-out text"
-    samples = run_dir / "samples.jsonl"
-    if samples.is_file():
-        try:
-            lines = [json.loads(line) for line in samples.read_bytes().splitlines()]  # of text, it has other ends, too
-            prompts = dict.fromkeys(str(line["prompt"]) for line in lines)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{samples} cannot be read: {error}; give --data") from error
-        return [Document("", prompt, False) for prompt in prompts if prompt], "prompts of samples.jsonl"
-    return [], ""
+
+def _held_out_text(text: Text, seed: int, digest: object) -> tuple[list[Document], str]:
+    """What training on these settings holds out, read without keeping the rest in memory."""
+    documents: list[Document] = []
+    if text.prepared is not None and os.path.exists(text.prepared):
+        prepared = load_prepared(Path(text.prepared))
+        documents, found = [Document(*both) for both in prepared.held_out.texts()], prepared.digest
+    elif text.data and all(os.path.exists(path) or glob.glob(path) for path in text.data):
+        data = survey(text.data, text.hold_out, seed)
+        prompt = completion = ""
+        for part in (part for is_held_out, part in data.parts() if is_held_out):
+            prompt, completion = prompt + part.text * part.is_prompt, completion + part.text * (not part.is_prompt)
+            if part.ends:
+                documents.append(Document(prompt, completion))
+                prompt = completion = ""
+        found = data.digest
+    else:
+        return [], ""
+    same = "the run's held-out text" if found == digest else "text where the run's was; it is not the same any more"
+    return documents, same
 
 
 def _cut(tokenizer: MixedTokenizer, text: str, units: int, from_end: bool = False) -> tuple[str, bool]:

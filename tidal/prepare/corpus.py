@@ -53,6 +53,15 @@ class Corpus:
             pieces.append(getattr(self._shard(k), column)[: end - starts[k]])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Prompt and completion of each document."""
+        block = byte = 0
+        for n_blocks, n_prompt, n_bytes, *_ in self.documents.tolist():
+            cut = int(self.read("blocks", block, block + n_prompt)[:, 0].sum())
+            text = self.read("text", byte, byte + n_bytes).tobytes()
+            yield text[:cut].decode(), text[cut:].decode()
+            block, byte = block + n_blocks, byte + n_bytes
+
 
 class Rows(Sequence[list[Passage]]):
     """Rows of passages, each made when it is asked for: the twin of `windows` and `fill_rows` that needs no memory.
