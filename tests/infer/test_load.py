@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     ("reader_norm.weight", lambda w: w.pop("reader_norm.weight")),
     ("stowaway", lambda w: w.update(stowaway=torch.zeros(2))),
     ("context.weight", lambda w: w.update({"context.weight": torch.zeros(3, 3)})),
+    *(("reader_norm.weight has 16 values that are not finite",
+       lambda w, x=x: w.update({"reader_norm.weight": torch.full((16,), x)})) for x in (math.nan, -math.inf)),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(name: str, change: Change, tmp_path: Path) -> None:
     assert name in refused(write(tmp_path, *tiny("english", "none"), tensors=change))

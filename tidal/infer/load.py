@@ -21,8 +21,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.devi
     """Model (in evaluation mode) and tokenizer of a run folder (its best checkpoint) or of a checkpoint folder.
 
     `None` takes the newest run under `runs/`. Every file is verified against the manifest first. Raises UserError
-    in one line for a path that is neither, a damaged file, a config that does not fit the weights, or a tokenizer
-    that is not the checkpoint's own.
+    in one line for a path that is neither, a damaged file, a config that does not fit the weights, a weight that is
+    NaN or infinite, or a tokenizer that is not the checkpoint's own.
     """
     model, tokenizer, _ = load_with_trainer(path, device=device, dtype=dtype)
     return model, tokenizer
@@ -49,6 +49,9 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
         width = tensors["unit_embedding.weight"].shape[-1] if "unit_embedding.weight" in tensors else 0
         if width != config.shape.d_model:
             raise ValueError(f"size mismatch: d_model is {config.shape.d_model}, its tensors are {width} wide")
+        for name, tensor in tensors.items():
+            if n := int((~tensor.isfinite()).sum()):
+                raise UserError(f"{folder}: {name} has {n} values that are not finite; use another checkpoint")
         with shapes_only():  # sizes that the file does not have cost no memory
             TidalTransformer(config, tokenizer.spelling).load_state_dict(tensors, assign=True)
         model = TidalTransformer(config, tokenizer.spelling)
