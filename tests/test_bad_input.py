@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+import torch
 from commands import SMALL, Ran, run, tree
+from safetensors.torch import load_file, save_file
 
 from tidal import checkpoint, cli
 from tidal.tokenizer import MixedTokenizer
@@ -39,6 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "blank.txt": b" \n\t\r\n",
         "binary.dat": bytes(range(256)),
         "latin.txt": "Größe".encode("latin-1"),
+        "marked.txt": b"\xef\xbb\xbfab\xff",
         "utf16.txt": "text".encode("utf-16"),
         "cut.txt.gz": gzip.compress(b"text" * 100)[:-9],
         "plain.gz": b"this was never packed",
@@ -112,6 +118,7 @@ CASES = {
     "infer --prompt-file folder": "cannot read prompts from 'folder': Is a directory",
     "infer --prompt-file empty.txt": "no prompts in empty.txt",
     "infer --prompt-file latin.txt": "latin.txt is not UTF-8 text: byte 2 is 0xf6",
+    "infer --prompt-file marked.txt": "marked.txt is not UTF-8 text: byte 5 is 0xff",
     "infer --prompt a --prompt-file good.txt": "both --prompt and --prompt-file",
     "infer --prompt a\udcff": r"--prompt 'a\\udcff': lone surrogate U\+DCFF at offset 1",
     # flags
@@ -179,12 +186,16 @@ CASES = {
     # flags of which one would do nothing
     **{
         f"infer --prompt a --num-beams 2 --{flag}": f"--{flag.split()[0]} does nothing with --num-beams"
-        for flag in ("stop x", "max-new-blocks 1", "log-probs", "stream", "trace t.html", "temperature 1", "top-k 3")
+        for flag in ("stop x", "max-new-blocks 1", "log-probs", "stream", "trace t.html", "temperature 1", "top-k 3",
+                     "seed 5")
     },
     **{
         f"infer --prompt a --trace t.html --{flag}": f"--{flag.split()[0]} does nothing with --trace"
         for flag in ("json", "stream", "num-samples 2")
     },
+    "infer --prompt a --log-probs": "--log-probs does nothing without --json",
+    "infer --prompt a b --stream": "--stream does nothing with 2 completions; leave it out, or give --json, too",
+    "infer --prompt a --stream --num-samples 3": "--stream does nothing with 3 completions",
     "infer --prompt a --length-penalty 2": "--length-penalty does nothing without --num-beams",
     "infer --prompt a --num-beams 2 --num-samples 3": "--num-samples is 3; of 2 beams there are no more",
     "infer --prompt a --trace notes.md": "--trace is 'notes.md'; give a file that ends in .html",
@@ -282,6 +293,12 @@ def sealed(edit: Edit) -> Edit:
     return edit_and_seal
 
 
+def not_a_number(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["context.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+
+
 DAMAGE: dict[str, tuple[Edit, str]] = {
     "weights": (flip("model.safetensors"), "is damaged: model.safetensors has SHA-256"),
     "short weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged: model.safetensors has"),
@@ -300,6 +317,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         sealed(replaced("config.json", '"d_model": 16', '"d_model": 32')),
         "weights do not fit its config.json: .*size mismatch",
     ),
+    "sealed NaN": (sealed(not_a_number), "context.weight has 1 values that are not finite"),
     "sealed unknown key": (
         sealed(replaced("config.json", '"d_model": 16', '"d_model": 16, "colour": "blue"')),
         r"cannot be loaded: Shape has unknown keys \['colour'\]",
@@ -333,6 +351,38 @@ def test_what_an_intact_model_cannot_do(
     module, *arguments = line.split()
     assert_refused(command(module, *arguments), module, message)
     assert tree(here) == before
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w", buffering=1)
+
+
+def closed_pipe() -> TextIO:
+    ours, its = os.pipe()
+    os.close(ours)
+    return open(its, "w", buffering=1)
+
+
+def ascii_only() -> TextIO:
+    return io.TextIOWrapper(io.BytesIO(), "ascii", line_buffering=True)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--trace", "-")], ids=["plain", "json", "trace"])
+@pytest.mark.parametrize(("output", "code", "said"), [
+    pytest.param(full_disk, 2, "tidal.infer: error: cannot write the output: No space left on device",
+                 marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the disk that is always full")),
+    (closed_pipe, 141, ""),
+    (ascii_only, 2, r"tidal.infer: error: '\xe9' cannot be written in ascii; set PYTHONIOENCODING=utf-8"),
+], ids=["full disk", "closed pipe", "ascii"])  # fmt: skip
+def test_what_takes_no_output_is_named(output: Callable[[], TextIO], code: int, said: str, flags: tuple[str, ...],
+                                       trained: Path, command: Callable[..., Ran],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """And nothing else is blamed for it: not the prompt, nor --trace."""
+    arguments = ("--checkpoint", str(trained / "runs/addition"), "--prompt", "é", "--max-new-units", "4", *flags)
+    with output() as taken:
+        monkeypatch.setattr(sys, "stdout", taken)
+        done = command("infer", *arguments)
+    assert (done.code, done.err.splitlines()[1:]) == (code, [said] if said else [])
 
 
 def test_a_folder_without_a_complete_checkpoint(here: Path, command: Callable[..., Ran]) -> None:

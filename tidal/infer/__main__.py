@@ -63,8 +63,7 @@ class Infer:
     log_probs: bool = False
     """With --json: the log-probability of every unit, too."""
     stream: bool = False
-    """Print blocks as they are finished, if there is one completion (on a terminal, always); --json: an object each, of
-    all."""
+    """Print blocks as they are finished, of one completion (on a terminal, always); --json: an object each, of all."""
     trace: str | None = None
     """Write a page (FILE.html), or print to the terminal (-), how the first prompt is continued step by step."""
     cuda_graphs: bool = False
@@ -81,6 +80,9 @@ def run(argv: list[str]) -> None:
         if (value := getattr(settings, name)) < least:
             raise UserError(f"{_flag(name)} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
+    completions = settings.num_samples * (1 if prompts is None else len(prompts))
+    if settings.stream and not settings.json and completions > 1:
+        raise UserError(f"--stream does nothing with {completions} completions; leave it out, or give --json, too")
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device, set_threads
     from tidal.infer.engine import Limits
@@ -129,7 +131,7 @@ def _check(settings: Infer) -> None:
     given = {f.name for f in dataclasses.fields(Infer) if getattr(settings, f.name) != f.default}
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     alone = {
-        "num_beams": (*sampling, "stop", "max_new_blocks", "log_probs", "stream", "trace", "cuda_graphs"),
+        "num_beams": (*sampling, "seed", "stop", "max_new_blocks", "log_probs", "stream", "trace", "cuda_graphs"),
         "trace": ("num_samples", "json", "log_probs", "stream", "cuda_graphs"),
     }
     for flag, others in alone.items():
@@ -137,6 +139,8 @@ def _check(settings: Infer) -> None:
             raise UserError(f"{_flag(found[0])} does nothing with {_flag(flag)}; leave out one of them")
     if "length_penalty" in given and "num_beams" not in given:
         raise UserError("--length-penalty does nothing without --num-beams")
+    if settings.log_probs and not settings.json:
+        raise UserError("--log-probs does nothing without --json")
     if 0 < settings.num_beams < settings.num_samples:
         raise UserError(f"--num-samples is {settings.num_samples}; of {settings.num_beams} beams there are no more")
     if settings.trace not in (None, "-") and not str(settings.trace).endswith(".html"):
@@ -173,7 +177,8 @@ def _prompts(settings: Infer) -> list[str] | None:
     except OSError as error:
         raise UserError(f"cannot read prompts from {settings.prompt_file!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
+        at = error.start + len(data) - len(error.object)  # which is without the byte order mark
+        raise UserError(f"{source} is not UTF-8 text: byte {at} is 0x{data[at]:02x}") from error
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -219,6 +224,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
             while n_printed in done:
                 _print(done.pop(n_printed), settings, len(asked[0]) + shown if live else 0)
                 n_printed += 1
+    except UnicodeEncodeError:
+        raise  # of the output, not of the prompts
     except ValueError as error:
         raise UserError(str(error)) from error
     if by_block:
@@ -240,15 +247,16 @@ def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, wher
 
     try:
         traced = trace(model, tokenizer, prompt, **how)
-        if where == "-":
-            print(render_text(traced))
-        else:
-            write_html(traced, Path(where))
-            note(f"wrote {where}")
     except ValueError as error:
         raise UserError(str(error)) from error
+    if where == "-":
+        print(render_text(traced))
+        return
+    try:
+        write_html(traced, Path(where))
     except OSError as error:
         raise UserError(f"cannot write {where!r}: {error.strerror}; choose another file with --trace") from error
+    note(f"wrote {where}")
 
 
 def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
