@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from torch import Tensor
 
-from tests.strategies import tiny, tokenizers
+from tests.strategies import tiny, tiny_copy, tokenizers
+from tidal.blocks import BlockTable, passage
 from tidal.evaluate.boundary import boundary_gap, continuation_nats, cut_pairs
-from tidal.infer.score import score
+from tidal.infer.score import bits_per_byte, score
+from tidal.model import TidalTransformer
+from tidal.streams import Batch
 
 TEXTS = ["the fox saw the land and the other light, 12 + 345 = 357\n" * 3, "night", "", "dogs ☃ within 今天天气 said"]
 
@@ -67,6 +73,27 @@ def test_gap_by_hand() -> None:
     for unit in ("unit", "byte"):
         difference = figures[f"inside_nats_per_{unit}"] - figures[f"boundary_nats_per_{unit}"]
         assert figures[f"gap_per_{unit}"] == pytest.approx(difference, abs=1e-9)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda model, tokenizer: score(model, tokenizer, "the light"),
+    lambda model, tokenizer: bits_per_byte(model, [[passage(table := BlockTable(tokenizer), "", "the light")]], table),
+    lambda model, tokenizer: continuation_nats(model, tokenizer, [("the", " light")]),
+], ids=["score", "bits_per_byte", "continuation_nats"])  # fmt: skip
+def test_the_mode_comes_back_whatever_happens(ask: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_copy("english", "memory")
+    modes = []
+
+    def fails(self: TidalTransformer, batch: Batch) -> Tensor:
+        modes.append(self.training)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(TidalTransformer, "log_probs", fails)
+    for training in (True, False):
+        with pytest.raises(RuntimeError, match="no memory"):
+            ask(model.train(training), tokenizer)
+        assert model.training == training
+    assert modes == [False, False]
 
 
 def test_refuses() -> None:

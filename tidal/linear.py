@@ -1,4 +1,4 @@
-"""Products of activations with weights, quick for the few rows of a decoder on a CPU."""
+"""Products of activations with weights, quick for the few rows of a decoder on a CPU; and what logits come to."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = torch.mm(weight, x.reshape(n_rows, -1).t()).t().view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits [..., V], float32 or better: bfloat16 would leave them two or three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -20,7 +20,7 @@ from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
-from tidal.linear import Linear, product
+from tidal.linear import Linear, log_softmax, product
 from tidal.places import sinusoids, turned
 from tidal.recall import N_RECALLED
 from tidal.streams import Batch
@@ -221,8 +221,7 @@ class TidalTransformer(nn.Module):
     def foretell(self, states: Tensor) -> Tensor:
         """Log-probabilities [..., V], float32 or better, of the last token of the block that comes next, of the
         reader's last states [..., D]."""
-        logits = product(states, self.token_embedding.weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_softmax(product(states, self.token_embedding.weight))
 
     def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, recalled: Tensor, context_bsd: Tensor,
               views: list[View], hints_bsd: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -301,10 +300,10 @@ class TidalTransformer(nn.Module):
         return Losses(units, len(targets), F.nll_loss(next_nv, next_tokens, reduction="sum"), len(next_tokens))
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """Log-probability of every supervised unit [n_units], row by row."""
+        """Log-probability of every supervised unit [n_units], float32 or better, row by row."""
         states = self.states(batch)[1][batch.targets != NOTHING]
         targets = batch.targets[batch.targets != NOTHING]
-        return self.head(states).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return log_softmax(self.head(states)).gather(-1, targets[:, None])[:, 0]
 
     def n_parameters(self) -> dict[str, int]:
         """Counts of parameters: `tables` (embeddings, head included), `reader`, `writer`, `total`."""

@@ -22,6 +22,7 @@ from tidal.blocks import BlockTable, Passage, passage
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.infer.grammar import Grammar
+from tidal.infer.score import score
 from tidal.infer.trace import Trace, trace, unit_name, visible
 from tidal.infer.trace_page import render_html, write_html
 from tidal.infer.trace_text import percent, render_text
@@ -51,6 +52,19 @@ def test_trace_is_what_generate_does(prompt: str, how: str) -> None:
         assert traced.log_prob == pytest.approx(done.log_prob, abs=1e-9)
         log_probs = [step.log_prob for block in traced.blocks for step in block.steps]
         assert log_probs == pytest.approx(done.log_probs, abs=1e-9)
+
+
+def test_what_bfloat16_is_worth() -> None:
+    """A trace has the engine's log-probabilities, with more digits than the weights; a score has as many."""
+    model, tokenizer = tiny("english", "memory", torch.bfloat16)
+    done = generate(model, tokenizer, ["the light"], temperature=1.0, seed=1, max_new_units=40)[0]
+    assert (done.stop_reason, done.units > 9) == ("eos", True)
+    traced = trace(model, tokenizer, "the light", temperature=1.0, seed=1, max_new_units=40)
+    mine = [step.log_prob for block in traced.blocks for step in block.steps]
+    assert mine == pytest.approx(done.log_probs, abs=1e-5)
+    for how in ("packed", "naive", "decode"):
+        log_probs = score(model, tokenizer, "the light", how)  # type: ignore[arg-type]
+        assert (log_probs != torch.from_numpy(log_probs).bfloat16().double().numpy()).all()
 
 
 @settings(max_examples=8)
@@ -227,6 +241,7 @@ def test_the_page_is_safe_and_needs_nothing_else(prompt: str, seed: int) -> None
     assert not re.search(r"@import|url\(|//", css)
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", page)
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", render_text(traced))
+    assert not re.search("<[^a-z/!]", page)  # such as <0.01%
     shown = "".join(read.texts)
     assert all(visible(char) in shown for char in prompt if char != " ")
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from tidal.blocks import BlockTable, Passage, passage
+from tidal.infer.decoder import evaluating
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
@@ -95,19 +96,17 @@ def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
 def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer, cuts: Sequence[tuple[str, str]],
                       batch_size: int = 32) -> tuple[Floats, Floats]:  # fmt: skip
     """Losses [n] of continuations after their prompts, split as the decoder does, and their numbers of units [n]."""
-    was_training = model.training
-    model.eval()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     passages = [passage(table, before, after, ends=False) for before, after in cuts]
     n_units = np.array([_n_units(p, table) for p in passages])
     nats = np.zeros(len(passages))
     order = np.argsort([int(table.n_tokens(p.blocks).sum()) for p in passages])  # little padding
-    for first in range(0, len(order), batch_size):
-        some = order[first : first + batch_size]
-        batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
-        log_probs = model.log_probs(batch.to(model.unit_embedding.weight.device)).double().cpu().numpy()
-        nats[some] = -np.add.reduceat(log_probs, np.cumsum(n_units[some]) - n_units[some])
-    model.train(was_training)
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            some = order[first : first + batch_size]
+            batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
+            log_probs = model.log_probs(batch.to(model.unit_embedding.weight.device)).double().cpu().numpy()
+            nats[some] = -np.add.reduceat(log_probs, np.cumsum(n_units[some]) - n_units[some])
     return nats, n_units.astype(np.float64)
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage
-from tidal.infer.decoder import Decoder
+from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.engine import Limits, StopReason, read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
 from tidal.model import TidalTransformer
@@ -154,13 +154,9 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     model.config.check_tokenizer(tokenizer.fingerprint)
     # a lone surrogate is refused here, before anything is written
     searches = [_Search(p, tokenizer.split(p), num_beams, length_penalty, max_new_units) for p in prompts]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for first in range(0, len(searches), batch_size):
             _run(model, tokenizer, searches[first : first + batch_size], cached)
-    finally:
-        model.train(was_training)
     return [search.finished for search in searches]
 
 

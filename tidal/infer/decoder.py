@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,17 @@ class RaggedView(View):
         row, column = self.where
         spread[row, :, column] = q[0].transpose(0, 1)
         return super().attend(spread, k, v, slopes)[row, :, column].transpose(0, 1)[None]
+
+
+@contextlib.contextmanager
+def evaluating(model: TidalTransformer) -> Iterator[None]:
+    """With the model in evaluation mode, and afterwards, whatever happened, as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class KeyValueCache:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
-from tidal.infer.decoder import Decoder
+from tidal.infer.decoder import Decoder, evaluating
+from tidal.linear import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
@@ -32,18 +33,16 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
     if not 0 <= supervise_from <= len(text):
         raise ValueError(f"supervise_from is {supervise_from}; the text has {len(text)} characters")
     model.config.check_tokenizer(tokenizer.fingerprint)
-    was_training = model.training
-    model.eval()
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     whole = passage(table, text[:supervise_from], text[supervise_from:])
-    if how == "packed":
-        log_probs = _packed(model, table, whole)
-    elif how == "naive":
-        parts = [Passage(whole.blocks[: i + 1], i) for i in range(whole.supervise_from, len(whole.blocks))]
-        log_probs = torch.cat([_packed(model, table, part) for part in parts])
-    else:
-        log_probs = _decoded(model, tokenizer, table, whole)
-    model.train(was_training)
+    with evaluating(model):
+        if how == "packed":
+            log_probs = _packed(model, table, whole)
+        elif how == "naive":
+            parts = [Passage(whole.blocks[: i + 1], i) for i in range(whole.supervise_from, len(whole.blocks))]
+            log_probs = torch.cat([_packed(model, table, part) for part in parts])
+        else:
+            log_probs = _decoded(model, tokenizer, table, whole)
     return log_probs.double().cpu().numpy()
 
 
@@ -62,7 +61,7 @@ def _decoded(model: TidalTransformer, tokenizer: MixedTokenizer, table: BlockTab
         written: list[int] = []
         if i >= one.supervise_from:
             for unit in [*tokenizer.write_units(block.text), tokenizer.eob_id] if block else [tokenizer.eos_id]:
-                log_probs.append(decoder.step([0], [written])[0].log_softmax(-1)[unit])
+                log_probs.append(log_softmax(decoder.step([0], [written])[0])[unit])
                 written.append(unit)
         if block:
             decoder.read([0], [[block]])
@@ -76,12 +75,10 @@ def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], ta
 
     NaN where there are no bytes. An upper bound: only the one segmentation that `split` gives is counted.
     """
-    was_training = model.training
-    model.eval()
     nats, n_units, n_bytes = 0.0, 0, 0
-    for first in range(0, len(rows), rows_per_batch):
-        batch = pack(rows[first : first + rows_per_batch], table, steps=model.config.shape.steps)
-        nats -= model.log_probs(batch.to(model.unit_embedding.weight.device)).double().sum().item()
-        n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
-    model.train(was_training)
+    with evaluating(model):
+        for first in range(0, len(rows), rows_per_batch):
+            batch = pack(rows[first : first + rows_per_batch], table, steps=model.config.shape.steps)
+            nats -= model.log_probs(batch.to(model.unit_embedding.weight.device)).double().sum().item()
+            n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
     return nats / math.log(2) / n_bytes if n_bytes else math.nan, n_units, n_bytes

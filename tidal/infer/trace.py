@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from tidal.blocks import NOTHING
-from tidal.infer.decoder import Decoder
+from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.engine import Limits, StopReason
 from tidal.infer.grammar import FIRST_BYTE, Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
+from tidal.linear import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
@@ -141,9 +142,7 @@ def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, te
         raise ValueError(f"runners_up is {runners_up}; it must be 0 or more")
     settings = {**vars(how), "seed": seed, **vars(limits)}
     read = [tokenizer.encode_block(text) for text in tokenizer.split(prompt)]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         writing = _Writing(model, tokenizer, how, np.random.default_rng([seed, 0]), runners_up)
         writing.decoder.read([0], [read])
         blocks: list[TracedBlock] = []
@@ -165,8 +164,6 @@ def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, te
                 reason = "block_limit"
             elif n_units >= max_new_units:
                 reason = "length"
-    finally:
-        model.train(was_training)
     prompt_blocks = tuple((block.text, tuple(unit_name(tokenizer, i) for i in block.tokens)) for block in read)
     return Trace(prompt, prompt_blocks, tuple(blocks), tuple(steps), completion, reason, settings)
 
@@ -189,7 +186,7 @@ class _Writing:
         allowed = self.grammar.allowed(written).to(logits.device)
         repeated = [self.repetition.units(written)] if self.how.repetition_penalty > 1 else ()
         unit = choose(logits, allowed[None], self.how, [self.generator], repeated)[0]
-        log_probs = logits.log_softmax(-1)[0, : self.tokenizer.n_writable].cpu()
+        log_probs = log_softmax(logits)[0, : self.tokenizer.n_writable].cpu()
         probabilities, allowed = log_probs.double().exp(), allowed.cpu()[: self.tokenizer.n_writable]
         order = log_probs.sort(descending=True, stable=True).indices[: self.runners_up + 1].tolist()
         runners = [Runner(unit_name(self.tokenizer, i), probabilities[i].item(), bool(allowed[i])) for i in order

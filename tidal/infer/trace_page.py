@@ -112,6 +112,10 @@ def _p(p: float) -> str:
     return f' style="--p:{p:.4f}"'
 
 
+def _percent(p: float) -> str:
+    return html.escape(percent(p))  # of which some begin with < or >
+
+
 def _u(name: str, tag: str = "span") -> str:
     """The name of a unit, a token or a block."""
     return f'<{tag} class="u{" n" * (len(name) > 1 and name[0] in "<0⟨")}">{html.escape(name)}</{tag}>'
@@ -129,7 +133,7 @@ def _lines(text: str) -> str:
 
 def _card(block: TracedBlock, n: int, opened: bool) -> str:
     strip = "".join(
-        f"<li{_p(s.probability)}><small>{s.t}</small>{_u(s.name)}<small>{percent(s.probability)}</small></li>"
+        f"<li{_p(s.probability)}><small>{s.t}</small>{_u(s.name)}<small>{_percent(s.probability)}</small></li>"
         for s in block.steps
     )
     turned = ""
@@ -140,7 +144,7 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
         turned = (f"<dt>turned round →</dt><dd>{_u(visible(block.text))}</dd>"
                   f'<dt>read as</dt><dd><ul class="read">{tokens}</ul></dd>')  # fmt: skip
     foretold = "".join(
-        f'<li class="chip p"{_p(r.probability)}>{_u(r.name)}&nbsp;<small>{percent(r.probability)}</small></li>'
+        f'<li class="chip p"{_p(r.probability)}>{_u(r.name)}&nbsp;<small>{_percent(r.probability)}</small></li>'
         for r in block.foretold
     )
     if foretold:
@@ -164,7 +168,7 @@ def _card(block: TracedBlock, n: int, opened: bool) -> str:
 
 def _table_row(s: TracedStep) -> str:
     others = "".join(
-        f"<li>{_u(r.name, 'span' if r.allowed else 's')}<span>{percent(r.probability)}</span>"
+        f"<li>{_u(r.name, 'span' if r.allowed else 's')}<span>{_percent(r.probability)}</span>"
         f'<i class="bar"{_p(r.probability)}></i></li>'
         for r in s.runners_up
     )
@@ -173,6 +177,6 @@ def _table_row(s: TracedStep) -> str:
     return (
         f'<tr><td class="r">{s.t}<td class="r">{s.place}<td class="r">{s.position:g}<td>{_u(s.fed)}{recalled}'
         f'<td>{_u(s.name)}'
-        f'<td><i class="bar"{_p(s.probability)}></i>{percent(s.probability)} <small>{notes(s)}</small>'
-        f'<td class="r{alarm}">{percent(s.forbidden)}<td><ul class="others">{others}</ul>'
+        f'<td><i class="bar"{_p(s.probability)}></i>{_percent(s.probability)} <small>{notes(s)}</small>'
+        f'<td class="r{alarm}">{_percent(s.forbidden)}<td><ul class="others">{others}</ul>'
     )
