@@ -5,8 +5,8 @@
 Same machine, same run, same number of parameters, the same layers (benchmarks/baselines/causal.py), random weights,
 alternating. Weights at random would write gibberish, whose blocks are unlike words, so every model is led along the
 same real text: the very code that generates runs, up to and including the choice of the next unit, and the true unit
-is put in the place of the chosen one. The clock runs from the first choice to the last. Refuses to time anything
-unless the log-probabilities on the way equal those of a full forward pass.
+is put in the place of the chosen one. The clock runs from the first choice, before which CUDA graphs are recorded, to
+the last. Refuses to time anything unless log-probabilities on the way (of a few rows) equal a full forward pass's.
 
 English prose: the docstrings of Python's standard library; the tokenizer learns from another part of them than is
 timed, and from those of the installed packages.
@@ -46,7 +46,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.presets import PRESETS
 
 TEXT = PRESETS["text"].model
-CHECKED_ROWS = 4  # rows compared with a full forward pass before anything is timed
+CHECKED_ROWS = 4  # at most, compared with a full forward pass before anything is timed
 CACHED_CHARS = 100_000  # of the timed text, over which cache bytes are averaged
 TOLERANCE = 1e-4
 
@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for context in args.context:
         for batch in args.batch:
             texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
-            figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats)
+            figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats,
+                              args.cuda_graphs)  # fmt: skip
             load = round(os.getloadavg()[0], 2)
             line["results"].append({"batch": batch, "context": context, "load": load, **figures})
             print_result(line["results"][-1], header=len(line["results"]) == 1)
@@ -162,8 +163,8 @@ class Runner:
     """whose `choose` is called at every step"""
     encode: Callable[[str], list[int]]
     """Text → what is written, step by step, `<eos>` at the end."""
-    generate: Callable[[Sequence[str], int, list[Any]], list[list[float]]]
-    """Prompts, the largest number of steps, generators → log-probabilities of the steps."""
+    generate: Callable[[Sequence[str], int, list[Any], bool], list[list[float]]]
+    """Prompts, the largest number of steps, generators, with CUDA graphs or without → log-probabilities of the steps."""
     full: Callable[[str, str], Tensor]
     """The same log-probabilities from one full forward pass."""
     cache_bytes: Callable[[str], int]
@@ -183,31 +184,31 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
                          tokenizer.fingerprint, shape)  # fmt: skip
     tidal = TidalTransformer(config, tokenizer.spelling).eval().to(args.device)
-    nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
+    if shape.suffix_rows:
+        nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
     total = tidal.n_parameters()["total"]
     runners = [Runner(
         "tidal", tidal, shape.reader_ff, engine, lambda text: tidal_units(tokenizer, text),
-        lambda prompts, steps, seeds: [c.log_probs for c in engine.generate(
-            tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts),
-            cuda_graphs=args.cuda_graphs)],
+        lambda prompts, steps, seeds, graphs: [c.log_probs for c in engine.generate(
+            tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts), cuda_graphs=graphs)],
         lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),
         lambda text: tidal.cache_bytes(1 + len(tokenizer.encode(text))),
     )]  # fmt: skip
     coders: dict[str, Coder] = {"byte": ByteCoder(), "token": TokenCoder(tokenizer)}
     for name, coder in coders.items():
         plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
-        runners.append(baseline(name, coder, plain.with_parameters(total), args.device, args.cuda_graphs))
+        runners.append(baseline(name, coder, plain.with_parameters(total), args.device))
     return runners
 
 
-def baseline(name: str, coder: Coder, config: CausalConfig, device: torch.device, cuda_graphs: bool) -> Runner:
+def baseline(name: str, coder: Coder, config: CausalConfig, device: torch.device) -> Runner:
     """A causal transformer, ready to be timed."""
     model = CausalTransformer(config).eval().to(device)
     return Runner(
         name, model, config.d_ff, cached, lambda text: [*coder.encode(text), coder.eos_id],
-        lambda prompts, steps, seeds: [w.log_probs for w in cached.generate(
+        lambda prompts, steps, seeds, graphs: [w.log_probs for w in cached.generate(
             model, [coder.encode(p) for p in prompts], max_new=steps, seed=seeds, batch_size=len(prompts),
-            cuda_graphs=cuda_graphs)],
+            cuda_graphs=graphs)],
         lambda prompt, new: model.log_probs(
             causal.pack([[Document(coder.encode(prompt), coder.encode(new))]], coder).to(device)).cpu(),
         lambda text: model.cache_bytes(1 + len(coder.encode(text))),
@@ -233,28 +234,32 @@ def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, 
 class Led:
     """Chooses as `choose` does, then puts the true unit of each row in the place of the chosen one.
 
-    Rows are known by their generators. `start` is the time of the first choice, when the prompts have been read.
+    Rows are known by their generators. `start` is the time of the first choice, when the prompts have been read;
+    `begin` is called then.
     """
 
-    def __init__(self, generators: list[Any], truth: list[list[int]]) -> None:
+    def __init__(self, generators: list[Any], truth: list[list[int]], begin: Callable[[], object]) -> None:
         self.units = {id(g): iter(units) for g, units in zip(generators, truth, strict=True)}
         self.end = truth[0][-1]
-        self.start = 0.0
+        self.begin, self.start = begin, 0.0
 
     def __call__(self, logits: Tensor, allowed: Tensor, how: Sampling, generators: Sequence[Any],
                  *rest: Any) -> list[int]:  # fmt: skip
         choose(logits, allowed, how, generators, *rest)
-        self.start = self.start or time.perf_counter()
+        if not self.start:
+            self.begin()
+            self.start = time.perf_counter()
         return [next(self.units[id(g)], self.end) for g in generators]  # a row that has ended goes on with <eos>
 
 
-def lead(runner: Runner, texts: Sequence[tuple[str, str]]) -> tuple[float, list[list[float]]]:
+def lead(runner: Runner, texts: Sequence[tuple[str, str]], cuda_graphs: bool,
+         begin: Callable[[], object] = lambda: None) -> tuple[float, list[list[float]]]:  # fmt: skip
     """Seconds between the first and the last choice, and the log-probabilities of the true units."""
     generators = [np.random.default_rng(i) for i in range(len(texts))]
     truth = [runner.encode(new) for _, new in texts]
-    led = Led(generators, truth)
+    led = Led(generators, truth, begin)
     with mock.patch.object(runner.module, "choose", led):
-        log_probs = runner.generate([prompt for prompt, _ in texts], max(map(len, truth)), generators)
+        log_probs = runner.generate([prompt for prompt, _ in texts], max(map(len, truth)), generators, cuda_graphs)
     seconds = time.perf_counter() - led.start
     if [len(x) for x in log_probs] != [len(x) for x in truth]:
         raise SystemExit(f"{runner.name} did not write the text it was led along")
@@ -262,54 +267,49 @@ def lead(runner: Runner, texts: Sequence[tuple[str, str]]) -> tuple[float, list[
 
 
 @torch.inference_mode()
-def check(runner: Runner, texts: Sequence[tuple[str, str]]) -> float:
-    """Largest difference between the decoder's and a full pass's log-probabilities; exits if it is too large."""
-    _, log_probs = lead(runner, texts)
-    full = [runner.full(*pair) for pair in texts]
-    worst = max((torch.tensor(a, dtype=b.dtype) - b).abs().max().item() for a, b in zip(log_probs, full, strict=True))
-    if not worst < TOLERANCE:
-        raise SystemExit(f"{runner.name}: cached and full pass differ by {worst}; not timing a wrong result")
-    return worst
-
-
-def layer_passes(runner: Runner, texts: Sequence[tuple[str, str]]) -> int:
-    """Layers applied while writing, each counted for every token or unit it is applied to."""
-    count = 0
+def check(runner: Runner, texts: Sequence[tuple[str, str]], cuda_graphs: bool) -> tuple[float, int]:
+    """The warm-up. Largest difference between the decoder's and a full pass's log-probabilities (exits if it is too
+    large), of a few rows; layers applied while writing, each counted for every token or unit it is applied to."""
+    count, handles = 0, list[Any]()
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal count
         count += inputs[0].shape[:2].numel()
 
-    handles = [m.register_forward_pre_hook(hook) for m in runner.model.modules() if isinstance(m, Layer)]
-    totals = []
-    for some in (texts, [(prompt, "") for prompt, _ in texts]):  # reading the prompt is not counted
-        count = 0
-        lead(runner, some)
-        totals.append(count)
+    def begin() -> None:
+        handles.extend(m.register_forward_pre_hook(hook) for m in runner.model.modules() if isinstance(m, Layer))
+
+    log_probs = lead(runner, texts, False, begin)[1]
     for handle in handles:
         handle.remove()
-    return totals[0] - totals[1]
+    if cuda_graphs:  # in a replay no hook is called
+        log_probs = lead(runner, texts, True)[1]
+    worst = 0.0
+    for i in range(0, len(texts), -(-len(texts) // CHECKED_ROWS)):
+        full = runner.full(*texts[i])
+        differs = (torch.tensor(log_probs[i], dtype=full.dtype) - full).abs().max().item()
+        if not differs < TOLERANCE:
+            raise SystemExit(f"{runner.name}: cached and full pass differ by {differs}; not timing a wrong result")
+        worst = max(worst, differs)
+    return worst, count
 
 
-def measure(runners: Sequence[Runner], texts: Sequence[tuple[str, str]], sample: str,
-            repeats: int) -> dict[str, Any]:  # fmt: skip
+def measure(runners: Sequence[Runner], texts: Sequence[tuple[str, str]], sample: str, repeats: int,
+            cuda_graphs: bool = False) -> dict[str, Any]:  # fmt: skip
     """Medians of alternating runs, after a check of each model."""
     n_chars = sum(len(new) for _, new in texts)
     seconds: dict[str, list[float]] = {r.name: [] for r in runners}
     figures: dict[str, dict[str, float]] = {}
     for r in runners:
-        few = texts[:: -(-len(texts) // CHECKED_ROWS)]
-        figures[r.name] = {
-            "max_difference": check(r, few),
-            "layer_passes_per_char": layer_passes(r, few) / sum(len(new) for _, new in few),
-            "cache_bytes_per_char": r.cache_bytes(sample) / len(sample),
-        }
+        worst, layer_passes = check(r, texts, cuda_graphs)
+        figures[r.name] = {"max_difference": worst, "layer_passes_per_char": layer_passes / n_chars,
+                           "cache_bytes_per_char": r.cache_bytes(sample) / len(sample)}  # fmt: skip
     budget = time.perf_counter() + 240
     for _ in range(repeats):
         if all(seconds.values()) and time.perf_counter() > budget:
             break
         for r in runners:
-            seconds[r.name].append(lead(r, texts)[0])
+            seconds[r.name].append(lead(r, texts, cuda_graphs)[0])
     for r in runners:
         rate = n_chars / statistics.median(seconds[r.name])
         figures[r.name] |= {"chars_per_second": rate, "repeats": len(seconds[r.name]),

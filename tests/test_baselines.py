@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +155,25 @@ def test_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:  
         if result["batch"] == 1:  # otherwise rows that have ended keep their place for a while
             assert result["models"]["byte"]["layer_passes_per_char"] == pytest.approx(3, rel=0.1)
         assert all(m["chars_per_second"] > 0 for m in result["models"].values())
+
+
+def test_benchmark_checks_what_it_times(coder: Coder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the rows, in one warm-up; and it times nothing wrong."""
+    torch.manual_seed(0)
+    runner = decoding.baseline("tidal", coder, random_model(coder).config, torch.device("cpu"))
+    texts, asked, lead = [(f"the fox {i}", " saw the land") for i in range(6)], [], decoding.lead
+
+    def watched(runner: decoding.Runner, texts: Any, *rest: Any) -> Any:
+        asked.append(list(texts))
+        return lead(runner, texts, *rest)
+
+    monkeypatch.setattr(decoding, "lead", watched)
+    figures = decoding.measure([runner], texts, "the fox", 2)["models"]["tidal"]
+    assert asked == 3 * [texts]
+    n = len(coder.encode(" saw the land"))
+    assert figures["layer_passes_per_char"] == pytest.approx(3 * n / len(" saw the land"), abs=1e-4)
+    full = runner.full
+    for wrong in (1e-3, math.nan):
+        runner.full = lambda prompt, new, wrong=wrong: full(prompt, new) + wrong  # type: ignore[misc]
+        with pytest.raises(SystemExit, match=r"differ by .*; not timing a wrong result"):
+            decoding.measure([runner], texts, "the fox", 2)

@@ -47,6 +47,9 @@ class CachedDecoder:
         self.places = torch.arange(size[4], dtype=torch.float32, device=self.device)
         self.logits = self._prefill(prompts)
         """[rows, V] for the id that follows each prompt"""
+        if cuda_graphs:  # recorded before the first choice, as in Tidal's decoder; what it writes is overwritten
+            self.step([config.bos_id] * len(prompts))
+            self.lengths = [length - 1 for length in self.lengths]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         width, n = max(self.lengths), len(prompts)

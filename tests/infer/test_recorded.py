@@ -4,6 +4,7 @@ to wait for a value."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from benchmarks import decoding
 from benchmarks.baselines import cached
 from benchmarks.baselines.causal import CausalConfig, CausalTransformer, TokenCoder
 from tests.infer.test_engine import PROMPTS, same
 from tests.strategies import random_model, tiny, tokenizers
 from tidal.config import Shape
-from tidal.infer import recorded
+from tidal.infer import recorded, sampling
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
@@ -137,6 +139,28 @@ def test_baselines_are_recorded_too(recorder: Recorder) -> None:
         assert one.ids == other.ids
         assert np.abs(np.array(one.log_probs) - np.array(other.log_probs)).max() < 1e-9
     assert recorder.replays > 3 * recorder.recordings > 0
+
+
+@pytest.mark.parametrize("which", range(3), ids=["tidal", "byte", "token"])
+def test_the_benchmark_is_fair_to_recorded_steps(which: int, recorder: Recorder,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Every model has recorded a step when the clock starts, and its layers are counted as without recording."""
+    tokenizer = tokenizers()["english"]
+    args = argparse.Namespace(d_model=16, layers=3, writer_ff=0, suffix_rows=0, writer_attention="memory",
+                              device=torch.device("cpu"))  # fmt: skip
+    runner = decoding.build(args, tokenizer)[which]
+    texts = decoding.cut("the light and the other fox saw land, " * 9, tokenizer, 2, 20, 8)
+    counts = [decoding.check(runner, texts, graphs)[1] for graphs in (False, True)]
+    assert counts[0] == counts[1] > 0
+    recorder.recordings, at_choices = 0, list[int]()
+
+    def choose(*args: Any) -> list[int]:
+        at_choices.append(recorder.recordings)
+        return sampling.choose(*args)
+
+    monkeypatch.setattr(decoding, "choose", choose)
+    decoding.lead(runner, texts, True)
+    assert at_choices[0] == 1
 
 
 def test_no_graphs_without_cuda() -> None:
