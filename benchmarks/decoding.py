@@ -164,7 +164,7 @@ class Runner:
     encode: Callable[[str], list[int]]
     """Text → what is written, step by step, `<eos>` at the end."""
     generate: Callable[[Sequence[str], int, list[Any], bool], list[list[float]]]
-    """Prompts, the largest number of steps, generators, with CUDA graphs or without → log-probabilities of the steps."""
+    """Prompts, the largest number of steps, generators, whether with CUDA graphs → log-probabilities of the steps."""
     full: Callable[[str, str], Tensor]
     """The same log-probabilities from one full forward pass."""
     cache_bytes: Callable[[str], int]
