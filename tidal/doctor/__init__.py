@@ -1,4 +1,4 @@
-"""The doctor: proves on any checkpoint that training and decoding agree, or names the first place where they do not.
+"""The doctor: checks on any checkpoint that training and decoding agree, or names the first place where they do not.
 
     python -m tidal.doctor runs/addition
 
