@@ -250,7 +250,7 @@ def test_hold_out_never_cuts_a_document_with_a_prompt() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(
-    st.lists(st.text(alphabet="ab \n\r", min_size=1, max_size=60), min_size=1, max_size=8),
+    st.lists(st.text(alphabet="ab \n\r", min_size=1, max_size=60), min_size=1, max_size=8, unique=True),
     st.floats(0.01, 0.99),
     st.integers(0, 9),
     st.integers(1, 100),
@@ -260,6 +260,33 @@ def test_hold_out_loses_nothing(bodies: list[str], fraction: float, seed: int, c
     documents = [Document("", body, str(i)) for i, body in enumerate(bodies)]
     if sum(map(len, documents)) > 1:
         assert 0 < share(documents, fraction, seed=seed, cap=cap) < 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("n", "copies"), [(40, 3), (3, 200), (1, 1), (1, 3), (2, 2)])
+def test_no_copy_of_what_is_held_out_is_learnt(n: int, copies: int, seed: int) -> None:
+    """Nor of a document whose tail is, however often it comes; all that differs is learnt or held out as ever."""
+    different = plain(*(1000 + 99 * i for i in range(n)))
+    documents = [Document(d.completion[:i], d.completion[i:], d.source) for i in range(copies) for d in different]
+    training, held_out = hold_out(documents, 0.1, seed)
+    learnt, kept = ({d.prompt + d.completion for d in some} for some in (training, held_out))
+    if held_out[0].source.endswith("(tail)"):
+        (head,) = learnt - {d.completion for d in different}
+        assert head + held_out[0].completion in {d.completion for d in different}
+        assert len(learnt) == n
+        assert sum(d.prompt + d.completion == head for d in training) == 1
+    else:
+        assert not learnt & kept
+        assert len(held_out) == len(kept)
+        assert learnt | kept == {d.completion for d in different}
+        assert len(training) == copies * len(learnt)
+
+
+def test_without_copies_the_division_is_what_it_was() -> None:
+    """When runs began that may still be resumed."""
+    documents = plain(*(100 + 37 * i % 90 for i in range(60)))
+    chosen = [[int(d.source) for d in hold_out(documents, 0.1, seed)[1]] for seed in (0, 1)]
+    assert chosen == [[3, 18, 23, 24, 37, 52], [7, 8, 30, 36, 47, 50]]
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from tidal.model import Layer
 from tidal.streams import Batch
 from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer
-from tidal.train.parallel import Parallel
+from tidal.train.parallel import Parallel, joined
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.resume import look_in
 
@@ -185,6 +185,26 @@ def test_shares_make_up_the_batch(make: Callable[[Path], Any], tmp_path: Path) -
             assert sum(share.n_units for share in shares) == batch.n_units
             assert sum(share.n_bytes for share in shares) == batch.n_bytes
     assert rows_of(recipe.batch(0)) != rows_of(recipe.batch(3))
+
+
+# -------------------------------------------------------------------------------------------- devices
+
+
+def as_process(rank: int, size: int, here: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surroundings that torchrun gives one of `size` processes, of which so many are on this machine."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here,
+                        "TORCHELASTIC_RUN_ID": "tests"}.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_process_takes_its_gpu_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_process(3, 4, 2, monkeypatch)
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda engine, **more: done.append(engine))
+    with pytest.raises(KeyError), joined("fsdp", torch.device("cuda:1")):
+        raise KeyError
+    assert done == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
 
 
 # --------------------------------------------------------------------------------------------- errors

@@ -45,7 +45,8 @@ def run(argv: list[str]) -> None:
     tokenizer = tokenizer_for(settings.tokenizer, settings.vocab_size, data.training_texts())
     found = prepare(data, tokenizer, Path(settings.out), settings.workers)
     n, held_out = len(found.training.documents), len(found.held_out.documents)
-    print(f"{settings.out}: {n:,} documents, {data.n_bytes:,} bytes; {held_out:,} held out; vocabulary "
+    n_bytes = sum(int(corpus.documents[:, 2].sum()) for corpus in (found.training, found.held_out))
+    print(f"{settings.out}: {n:,} documents, {n_bytes:,} bytes; {held_out:,} held out; vocabulary "
           f"{tokenizer.vocab_size:,}, {tokenizer.n_writable} writable")  # fmt: skip
     note(f"done; try: python -m tidal.train --prepared {settings.out}")
 

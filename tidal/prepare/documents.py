@@ -45,6 +45,10 @@ class Division:
 
     held_out: npt.NDArray[np.bool_]
     """[documents], those held out as a whole."""
+    left_out: npt.NDArray[np.bool_]
+    """[documents], copies of what is held out, as a whole or its tail: neither learnt nor held out."""
+    n_copies: int
+    """How many documents are copies of ones before them, these among them."""
     cut: int = -1
     """The document whose tail is held out, if any, and its characters."""
     length: int = 0
@@ -69,18 +73,20 @@ def hold_out(
     """Divide documents into training and validation, as `divide` says; both keep their order."""
     everything = list(documents)
     sizes = np.array([len(document) for document in everything], np.int64)
-    division = divide(sizes, np.array([bool(document.prompt) for document in everything]), fraction, seed, cap)
-    if division.cut < 0:
-        training = [d for d, out in zip(everything, division.held_out, strict=True) if not out]
-        return training, [d for d, out in zip(everything, division.held_out, strict=True) if out]
-    whole = everything[division.cut]
-    at = division.tail_start(whole.completion[slice(*division.reach)])
-    everything[division.cut] = Document("", whole.completion[:at], whole.source)
-    return everything, [Document("", whole.completion[at:], f"{whole.source} (tail)")]
+    digests = np.frombuffer(b"".join(_hash(document.prompt + document.completion) for document in everything), "u8")
+    has_prompt = np.array([bool(document.prompt) for document in everything])
+    division = divide(sizes, has_prompt, digests, fraction, seed, cap)
+    held_out = [everything[i] for i in np.flatnonzero(division.held_out)]
+    if division.cut >= 0:
+        whole = everything[division.cut]
+        at = division.tail_start(whole.completion[slice(*division.reach)])
+        everything[division.cut] = Document("", whole.completion[:at], whole.source)
+        held_out = [Document("", whole.completion[at:], f"{whole.source} (tail)")]
+    return [everything[i] for i in np.flatnonzero(~(division.held_out | division.left_out))], held_out
 
 
-def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], fraction: float, seed: int,
-           cap: int = 1_000_000) -> Division:  # fmt: skip
+def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], digests: npt.NDArray[np.uint64],
+           fraction: float, seed: int, cap: int = 1_000_000) -> Division:  # fmt: skip
     """Divide documents of these sizes (characters, [n]) into training and validation, by document, never by line.
 
     Validation is about `fraction` of the characters, but at most about `cap`. Which documents it gets depends
@@ -89,15 +95,23 @@ def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], frac
     paragraph, line or word, becomes the only validation document, and training keeps the rest of it. A
     document with a prompt is never cut.
 
+    Of documents with equal `digests` ([n], of their texts) the first one counts, and the others go with it: they are
+    learnt where it is learnt, and left out where it, or its tail, is held out. So nothing is both learnt and held out,
+    and validation holds nothing twice.
+
     Raises:
         UserError: a `fraction` outside (0, 1), no documents, or a single one that cannot be divided.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the held out part must lie between 0 and 1, not {fraction}; try 0.05")
-    total, n = int(sizes.sum()), len(sizes)
+    _, firsts, which = np.unique(digests, return_index=True, return_inverse=True)
+    first, n = firsts[which], len(firsts)  # of each document the first one with its text; how many texts there are
+    is_copy = first != np.arange(len(sizes))
+    total = int(sizes[~is_copy].sum())
     target = min(fraction * total, cap)
-    keys = np.frombuffer(b"".join(_hash(seed, i) for i in range(n)), ">u8")
+    keys = np.frombuffer(b"".join(_hash(f"{seed}:{i}") for i in range(len(sizes))), ">u8")
     order = np.argsort(keys, kind="stable")
+    order = order[~is_copy[order]]
     chosen: list[int] = []
     taken = 0
     for i, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
@@ -117,18 +131,18 @@ def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], frac
             cut = int(divisible[np.argmax(sizes[divisible])])
             length = int(sizes[cut])  # a short one is cut earlier: a fifth before its end
             size = min(max(1, round(target), min(1000, length // 5)), length - 1)
-            return Division(np.zeros(n, np.bool_), cut, length, size)
+            return Division(np.zeros(len(sizes), np.bool_), (first == cut) & is_copy, len(sizes) - n, cut, length, size)
         elif not chosen and n > 1:
             chosen = [int(order[np.argmin(shuffled)])]
     if not chosen:
-        raise UserError(f"too little data to hold some out for validation (documents: {n}); add more")
-    held_out = np.zeros(n, np.bool_)
+        raise UserError(f"too little data to hold some out for validation (different documents: {n}); add more")
+    held_out = np.zeros(len(sizes), np.bool_)
     held_out[chosen] = True
-    return Division(held_out)
+    return Division(held_out, held_out[first] & is_copy, len(sizes) - n)
 
 
-def _hash(seed: int, index: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _boundary(text: str, at: int, reach: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tidal.cli import UserError, progress
+from tidal.cli import UserError, note, progress
 from tidal.prepare.documents import Division, divide
 from tidal.prepare.reading import PART, Part, read_parts
 
@@ -23,7 +23,7 @@ class Survey:
     tail_start: int
     """Where the tail of document `division.cut` begins, in characters; 0 where none is cut."""
     n_bytes: int
-    """Of UTF-8, training and validation."""
+    """Of UTF-8, all that is read."""
     content: str
     """SHA-256 (hex) of all texts in their order."""
     digest: str
@@ -40,7 +40,9 @@ class Survey:
             if i >= len(self.division.held_out):
                 break
             head = self.tail_start - at
-            if i != self.division.cut:
+            if self.division.left_out[i]:
+                pass
+            elif i != self.division.cut:
                 yield bool(self.division.held_out[i]), part
             elif 0 <= head < len(part.text):
                 yield False, part._replace(text=part.text[:head], ends=True)
@@ -66,20 +68,26 @@ class Survey:
 
 def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
     """Read all data, hold a `fraction` out as `hold_out` does. Raises UserError for whatever cannot be used."""
-    content, sizes, prompts = _Content(), array("q"), array("b")
-    size, has_prompt = 0, False
+    content, sizes, prompts, digests = _Content(), array("q"), array("b"), bytearray()
+    size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
     with progress(None, "look through", "characters", last_line=False) as bar:
         for part in read_parts(paths):
-            content.add(part)
+            text.update(content.add(part))
             size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
             bar.update(len(part.text))
             if part.ends:
                 sizes.append(size)
                 prompts.append(has_prompt)
-                size, has_prompt = 0, False
-    division = divide(np.frombuffer(sizes, np.int64), np.frombuffer(prompts, np.bool_), fraction, seed)
+                digests += text.digest()
+                size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
+    division = divide(np.frombuffer(sizes, np.int64), np.frombuffer(prompts, np.bool_), np.frombuffer(digests, "u8"),
+                      fraction, seed)  # fmt: skip
+    if division.n_copies:
+        note(f"{division.n_copies:,} of {len(sizes):,} documents are copies of others; {division.left_out.sum():,} of "
+             "them, copies of what is held out, are left out")  # fmt: skip
     start = division.tail_start(_stretch(read_parts(paths), division)) if division.cut >= 0 else 0
-    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}".encode()).hexdigest()
+    rule = " copies" if division.n_copies else ""  # once they were divided like other documents
+    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}{rule}".encode()).hexdigest()
     return Survey(paths, division, start, content.n_bytes, content.hexdigest(), digest)
 
 
@@ -103,7 +111,8 @@ class _Content:
     def __init__(self) -> None:
         self._hash, self._sides, self.n_bytes = hashlib.sha256(), [0, 0], 0
 
-    def add(self, part: Part) -> None:
+    def add(self, part: Part) -> bytes:
+        """Returns the text as UTF-8."""
         data = part.text.encode()
         self._hash.update(data)
         self.n_bytes += len(data)
@@ -111,6 +120,7 @@ class _Content:
         if part.ends:
             self._hash.update(b" %d %d " % (self._sides[0], self._sides[1]))
             self._sides = [0, 0]
+        return data
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
