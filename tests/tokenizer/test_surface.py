@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_save_and_load(saved: Path) -> None:
     assert json.loads((saved / "tokenizer.json").read_text())["fingerprint"] == t.fingerprint
     laws.tokenizer("cap4").save(saved)  # over an existing one
     assert MixedTokenizer.load(saved).max_block_units == 4
+
+
+def test_saving_is_durable(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        laws.tokenizer("cap4").save(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer.json", "tokenizer.model"]
+    assert MixedTokenizer.load(saved).fingerprint == laws.tokenizer("mixed").fingerprint
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])  # noqa: S301

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -281,6 +283,8 @@ def check_keeps(folder: Path, out: Path) -> None:
         inodes = {p: p.stat().st_ino for p in out.glob("shard-*/*.npy")}
         (out / make.MANIFEST).unlink()
         (out / "shard-000001.77.tmp").mkdir()
+        for name in ("shard-000001.77.tmp/text.npy", ".manifest.json.77.tmp", "tokenizer/.tokenizer.model.77.tmp"):
+            (out / name).write_bytes(b"half")
         damaged = out / "shard-000002" / "text.npy"
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
         prepare(surveyed(folder), tokenizer, out, workers=1)
@@ -291,6 +295,34 @@ def check_keeps(folder: Path, out: Path) -> None:
 
 def test_intact_shards_stay_and_damaged_ones_are_made_again(folder: Path, tmp_path: Path) -> None:
     check_keeps(folder, tmp_path / "out")
+
+
+def test_files_of_the_user_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    """Whatever their names end in."""
+    (tmp_path / "notes.tmp").mkdir()
+    (tmp_path / "notes.tmp" / "a").write_bytes(b"dear")
+    with pytest.raises(UserError, match="holds something else"):
+        prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)
+    assert list(files(tmp_path)) == ["notes.tmp/a"]
+    shutil.move(tmp_path / "notes.tmp", tmp_path / "kept")
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    prepare(surveyed(folder), tokenizers()["english"], tmp_path / "other", workers=1)
+    shutil.copy(tmp_path / "other" / make.PLAN, tmp_path / "out")
+    mine = [tmp_path / "out" / name for name in ("a.tmp", "tokenizer/a.tmp")]
+    for path in mine:
+        path.write_bytes(b"dear")
+    prepare(surveyed(folder), tokenizers()["english"], tmp_path / "out", workers=1)
+    assert all(path.exists() for path in mine)
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(folder: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)
 
 
 def check_damage_is_found(folder: Path, out: Path) -> None:

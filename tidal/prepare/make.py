@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -20,11 +21,11 @@ from typing import Any
 from tidal.blocks import BlockTable
 from tidal.cli import UserError, note, progress
 from tidal.config import Text
-from tidal.files import existing, free_bytes
+from tidal.files import atomic_write, existing, free_bytes
 from tidal.prepare.corpus import Corpus
 from tidal.prepare.reading import PART, Part
 from tidal.prepare.seams import at_seams
-from tidal.prepare.shards import BYTES_PER_BYTE, SHARD, Shard, sync, verify, write_durably
+from tidal.prepare.shards import BYTES_PER_BYTE, SHARD, Shard, verify
 from tidal.prepare.survey import Survey, survey
 from tidal.tokenizer import MixedTokenizer
 
@@ -35,6 +36,8 @@ IN_MEMORY = 64_000_000
 PER_PART = 64
 """What a part counts besides its characters, so that a shard does not hold millions of empty ones."""
 PLAN, MANIFEST, HELD_OUT = "plan.json", "manifest.json", "held-out"
+_LEFTOVER = re.compile(r"((shard|held-out)-\d{6}|\.?(plan|manifest)\.json|\.?tokenizer\.(model|json))\.\d+\.tmp")
+"""What a process that was killed may leave half-written. No other name is ours to remove."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +138,12 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
                     note(f"mending {out}: {error}")
                     (out / MANIFEST).unlink()
             if not (out / MANIFEST).exists():
-                for leftover in sorted(out.rglob("*.tmp"), reverse=True):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                for path in (*out.iterdir(), *(out / "tokenizer").glob("*")):
+                    if _LEFTOVER.fullmatch(path.name):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                 tokenizer.save(out / "tokenizer")
                 names = _write_shards(data, tokenizer, out, workers)
-                write_durably(out / MANIFEST, json.dumps(names, indent=2) + "\n")
-                sync(out)
+                atomic_write(out / MANIFEST, json.dumps(names, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; what is finished stays there, and the same "
                         "command goes on from it") from error  # fmt: skip
@@ -158,9 +161,9 @@ def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:
             raise UserError(f"{out} was prepared from another {' and '.join(changed)} (or with another --seed or "
                             "--hold-out); choose another --out, or remove it")  # fmt: skip
         return
-    if any(not path.name.endswith(".tmp") for path in out.iterdir()):
+    if not all(_LEFTOVER.fullmatch(path.name) for path in out.iterdir()):
         raise UserError(f"{out} is there already and holds something else; choose another --out")
-    write_durably(out / PLAN, json.dumps({**plan, "paths": list(data.paths), "bytes": data.n_bytes}, indent=2) + "\n")
+    atomic_write(out / PLAN, json.dumps({**plan, "paths": list(data.paths), "bytes": data.n_bytes}, indent=2) + "\n")
 
 
 def _check_space(out: Path, data: Survey) -> None:

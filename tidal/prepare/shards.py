@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tidal.blocks import BlockTable
 from tidal.cli import UserError
+from tidal.files import fsync
 from tidal.prepare.reading import Part
 
 SHARD = 1 << 22
@@ -68,17 +69,15 @@ class Shard:
             for name in ARRAYS:
                 packed = io.BytesIO()  # np.save into a file hides the reason of an error
                 np.save(packed, getattr(self, name), allow_pickle=False)
-                with open(new / f"{name}.npy", "wb") as file:
-                    file.write(packed.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
+                (new / f"{name}.npy").write_bytes(packed.getbuffer())
             hashes = {name: _sha256(new / f"{name}.npy") for name in ARRAYS}
-            write_durably(new / SUMMARY, json.dumps(hashes, indent=2) + "\n")
-            sync(new)
+            (new / SUMMARY).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8", newline="")
+            for path in (*new.iterdir(), new):
+                fsync(path)
             os.rename(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        sync(folder.parent)
+        fsync(folder.parent)
         return _sha256(folder / SUMMARY)
 
     @classmethod
@@ -109,28 +108,6 @@ def verify(folder: Path, claimed: str | None = None) -> str:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is damaged: {error}; remove it and prepare again") from error
     return found
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file, as a whole or not at all, and onto the disk. Raises OSError."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(new, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """Bring the names in a folder onto the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _sha256(path: Path) -> str:

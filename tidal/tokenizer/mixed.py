@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from tidal.files import atomic_write
 from tidal.tokenizer.spelling import Spelling
 from tidal.tokenizer.split import RULES_VERSION, UNSPACED, by_script, cut_to_fit, find_blocks, utf8
 from tidal.tokenizer.training import SPACE_MARK, may_be_unit, train_model
@@ -140,8 +141,8 @@ class MixedTokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         description = {**_rules(self.max_block_units), "fingerprint": self.fingerprint}
-        _write_atomically(directory / _MODEL_FILE, self._model_bytes)
-        _write_atomically(directory / _RULES_FILE, json.dumps(description, indent=2).encode() + b"\n")
+        atomic_write(directory / _MODEL_FILE, self._model_bytes)
+        atomic_write(directory / _RULES_FILE, json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> MixedTokenizer:
@@ -326,9 +327,3 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError as error:
         raise ValueError(f"not a sentencepiece model: {error}") from None
     return processor
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
