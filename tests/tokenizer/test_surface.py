@@ -177,6 +177,8 @@ def flip_a_byte(directory: Path) -> None:
         (edit(max_block_units=16), "fingerprint differs"),
         (edit(fingerprint="0" * 64), "fingerprint differs"),
         (edit(max_block_units="many"), r"tokenizer\.json is corrupt"),
+        (edit(max_block_units=float("inf")), r"tokenizer\.json is corrupt"),
+        (lambda d: (d / "tokenizer.json").write_text("[" * 100_000), r"tokenizer\.json is corrupt"),
         (edit(rules_version=99), "split rules 99"),
     ],
 )

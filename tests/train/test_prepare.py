@@ -280,7 +280,7 @@ def check_keeps(folder: Path, out: Path) -> None:
     with small():
         prepare(surveyed(folder), tokenizer, out, workers=1)
         before = files(out)
-        inodes = {p: p.stat().st_ino for p in out.glob("shard-*/*.npy")}
+        times = {p: p.stat().st_mtime_ns for p in out.glob("shard-*/*.npy")}
         (out / make.MANIFEST).unlink()
         (out / "shard-000001.77.tmp").mkdir()
         for name in ("shard-000001.77.tmp/text.npy", ".manifest.json.77.tmp", "tokenizer/.tokenizer.model.77.tmp"):
@@ -289,7 +289,7 @@ def check_keeps(folder: Path, out: Path) -> None:
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
         prepare(surveyed(folder), tokenizer, out, workers=1)
         assert files(out) == before
-        changed = {p.parent.name for p, inode in inodes.items() if p.stat().st_ino != inode}
+        changed = {p.parent.name for p, time in times.items() if p.stat().st_mtime_ns != time}
         assert changed <= {"shard-000002"}
 
 
@@ -371,6 +371,38 @@ def test_damage_is_mended(name: str, gone: bool, folder: Path, tmp_path: Path) -
         prepare(surveyed(folder), tokenizers()["english"], out, workers=1)
     assert files(out) == before
     make.load(out)
+
+
+@pytest.mark.parametrize("gone", ["shard-000001", "held-out-000000", "digest", ""])
+def test_a_manifest_that_lacks_something_is_refused(gone: str, folder: Path, tmp_path: Path) -> None:
+    with small():
+        prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)
+        before = files(tmp_path)
+        left = {name: digest for name, digest in json.loads(before[make.MANIFEST]).items() if gone not in (name, "")}
+        (tmp_path / make.MANIFEST).write_text(json.dumps(left))
+        with pytest.raises(UserError, match=r"manifest\.json is damaged, or of an older version; run the same"):
+            make.load(tmp_path)
+        prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)
+        assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(None, 1), (3, 3), (200, 16)])
+def test_workers_where_the_system_does_not_tell(cores: int | None, workers: int, folder: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Which cores a process may use; and not as many as a large machine has."""
+    asked = []
+
+    @contextmanager
+    def pool(workers: int, tokenizer: MixedTokenizer) -> Iterator[None]:
+        asked.append(workers)
+        make._begin_work(tokenizer)
+        yield None
+
+    monkeypatch.setattr(make, "_pool", pool)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    prepare(surveyed(folder), tokenizers()["english"], tmp_path)
+    assert asked == [workers]
 
 
 def test_other_data_or_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:

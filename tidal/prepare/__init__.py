@@ -5,13 +5,14 @@
       tokenizer/
       shard-000000/   about four million characters of the training documents, in their order
         text.npy        uint8 [bytes]      their UTF-8
-        blocks.npy      uint8 [blocks, 3]  of each block: its bytes, its tokens, its steps (units and `<eob>`)
+        blocks.npy      uint8 [blocks, 3]  of each block: its bytes, its tokens, its steps (units and `<eob>`);
+                                           uint16 where a block may have 64 units or more
         parts.npy       int32 [parts, 6]   of each part of a document: blocks, blocks of its prompt, bytes, tokens,
                                            steps that are learnt, whether the document ends
         shard.json      SHA-256 of the other three
       …
       held-out/       a shard of the validation documents
-      manifest.json   SHA-256 of every shard.json; written last: without it, the folder is not finished
+      manifest.json   SHA-256 of every shard.json and of itself; written last: without it, the folder is not finished
 
     text     "Don't add 54663 +\n"
     blocks    5 1 .. | 4 2 .. | 6 6 .. | 2 1 .. | 1 1 ..

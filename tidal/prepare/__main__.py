@@ -29,7 +29,7 @@ class Prepare:
     seed: int = 0
     """Chooses the documents held out."""
     workers: int = 0
-    """Processes; 0: one for every core."""
+    """Processes; 0: one for every core, at most 16."""
 
 
 def run(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,8 @@ VERSION = 1
 """Of the layout of the folder; raise it whenever the same data would give other shards."""
 IN_MEMORY = 64_000_000
 """Bytes of text up to which training prepares in memory; more goes into the cache on the disk."""
+MOST_WORKERS = 16
+"""Unless more are asked for: each takes memory."""
 PER_PART = 64
 """What a part counts besides its characters, so that a shard does not hold millions of empty ones."""
 PLAN, MANIFEST, HELD_OUT = "plan.json", "manifest.json", "held-out"
@@ -118,7 +121,8 @@ def _groups(data: Survey, cap: int) -> Iterator[tuple[bool, int, list[Part]]]:
 
 
 def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0) -> Prepared:
-    """Write shards into the folder `out`, or those that are missing there; `workers` 0 means all cores.
+    """Write shards into the folder `out`, or those that are missing there; `workers` 0 means all cores, at most
+    MOST_WORKERS.
 
     Raises:
         UserError: the folder holds something else, cannot be written or is full, or a worker was killed. What is
@@ -143,7 +147,8 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 tokenizer.save(out / "tokenizer")
                 names = _write_shards(data, tokenizer, out, workers)
-                atomic_write(out / MANIFEST, json.dumps(names, indent=2) + "\n")
+                text = json.dumps({**names, "digest": _digest(names)}, indent=2)
+                atomic_write(out / MANIFEST, text + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; what is finished stays there, and the same "
                         "command goes on from it") from error  # fmt: skip
@@ -179,7 +184,7 @@ def _check_space(out: Path, data: Survey) -> None:
 def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int) -> dict[str, str]:
     """Write what is missing; the digests of all shards, by name. Raises UserError, OSError, BrokenProcessPool."""
     digests: dict[str, str] = {}
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or min(_cores(), MOST_WORKERS)
     waiting: dict[Future[str], str] = {}
 
     def collect(limit: int) -> None:
@@ -200,6 +205,11 @@ def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: i
             collect(2 * workers)
         collect(0)
     return dict(sorted(digests.items()))
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _intact(folder: Path) -> str | None:
@@ -289,10 +299,11 @@ def load(folder: Path) -> Prepared:
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is not finished; run the same python -m tidal.prepare again, it goes on")
     digests = _json(folder / MANIFEST)
+    if digests.pop("digest", None) != _digest(digests):
+        raise UserError(f"{folder / MANIFEST} is damaged, or of an older version; run the same python -m tidal.prepare "
+                        "again, it keeps the shards")  # fmt: skip
     for name, digest in digests.items():
-        if os.path.basename(name) != name or not name.startswith(("shard-", f"{HELD_OUT}-")):
-            raise UserError(f"{folder / MANIFEST} names {name!r:.60}, which is no shard; prepare again")
-        verify(folder / name, str(digest))
+        verify(folder / name, digest)
     try:
         tokenizer = MixedTokenizer.load(folder / "tokenizer")
     except ValueError as error:
@@ -302,6 +313,11 @@ def load(folder: Path) -> Prepared:
     training, held_out = ([folder / name for name in sorted(digests) if name.startswith(HELD_OUT) == side]
                           for side in (False, True))  # fmt: skip
     return Prepared(tokenizer, Corpus(training), Corpus(held_out), str(plan.get("data")))
+
+
+def _digest(names: dict[str, str]) -> str:
+    """Of the other lines of a manifest, so that damage to it shows as well."""
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:

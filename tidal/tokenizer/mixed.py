@@ -155,7 +155,7 @@ class MixedTokenizer:
             model = (path := Path(directory) / _MODEL_FILE).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}") from None
         if version != RULES_VERSION:
             raise ValueError(f"{path.parent} has split rules {version}, but this code has {RULES_VERSION}")
