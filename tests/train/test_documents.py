@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -16,6 +18,7 @@ from tests.tokenizer.strategies import hostile_text
 from tidal.cli import UserError
 from tidal.prepare import reading
 from tidal.prepare.documents import Document, hold_out, read_documents
+from tidal.prepare.seams import at_seams
 
 
 def texts(*paths: Path | str) -> list[str]:
@@ -299,6 +302,48 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkey
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=r"cannot read .*secret: Permission denied; check --data"):
-        list(read_documents([str(tmp_path)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        assert re.match(r"cannot read .*secret: Permission denied; check --data", complaint(tmp_path))
+    (tmp_path / "secret" / "b.txt").write_text("more text")
+    known = os.stat
+
+    def stat(path: object, **options: bool) -> os.stat_result:
+        if str(path).endswith("b.txt"):  # its folder may be listed, but not entered
+            raise PermissionError(13, "Permission denied", str(path))
+        return known(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert re.match(r"cannot read .*b\.txt: Permission denied; check --data", complaint(tmp_path))
+
+
+class Counted(str):
+    """A text that counts what is copied of it."""
+
+    copied = 0
+
+    def __add__(self, other: str) -> Counted:
+        return self._count(str.__add__(self, other))
+
+    def __radd__(self, other: str) -> Counted:
+        return self._count(str.__add__(other, self))
+
+    def __getitem__(self, key: SupportsIndex | slice) -> Counted:
+        return self._count(str.__getitem__(self, key))
+
+    @classmethod
+    def _count(cls, text: str) -> Counted:
+        cls.copied += len(text)
+        return cls(text)
+
+
+def test_long_texts_are_not_copied_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PART", 100)
+    monkeypatch.setattr(Counted, "copied", 0)
+    text = "字" * 9_950
+    assert [len(piece) for piece, _ in reading._sized([Counted(text)])] == [100] * 99 + [50]
+    assert Counted.copied < 3 * len(text)
+    monkeypatch.setattr(Counted, "copied", 0)
+    parts = [reading.Part(Counted(text[:100]), False, i == 99, "f") for i in range(100)]
+    assert [len(part.text) for part in at_seams(parts, 32, 100)] == [10_000]
+    assert Counted.copied < 3 * len(text)

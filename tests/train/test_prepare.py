@@ -24,7 +24,7 @@ from tests.train.test_recipes import SHAPE, equal, some_text
 from tidal.blocks import BlockTable, Passage, fill_rows, passage, windows
 from tidal.cli import UserError
 from tidal.config import Text, Train
-from tidal.prepare import corpus, make, reading
+from tidal.prepare import corpus, make, reading, shards
 from tidal.prepare.corpus import Rows
 from tidal.prepare.documents import Document, hold_out, read_documents
 from tidal.prepare.make import prepare, prepare_for_training
@@ -89,6 +89,14 @@ def test_long_texts_are_cut(kind: str) -> None:
 def test_what_has_no_seam_is_held_until_there_is_one() -> None:
     text = "今天天气很好我们去公园玩" * 30
     assert cut(text + "\n" + text, 12, 50, 20) == [text, "\n" + text]
+
+
+def test_what_a_shard_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of a part are int32, which would be wrapped without a word."""
+    monkeypatch.setattr(shards, "MOST", 29)
+    parts = [Part("今" * 9, False, False, "a.txt"), Part("今" * 10, False, True, "b.txt")]
+    with pytest.raises(UserError, match=r"^b\.txt has 10 characters without a place where they can be cut"):
+        shards.Shard.encode(parts, BlockTable(tokenizers()["chinese"]))
 
 
 # ---------------------------------------------------------------------------------- rows, by definition

@@ -233,6 +233,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((path, name, split, streaming))
         if path == "missing":
             raise FileNotFoundError("Dataset 'missing' doesn't exist")
+        if path == "script":
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
         return ({"text": f"{i} {split}", "id": i} for i in range(5))
 
     pyarrow, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
@@ -266,7 +268,7 @@ def test_hugging_face(packages: list[tuple[Any, ...]]) -> None:
     assert found[-1].source == "hf:who/what@en:test:2:2"
     assert packages == [("who/what", None, "train", True), ("who/what", "en", "test", True)]
     for name, words in (("hf:missing", "cannot fetch hf:missing: Dataset 'missing'"), ("hf:", "'hf:' is no dataset"),
-                        ("hf:a:train:x", "is no dataset")):  # fmt: skip
+                        ("hf:a:train:x", "is no dataset"), ("hf:script", "cannot fetch hf:script: Dataset scripts")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             list(read_documents([name]))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,10 +99,20 @@ def _in_folder(folder: Path) -> list[_File]:
     found: list[Path] = []
     for where, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [p for name in names if not name.startswith(".") and (p := Path(where, name)).is_file()]
+        found += [p for name in names if not name.startswith(".") and _is_file(p := Path(where, name))]
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link to one. Refuses what may not be looked at; Path.is_file differs by version."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return False
+        _refuse(error)
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -155,9 +167,9 @@ def _sized(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     buffer = ""
     for text in texts:
         buffer += text
-        while len(buffer) > PART:
-            yield buffer[:PART], False
-            buffer = buffer[PART:]
+        ends = range(PART, len(buffer), PART)
+        yield from ((buffer[end - PART : end], False) for end in ends)
+        buffer = buffer[len(ends) * PART :]
     yield buffer, True
 
 

@@ -41,20 +41,24 @@ def at_seams(parts: Iterable[Part], cap: int, size: int) -> Iterator[Part]:
 
     A text without a seam is held until there is one: unspaced script without any white space or punctuation, say.
     """
-    kept: Part | None = None
-    enough = size
+    texts: list[str] = []  # since the last seam, of `last` and parts before it
+    length, enough = 0, size
+    last: Part | None = None
     for part in parts:
-        if kept is not None and kept.is_prompt and not part.is_prompt:
-            yield kept
-            kept, enough = None, size
-        text = part.text if kept is None else kept.text + part.text
-        while not part.ends and len(text) >= enough:
-            if not (cut := seam(text[:enough], cap)):
+        if last is not None and last.is_prompt and not part.is_prompt:
+            yield last._replace(text="".join(texts))
+            texts, length, enough = [], 0, size
+        texts.append(part.text)
+        length += len(part.text)
+        while not part.ends and length >= enough:
+            text = "".join(texts)
+            if cut := seam(text[:enough], cap):
+                yield part._replace(text=text[:cut], ends=False)
+                text, enough = text[cut:], size
+            else:
                 enough *= 2  # so that the time stays linear
-                continue
-            yield part._replace(text=text[:cut], ends=False)
-            text, enough = text[cut:], size
-        kept = part._replace(text=text)
+            texts, length = [text], len(text)
+        last = part
         if part.ends:
-            yield kept
-            kept, enough = None, size
+            yield part._replace(text="".join(texts))
+            texts, length, enough, last = [], 0, size, None

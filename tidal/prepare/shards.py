@@ -26,6 +26,8 @@ BYTES_PER_BYTE = 3
 """About how many bytes a shard has for each of its text: one of text, and three for a block."""
 ARRAYS = ("text", "blocks", "parts")
 SUMMARY = "shard.json"
+MOST = 2**31 - 1
+"""What int32 holds: bytes, tokens or steps of a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,15 @@ class Shard:
         ends = np.cumsum(np.array(counts, np.int64))
         n_bytes, n_tokens, n_steps = (up_to[ends] - up_to[ends - counts]).T
         is_prompt = np.array([part.is_prompt for part in parts])
-        rows = [counts, counts * is_prompt, n_bytes, n_tokens, n_steps * ~is_prompt, [part.ends for part in parts]]
+        rows = np.array([counts, counts * is_prompt, n_bytes, n_tokens, n_steps * ~is_prompt,
+                         [part.ends for part in parts]], np.int64).T  # fmt: skip
+        if (worst := rows[:, :5].max(1, initial=0)).max(initial=0) > MOST:
+            part = parts[int(worst.argmax())]
+            raise UserError(f"{part.source} has {len(part.text):,} characters without a place where they can be cut; "
+                            "put white space between them")  # fmt: skip
         text = "".join(part.text for part in parts).encode()
         longest = 4 * table.tokenizer.max_block_units  # bytes of a block; it has fewer tokens and steps
-        return cls(np.frombuffer(text, np.uint8), sizes.astype(np.min_scalar_type(longest)),
-                   np.array(rows, np.int32).T)  # fmt: skip
+        return cls(np.frombuffer(text, np.uint8), sizes.astype(np.min_scalar_type(longest)), rows.astype(np.int32))
 
     def write(self, folder: Path) -> str:
         """Write the shard, as a whole or not at all; returns the SHA-256 of its shard.json. Raises OSError."""

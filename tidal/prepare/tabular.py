@@ -55,7 +55,8 @@ def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
     try:
         rows = load_dataset(dataset, configuration or None, split=split or "train", streaming=True)
         yield from islice(rows, int(count) if count else None)
-    except (OSError, ValueError) as error:  # not found, no connection; no such configuration or split
+    # not found, no connection; no such configuration or split; a dataset that is a script
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot fetch {name}: {error}; check --data and the connection") from error
 
 
