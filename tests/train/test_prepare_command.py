@@ -268,7 +268,8 @@ def test_hugging_face(packages: list[tuple[Any, ...]]) -> None:
     assert found[-1].source == "hf:who/what@en:test:2:2"
     assert packages == [("who/what", None, "train", True), ("who/what", "en", "test", True)]
     for name, words in (("hf:missing", "cannot fetch hf:missing: Dataset 'missing'"), ("hf:", "'hf:' is no dataset"),
-                        ("hf:a:train:x", "is no dataset"), ("hf:script", "cannot fetch hf:script: Dataset scripts")):  # fmt: skip
+                        ("hf:a:train:x", "is no dataset"),
+                        ("hf:script", "cannot fetch hf:script: Dataset scripts")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             list(read_documents([name]))
 

@@ -53,6 +53,15 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"cannot read {archive}: {error.strerror or error}; fetch it again") from error
 
 
+def text(data: bytes, name: str, archive: Path, encoding: str = "utf-8") -> str:
+    """The text of the file `name` of an archive. Raises UserError where it has another encoding."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} in {archive} is damaged, or of another encoding: {error}; fetch it again, or take the "
+                        "pinned version") from error  # fmt: skip
+
+
 def _tar(archive: Path) -> bytes:
     """The tar archive with the files, still compressed where tarfile can undo that."""
     data = archive.read_bytes()

