@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import NOTHING, BlockTable, Passage, cut_at_random, passage
+from tidal.blocks import NOTHING, BlockTable, Passage, cut_at_random, passage, row_starts
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -135,3 +136,16 @@ def remembered(scripts: Sequence[list[int]], written: list[int]) -> list[int]:
               and scripts[i - order : i] == same and (order or written)]  # fmt: skip
         found.append(scripts[at[-1]][len(written)] if at else NOTHING)
     return found
+
+
+def fill_rows(whole: Iterable[Passage], table: BlockTable, reader_budget: int,
+              writer_budget: int) -> Iterator[list[Passage]]:  # fmt: skip
+    """Pack passages in their order into rows of at most so many reader tokens and writer steps.
+
+    A passage over a budget on its own gets a row of its own.
+    """
+    whole = list(whole)
+    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervised]).sum()))
+             for p in whole]  # fmt: skip
+    starts = [*row_starts(sizes, reader_budget, writer_budget), len(whole)]
+    yield from (whole[start:end] for start, end in pairwise(starts))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import passages, tokenizer_names, tokenizers
+from tests.strategies import fill_rows, passages, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import hostile_text
 from tidal.blocks import (
     BOS_BLOCK,
@@ -24,7 +24,6 @@ from tidal.blocks import (
     Passage,
     cut_at_random,
     cut_blocks,
-    fill_rows,
     passage,
     suffix_hashes,
     windows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -298,21 +298,11 @@ def spans(n_tokens: Ints, n_steps: Ints, reader_budget: int, writer_budget: int,
         yield start, first, end
 
 
-def fill_rows(passages: Iterable[Passage], table: BlockTable, reader_budget: int,
-              writer_budget: int) -> Iterator[list[Passage]]:  # fmt: skip
-    """Pack passages in their order into rows of at most so many reader tokens and writer steps.
+def row_starts(sizes: Iterable[tuple[int, int]], reader_budget: int, writer_budget: int) -> Iterator[int]:
+    """At which passages of these sizes (reader tokens, writer steps), packed in their order, a row begins.
 
     A passage over a budget on its own gets a row of its own.
     """
-    passages = list(passages)
-    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervised]).sum()))
-             for p in passages]  # fmt: skip
-    starts = [*row_starts(sizes, reader_budget, writer_budget), len(passages)]
-    yield from (passages[start:end] for start, end in pairwise(starts))
-
-
-def row_starts(sizes: Iterable[tuple[int, int]], reader_budget: int, writer_budget: int) -> Iterator[int]:
-    """At which passages of these sizes (reader tokens, writer steps) `fill_rows` begins a row."""
     tokens = steps = 0
     for i, (n_tokens, n_steps) in enumerate(sizes):
         if i == 0 or tokens + n_tokens > reader_budget or steps + n_steps > writer_budget:

@@ -91,6 +91,7 @@ def test_training_reads_no_more_than_it_may() -> None:
     ("settings", "message"),
     [
         ({"vocab_size": 287}, "at least 288"),
+        ({"vocab_size": 3_000_000_000}, "at most 1000000000, not 3000000000"),
         ({"max_block_units": 3}, "max_block_units must be at least 4, not 3"),
         ({"character_coverage": 0.0}, "character_coverage"),
         ({"character_coverage": 1.1}, "character_coverage"),

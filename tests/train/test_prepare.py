@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import tokenizer_names, tokenizers
+from tests.strategies import fill_rows, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import HOSTILE, hostile_text
 from tests.train.test_recipes import SHAPE, equal, some_text
-from tidal.blocks import BlockTable, Passage, fill_rows, passage, windows
+from tidal.blocks import BlockTable, Passage, passage, windows
 from tidal.cli import UserError
 from tidal.config import Text, Train
 from tidal.prepare import corpus, make, reading, shards

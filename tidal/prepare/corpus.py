@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -64,14 +64,14 @@ class Corpus:
 
 
 class Rows(Sequence[list[Passage]]):
-    """Rows of passages, each made when it is asked for: the twin of `windows` and `fill_rows` that needs no memory.
+    """Rows of passages, each made when it is asked for: the twin of `windows` and `row_starts` that needs no memory.
 
     The blocks of a row count in `table`, which must not be emptied while the row is in use.
     """
 
     def __init__(self, corpus: Corpus, order: npt.NDArray[np.int64], table: BlockTable, reader_budget: int,
                  writer_budget: int) -> None:  # fmt: skip
-        """Plan rows over the documents of `order` ([n], indices); budgets as in `fill_rows`."""
+        """Plan rows over the documents of `order` ([n], indices); budgets as in `row_starts`."""
         self.corpus, self.table = corpus, table
         counts = corpus.documents
         first_block, first_byte = (np.cumsum(counts[:, i]) - counts[:, i] for i in (0, 2))
@@ -141,8 +141,3 @@ class Rows(Sequence[list[Passage]]):
         blocks[1 : 1 + n] = self.table.indices([text[start:end].decode() for start, end in pairwise(up_to)])
         blocks[0], blocks[1 + n :] = BOS_BLOCK, EOS_BLOCK
         return Passage(blocks, 1 + n_prompt)
-
-    def passages(self) -> Iterator[Passage]:
-        """All passages in their order."""
-        for row in self:
-            yield from row

@@ -40,7 +40,7 @@ from tidal.tokenizer.training import SPACE_MARK, may_be_unit, train_model
 _EOB, _EOS, _FIRST_BYTE, _FIRST_CHAR = 0, 1, 2, 258
 NO_PLACE = -1
 _HAS_PLACE = re.compile(rb"[0-9A-Za-z\x80-\xff]").search
-_CACHE_ENTRIES = 1_000_000
+_CACHE_ENTRIES = 1 << 17  # about half a kilobyte each
 _MODEL_FILE, _RULES_FILE = "tokenizer.model", "tokenizer.json"
 
 Value = TypeVar("Value")
@@ -57,7 +57,7 @@ class Block:
     """Writable ids in reading order (they are *written* last first), without `<bob>` and `<eob>`."""
     places: tuple[int, ...]
     """For each token the number of units after it in the block: the last token has place 0. NO_PLACE for a token
-    without a letter or digit, such as a space: whoever looks for a place has no use for it."""
+    of white space and ASCII signs alone: whoever looks for a place has no use for it."""
 
 
 class MixedTokenizer:
@@ -72,7 +72,8 @@ class MixedTokenizer:
         self.max_block_units = max_block_units
         self._lay_out_ids()
         self.fingerprint = _fingerprint(model, _rules(max_block_units))
-        """SHA-256 (hex) of the sentencepiece model and the split rules. Equal ones treat every text the same."""
+        """SHA-256 (hex) of the sentencepiece model and the split rules. Equal ones treat every text the same, but for
+        characters that only one of two Pythons knows, see `tidal.tokenizer.split`."""
         self._blocks: dict[str, Block] = {}
         self._cuts: dict[str, list[str]] = {}
 

@@ -24,6 +24,7 @@ N_FIXED = 260
 
 _PRINTABLE = frozenset(string.printable) - frozenset("\t\n\r\v\f")
 _MIN_VOCAB = 288
+_MAX_VOCAB = 10**9  # the trainer counts in int32, up to a tenth more than this, and never ends where that wraps
 _WINDOW = 1 << 20
 _MAX_SENTENCE = 256  # characters; longer blocks are rare, and the trainer's memory grows with them
 
@@ -52,6 +53,8 @@ def train_model(
         raise TypeError("texts must be an iterable of strings, not one string")
     if vocab_size < _MIN_VOCAB:
         raise ValueError(f"vocab_size must be at least {_MIN_VOCAB} ({N_FIXED} are fixed), not {vocab_size}")
+    if vocab_size > _MAX_VOCAB:
+        raise ValueError(f"vocab_size must be at most {_MAX_VOCAB}, not {vocab_size}")
     if not 0.0 < character_coverage <= 1.0:
         raise ValueError(f"character_coverage must lie in (0, 1], not {character_coverage}")
     if max_bytes <= 0:
