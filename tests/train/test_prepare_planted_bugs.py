@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 
 from tests.strategies import tokenizers
-from tests.train.test_prepare import (
-    LONG,
+from tests.train.test_prepare import LONG, check_rows, check_seams, small
+from tests.train.test_prepare_folder import (
     check_changes_are_noticed,
     check_damage_is_found,
     check_goes_on,
     check_keeps,
-    check_rows,
-    check_seams,
-    small,
     wanting,
     write_data,
 )
