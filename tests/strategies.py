@@ -15,6 +15,7 @@ from tests.tokenizer.strategies import hostile_text
 from tidal.blocks import NOTHING, BlockTable, Passage, cut_at_random, passage, row_starts
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
+from tidal.prepare.documents import Document, _hash, divide
 from tidal.tokenizer import MixedTokenizer
 
 # ------------------------------------------------------------------------------------------- tokenizers
@@ -149,3 +150,21 @@ def fill_rows(whole: Iterable[Passage], table: BlockTable, reader_budget: int,
              for p in whole]  # fmt: skip
     starts = [*row_starts(sizes, reader_budget, writer_budget), len(whole)]
     yield from (whole[start:end] for start, end in pairwise(starts))
+
+
+def hold_out(
+    documents: Iterable[Document], fraction: float = 0.05, seed: int = 0, cap: int = 1_000_000
+) -> tuple[list[Document], list[Document]]:
+    """What `survey` and its parts must come to, with all documents in memory; both sides keep their order."""
+    everything = list(documents)
+    sizes = np.array([len(document) for document in everything], np.int64)
+    digests = np.frombuffer(b"".join(_hash(document.prompt + document.completion) for document in everything), "u8")
+    has_prompt = np.array([bool(document.prompt) for document in everything])
+    division = divide(sizes, has_prompt, digests, fraction, seed, cap)
+    held_out = [everything[i] for i in np.flatnonzero(division.held_out)]
+    if division.cut >= 0:
+        whole = everything[division.cut]
+        at = division.tail_start(whole.completion[slice(*division.reach)])
+        everything[division.cut] = Document("", whole.completion[:at], whole.source)
+        held_out = [Document("", whole.completion[at:], f"{whole.source} (tail)")]
+    return [everything[i] for i in np.flatnonzero(~(division.held_out | division.left_out))], held_out

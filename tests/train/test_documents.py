@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.strategies import hold_out
 from tests.tokenizer.strategies import hostile_text
 from tidal.cli import UserError
 from tidal.prepare import reading
-from tidal.prepare.documents import Document, hold_out, read_documents
+from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.seams import at_seams
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import fill_rows, tokenizer_names, tokenizers
+from tests.strategies import fill_rows, hold_out, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import HOSTILE, hostile_text
 from tests.train.test_recipes import some_text
 from tidal.blocks import BlockTable, Passage, passage, windows
@@ -21,7 +21,7 @@ from tidal.cli import UserError
 from tidal.config import Text
 from tidal.prepare import corpus, make, reading, shards
 from tidal.prepare.corpus import Rows
-from tidal.prepare.documents import Document, hold_out, read_documents
+from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.make import prepare_for_training
 from tidal.prepare.reading import Part
 from tidal.prepare.seams import at_seams

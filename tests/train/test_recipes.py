@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.strategies import hold_out
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage
 from tidal.cli import UserError
 from tidal.config import Addition, Shape, Text, Train
-from tidal.prepare.documents import hold_out, read_documents
+from tidal.prepare.documents import read_documents
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
 from tidal.train.loop import Recipe

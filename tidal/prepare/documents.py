@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,24 +65,6 @@ class Division:
         """Where the tail begins, given the text of the document within `reach`."""
         low, _ = self.reach
         return low + _boundary(text, self.length - self.size - low, self.size // 2)
-
-
-def hold_out(
-    documents: Iterable[Document], fraction: float = 0.05, seed: int = 0, cap: int = 1_000_000
-) -> tuple[list[Document], list[Document]]:
-    """Divide documents into training and validation, as `divide` says; both keep their order."""
-    everything = list(documents)
-    sizes = np.array([len(document) for document in everything], np.int64)
-    digests = np.frombuffer(b"".join(_hash(document.prompt + document.completion) for document in everything), "u8")
-    has_prompt = np.array([bool(document.prompt) for document in everything])
-    division = divide(sizes, has_prompt, digests, fraction, seed, cap)
-    held_out = [everything[i] for i in np.flatnonzero(division.held_out)]
-    if division.cut >= 0:
-        whole = everything[division.cut]
-        at = division.tail_start(whole.completion[slice(*division.reach)])
-        everything[division.cut] = Document("", whole.completion[:at], whole.source)
-        held_out = [Document("", whole.completion[at:], f"{whole.source} (tail)")]
-    return [everything[i] for i in np.flatnonzero(~(division.held_out | division.left_out))], held_out
 
 
 def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], digests: npt.NDArray[np.uint64],

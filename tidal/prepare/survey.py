@@ -67,7 +67,7 @@ class Survey:
 
 
 def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
-    """Read all data, hold a `fraction` out as `hold_out` does. Raises UserError for whatever cannot be used."""
+    """Read all data, hold a `fraction` out as `divide` says. Raises UserError for whatever cannot be used."""
     content, sizes, prompts, digests = _Content(), array("q"), array("b"), bytearray()
     size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
     with progress(None, "look through", "characters", last_line=False) as bar:
