@@ -180,6 +180,8 @@ def joined(engine: Literal["ddp", "fsdp"], device: torch.device) -> Iterator[Par
     if ranks.size() == 1:
         yield Parallel()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that FSDP moves its weights to
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     parallel = Parallel(ranks.rank(), ranks.size(), engine)
     try:
