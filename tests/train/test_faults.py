@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,19 +19,21 @@ import torch
 
 from benchmarks import faults, forgeries
 from tests.commands import ROOT, SMALL
-from tests.train.runs import SETTINGS, STEPS, Hooked, results, unequal, whole
+from tests.train.runs import EVERY, SETTINGS, STEPS, Hooked, results, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.model import Losses, TidalTransformer
 from tidal.streams import Batch
 from tidal.train import gradient as gradient_of_a_step
 from tidal.train import loop
+from tidal.train import parallel as parallel_module
 from tidal.train import stop as stopping
 from tidal.train.__main__ import run
 from tidal.train.gradient import gradients
 from tidal.train.loop import model_for, train
 from tidal.train.memory import out_of_memory
 from tidal.train.optim import Optimizer
+from tidal.train.parallel import Parallel
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.records import parts_of
 from tidal.train.resume import look_in
@@ -267,6 +270,45 @@ def test_validation_without_memory_is_left_out(tmp_path: Path, alone: dict[str, 
     found = results(tmp_path)
     assert set(unequal(found, alone)) <= {"metrics", "samples", "best"}
     assert [row["exact_2"] != "" for row in found["metrics"]] == [False, True, True]
+
+
+@pytest.fixture
+def no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop examines a whole copy, as under FSDP, which the device has no memory for."""
+    plain, to, moved = Parallel.plain, TidalTransformer.to, [0]
+
+    def copied(parallel: Parallel, model: TidalTransformer) -> TidalTransformer:
+        with mock.patch.object(parallel_module, "is_sharded", lambda tensor: True):
+            return plain(parallel, model)
+
+    def once(model: TidalTransformer, device: torch.device) -> TidalTransformer:
+        moved[0] += 1
+        if moved[0] > 1:  # the first is that of the model itself
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(model, device)
+
+    monkeypatch.setattr(Parallel, "plain", copied)
+    monkeypatch.setattr(TidalTransformer, "to", once)
+
+
+@pytest.mark.usefixtures("no_room_for_a_copy")
+def test_a_whole_copy_without_memory_is_left_out(tmp_path: Path, alone: dict[str, Any],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    train(SETTINGS, Hooked(), tmp_path)
+    said = capsys.readouterr().err
+    for what in ("validation", "probing", "sampling"):
+        assert said.count(f"OUT OF MEMORY in {what} (CUDA out of memory); left out\n") == STEPS // EVERY
+    assert set(unequal(results(tmp_path), alone)) == {"metrics", "samples"}
+
+
+@pytest.mark.usefixtures("no_room_for_a_copy")
+def test_without_memory_for_a_copy_a_loss_that_is_not_finite_is_still_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_of_a_step.math, "isfinite", lambda value: False)
+    with pytest.raises(UserError, match=r"step 0: loss .*; try a smaller --lr$"):
+        train(SETTINGS, Hooked(), tmp_path)
+    assert not (tmp_path / "bad-batch.json").exists()
 
 
 # ----------------------------------------------------------------------------------------- the benchmark

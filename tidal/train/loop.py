@@ -251,8 +251,11 @@ class Run:
         if not self.parallel.leads:
             return error
         batches = {i: self.recipe.batch(i) for i in range(step * n, (step + 1) * n)}
-        content = bad_batch(model, self.recipe.tokenizer, batches, step=step, seed=self.settings.seed,
-                            loss=str(error.loss), grad_norm=str(error.norm))  # fmt: skip
+        content = self._if_memory("looking for the bad row", lambda: bad_batch(
+            model.to(self.device), self.recipe.tokenizer, batches, step=step, seed=self.settings.seed,
+            loss=str(error.loss), grad_norm=str(error.norm)))  # fmt: skip
+        if content is None:
+            return error
         path = self.out / "bad-batch.json"
         self._write(lambda: atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
         return UserError(f"{error}; what it was fed is in {path}")
@@ -273,7 +276,7 @@ class Run:
         presence says that all of this is done.
 
         The first process does it, in float32, with a model that it can use alone: its own under DDP (not DDP's wrapper,
-        whose `forward` would wait for the others), a whole copy under FSDP.
+        whose `forward` would wait for the others), a whole copy under FSDP, which is moved to the device first.
         """
         model = self.parallel.plain(self.model)
         with self._alone(), eager(self.settings.compile):
@@ -284,14 +287,15 @@ class Run:
     def _look(self, model: TidalTransformer, row: dict[str, float]) -> None:
         saved, step = self.saved, self.saved.step
         with self.stop.anywhere():
-            held_out = self._if_memory("validation", lambda: self.recipe.validate(model)) or {}
+            held_out = self._if_memory("validation", lambda: self.recipe.validate(model.to(self.device))) or {}
             batch = self.recipe.batch((step - 1) * self.settings.optim.accumulate)
-            probes = self._if_memory("probing", lambda: self.watch.probes(model, batch, saved.parts)) or {}
+            probes = self._if_memory("probing", lambda: self.watch.probes(
+                model.to(self.device), batch, saved.parts)) or {}  # fmt: skip
             note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
             temperature = 0.0 if self.settings.recipe in GREEDY else 0.8
             completions = self._if_memory("sampling", lambda: generate(
-                model, self.recipe.tokenizer, self.recipe.sample_prompts(step), temperature=temperature,
-                seed=step)) or []  # fmt: skip
+                model.to(self.device), self.recipe.tokenizer, self.recipe.sample_prompts(step),
+                temperature=temperature, seed=step)) or []  # fmt: skip
             show_samples(completions)
         if held_out.get("quality", -math.inf) >= (-math.inf if saved.best is None else saved.best):
             saved.best, saved.best_name = held_out.get("quality"), checkpoint.name_of(step)  # of equals the later one,
@@ -316,7 +320,7 @@ class Run:
                 raise
             said = first_line(error)
         empty_cache(self.device)
-        note(f"step {self.saved.step}: OUT OF MEMORY in {what} ({said}); left out, training goes on")
+        note(f"step {self.saved.step}: OUT OF MEMORY in {what} ({said}); left out")
         return None
 
     def _write(self, write: Callable[[], T]) -> T:

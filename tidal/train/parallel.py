@@ -158,7 +158,8 @@ class Parallel:
     def plain(self, model: TidalTransformer) -> TidalTransformer:
         """A model that one process alone can use: `model`, or of a sharded one, in the first process, a copy.
 
-        The copy is whole: validation and samples need as much memory for it as DDP would. To be called by all.
+        The copy is whole, and on the CPU: it is moved where it may turn out that there is no memory for it. To be
+        called by all.
         """
         if not is_sharded(next(model.parameters())):
             return model
@@ -168,7 +169,7 @@ class Parallel:
         with torch.random.fork_rng(devices=[]):  # its first weights leave no trace
             copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
         copy.load_state_dict(tensors)
-        return copy.to(next(model.parameters()).device)
+        return copy
 
 
 @contextlib.contextmanager
