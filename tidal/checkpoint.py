@@ -217,9 +217,21 @@ def prune(run_dir: Path, keep: int = 2) -> None:
     steps = checkpoints(run_dir)
     for folder in steps[: max(0, len(steps) - keep)]:
         if folder not in spared:
-            # Renamed first, so that an interrupted removal does not look like a damaged checkpoint.
-            os.rename(folder, folder.with_name(f"{folder.name}.old.tmp"))
+            _set_aside(folder)
     sweep(run_dir)
+
+
+def undo(run_dir: Path, step: int) -> list[str]:
+    """Take their names, which are returned, from the checkpoints after `step`; the next `sweep` removes them."""
+    later = [folder for folder in checkpoints(run_dir) if _step(folder) > step]
+    for folder in later:
+        _set_aside(folder)
+    return [folder.name for folder in later]
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename what is to be removed: an interrupted removal must not look like a damaged checkpoint."""
+    os.rename(folder, folder.with_name(f"{folder.name}.old.tmp"))
 
 
 def sweep(run_dir: Path) -> None:

@@ -133,10 +133,10 @@ def stopped_and_continued(out: Path, what: str, step: int, settings: Train = SET
     return results(out)
 
 
-def refused(function: Callable[..., object], *arguments: object) -> str:
+def refused(function: Callable[..., object], *arguments: object, **more: object) -> str:
     """What a call says that must raise UserError."""
     with pytest.raises(UserError) as raised:
-        function(*arguments)
+        function(*arguments, **more)
     return str(raised.value)
 
 

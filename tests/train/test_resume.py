@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from tests.train.runs import (
     nothing,
     refused,
     results,
+    stop_at,
     stopped_and_continued,
     unequal,
     whole,
 )
 from tidal import checkpoint
+from tidal.cli import UserError
 from tidal.config import Text, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
@@ -35,6 +38,7 @@ from tidal.train.optim import Optimizer
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.records import Metrics
 from tidal.train.resume import Saved, look_in
+from tidal.train.stop import Stop, Stopped
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
 
@@ -123,6 +127,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert unequal(results(out), wanted) == []
     assert not list(out.rglob("*.tmp"))
     assert "is damaged: optimizer" not in refused(look_in, tmp_path)
+
+
+def test_from_an_earlier_checkpoint_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """What comes after it is another future: it is never continued, and counts for nothing."""
+    out, settings, stop = tmp_path / "run", dataclasses.replace(SETTINGS, keep=STEPS), Stop()
+    wanted = whole(out, settings)
+    found = look_in(out / "checkpoints" / checkpoint.name_of(3))
+    with monkeypatch.context() as patch:  # nothing goes before the run can continue
+        patch.setattr(loop, "check_space", mock.Mock(side_effect=UserError("not enough space")))
+        assert refused(train, settings, Hooked(settings), out, found=found) == "not enough space"
+    assert [folder.name for folder in checkpoint.checkpoints(out)] == [checkpoint.name_of(n) for n in (3, 6, 9)]
+    capsys.readouterr()
+    with pytest.raises(Stopped):
+        train(settings, Hooked(settings, stop_at(stop, "batch", 4)), out, stop=stop, found=found)
+    assert look_in(out).folder.name == checkpoint.name_of(5)
+    assert "what was written later goes: step-000006, step-000009\n" in capsys.readouterr().err
+    train(settings, Hooked(settings), out, found=look_in(out))
+    assert [folder.name for folder in checkpoint.checkpoints(out)] == [checkpoint.name_of(n) for n in (3, 5, 6, 9)]
+    assert unequal(results(out), wanted) == []
 
 
 def test_the_best_checkpoint_is_remembered(tmp_path: Path) -> None:

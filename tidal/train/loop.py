@@ -152,6 +152,10 @@ class Run:
         checkpoint.sweep(out)
         one = 3 * sum(t.nbytes for t in self.model.state_dict().values())  # weights and at most two moments
         check_space(out, one * max(1, self.settings.keep + 2 - len(checkpoint.checkpoints(out))))
+        if found is not None:
+            self._write(lambda: checkpoint.set_pointer(out, "latest", found.folder.name))
+            if later := checkpoint.undo(out, saved.step):
+                note(f"what was written later goes: {', '.join(later)}")
         self._write(lambda: self.recipe.tokenizer.save(out / "tokenizer"))
         config = json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n"
         self._write(lambda: atomic_write(out / "config.json", config))
@@ -159,8 +163,6 @@ class Run:
         self.watch = Watch(out, self.settings, self.recipe.tokenizer, self.device, self.metrics.rows)
         first = saved.step + (saved.due is None)  # whose samples are still to come
         self._write(lambda: keep_lines(out / "samples.jsonl", lambda values: values.get("step", first) < first))
-        if found is not None:
-            self._write(lambda: checkpoint.set_pointer(out, "latest", found.folder.name))
         if saved.best_name not in {folder.name for folder in checkpoint.checkpoints(out)}:
             saved.best, saved.best_name = None, None
             (out / "best").unlink(missing_ok=True)
