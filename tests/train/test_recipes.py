@@ -182,6 +182,17 @@ def test_every_document_is_learnt_or_held_out_once_and_whole(recipe: TextRecipe,
         assert sorted(found) == sorted(d.completion for d in wanted)
 
 
+def test_validation_draws_from_all_that_is_held_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidal.train.recipes.text.VALIDATION_ROWS", 4)
+    recipe, again = (TextRecipe(text_settings(folder, reader_budget=40)) for _ in range(2))
+    every, drawn, redrawn = (["".join(joined(p, r.table) for p in row) for row in rows]
+                             for r, rows in ((recipe, recipe._validation), (recipe, recipe.held_out),
+                                             (again, again.held_out)))  # fmt: skip
+    assert len(every) > len(drawn) == 4
+    assert redrawn == drawn == [row for row in every if row in drawn] != every[:4]
+    assert all(any(row.startswith(p) for row in drawn) for step in range(9) for p in recipe.sample_prompts(step))
+
+
 def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:
     n = len(recipe.rows)
     assert n > 5

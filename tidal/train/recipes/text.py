@@ -15,7 +15,7 @@ from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 
 STEPS_PER_TOKEN = 8  # writer budget for a token of the reader budget; English writes about four
-VALIDATION_ROWS = 96
+VALIDATION_ROWS = 96  # at most, drawn once
 PROMPT_BLOCKS = 8  # of held-out text, for samples
 
 
@@ -38,14 +38,16 @@ class TextRecipe:
         order = np.random.default_rng([settings.seed, 1]).permutation(len(training))
         self.rows = Rows(data.training, order, self.table, *budgets)
         self._validation = Rows(data.held_out, np.arange(len(held_out)), self.table, *budgets)
+        drawn = np.random.default_rng([settings.seed, 5]).permutation(len(self._validation))[:VALIDATION_ROWS]
+        self._drawn = sorted(drawn.tolist())
         note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows; "
              f"{len(held_out):,} held out; vocabulary {self.tokenizer.vocab_size:,}, "
              f"{self.tokenizer.n_writable} writable")  # fmt: skip
 
     @property
     def held_out(self) -> list[list[Passage]]:
-        """The rows of validation."""
-        return self._validation[:VALIDATION_ROWS]
+        """The rows of validation: of all that are held out, so many drawn by lot."""
+        return [self._validation[i] for i in self._drawn]
 
     def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a step: a pure function of (seed, step); or the share (i, n) of its rows."""
@@ -69,16 +71,16 @@ class TextRecipe:
         return int(self._order[rank])
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
-        """Bits per byte of the held-out documents, cut into windows like the training data."""
+        """Bits per byte of the held-out documents, cut into windows like the training data; of 96 rows at most."""
         self.table.limit()
         bits, _, _ = bits_per_byte(model, self.held_out, self.table)
         return {"quality": -bits, "held_out_bits_per_byte": bits}
 
     def sample_prompts(self, step: int) -> list[str]:
-        """Of two held-out windows the prompts, or where there are none the beginnings."""
+        """Of two rows of validation the prompts, or where there are none the beginnings."""
         self.table.limit()
         rng = np.random.default_rng([self.settings.seed, 4, step])
-        rows = [self._validation[int(i)] for i in rng.integers(0, min(VALIDATION_ROWS, len(self._validation)), 2)]
+        rows = [self._validation[self._drawn[i]] for i in rng.integers(0, len(self._drawn), 2)]
         passages = [row[0] for row in rows]
         ends = [p.supervise_from if p.supervise_from > 1 else 1 + PROMPT_BLOCKS for p in passages]
         return ["".join(self.table.texts[i] for i in p.blocks[1:end]) for p, end in zip(passages, ends, strict=True)]
