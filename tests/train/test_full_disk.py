@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors import SafetensorError
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from tests.train.runs import SETTINGS, Hooked, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
-from tidal.train import disk
+from tidal.train import disk, loop
 from tidal.train.disk import append, check_space, keep_lines, locked, patiently
-from tidal.train.loop import train
+from tidal.train.loop import Run, train
 from tidal.train.stop import Stop, Stopped
 
 
@@ -30,7 +31,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """No waiting; the waits are listed."""
     waits: list[float] = []
     sleep = SimpleNamespace(sleep=waits.append, monotonic=lambda: float(sum(waits)))
-    monkeypatch.setattr(disk, "time", sleep)
+    for module in (disk, loop):
+        monkeypatch.setattr(module, "time", sleep)
     return waits
 
 
@@ -65,7 +67,16 @@ def test_a_full_disk_pauses_training(home: Any, name: str, error: Exception, tmp
     assert unequal(whole(tmp_path / "run"), alone) == []
     said = capsys.readouterr().err
     assert said.count("THE DISK IS FULL, training is paused") == said.count("there is space again after") > 0
+    assert checkpoint.read_checkpoint(tmp_path / "run/checkpoints/step-000009")[2]["seconds"] == 0  # none of the pauses
     assert clock == [disk.POLL_S] * (3 if name == "atomic_write" and isinstance(home, str) else 4)
+
+
+def test_the_clock_is_that_of_the_process_which_knows_of_pauses(tmp_path: Path) -> None:
+    run = Run(SETTINGS, Hooked(), tmp_path, Stop())
+    for leads, seconds in ((False, 0.0), (True, 7.0)):
+        run.parallel = mock.Mock(leads=leads, most=list)
+        run._agree(7.0)
+        assert run.saved.seconds == seconds
 
 
 def test_free_space_is_looked_at_before_each_save(tmp_path: Path, alone: dict[str, Any], clock: list[float],

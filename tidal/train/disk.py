@@ -76,8 +76,8 @@ def prepare_run_dir(out: Path) -> Path:
 def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
     """The result of `write`, which is tried again and again, loudly, as long as the disk is full.
 
-    `write` must leave everything as it was where it fails. Raises Stopped if a signal ends the wait, and UserError
-    for errors that waiting cannot mend.
+    `write` must leave everything as it was where it fails. The wait is added to `stop.waited`. Raises Stopped if a signal
+    ends it, and UserError for errors that waiting cannot mend.
     """
     began = reminded = None
     while True:
@@ -91,7 +91,9 @@ def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
             said = f"cannot write to {out}: {error.strerror}"
         else:
             if began is not None:
-                note(f"there is space again after {time.monotonic() - began:.0f} s; training goes on")
+                waited = time.monotonic() - began
+                stop.waited += waited
+                note(f"there is space again after {waited:.0f} s; training goes on")
             return done
         now = time.monotonic()
         began = now if began is None else began

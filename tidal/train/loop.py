@@ -178,7 +178,7 @@ class Run:
     def to_the_end(self) -> None:
         """All remaining steps, until `max_steps` or `max_seconds`."""
         s, saved = self.settings, self.saved
-        began = time.monotonic() - saved.seconds
+        began = time.monotonic() - self.stop.waited - saved.seconds
         with progress(s.max_steps, "train", done=saved.step) as bar:
             if saved.due is not None:
                 self._examine(saved.due)
@@ -186,7 +186,7 @@ class Run:
                 rate = learning_rate(saved.step, s.max_steps, s.optim)
                 figures = self.watch.timed(self._step, rate)
                 saved.step += 1
-                asked = self._agree(time.monotonic() - began)
+                asked = self._agree(time.monotonic() - self.stop.waited - began)
                 row = {"step": saved.step, "seconds": saved.seconds, "lr": rate, **figures}
                 if saved.ended(s) or saved.step % s.validate_every == 0:
                     saved.due = row
@@ -230,8 +230,9 @@ class Run:
         return figures
 
     def _agree(self, seconds: float = 0.0) -> signal.Signals | None:
-        """Let all processes have the same clock, and know of a signal that came to any of them."""
-        seconds, number = self.parallel.most([seconds, self.stop.signal or 0])
+        """Let all processes have the clock of the first, which alone waits for a full disk, and know of a signal that
+        came to any of them."""
+        seconds, number = self.parallel.most([seconds * self.parallel.leads, self.stop.signal or 0])
         self.saved.seconds = seconds or self.saved.seconds
         if not number:
             return None

@@ -38,6 +38,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.waited = 0.0
+        """Seconds that training was paused on a full disk."""
         self._raises = False
         self._before: dict[signal.Signals, Any] = {}
 
