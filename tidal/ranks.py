@@ -28,6 +28,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
 
 
+def local_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
 def leads() -> bool:
     """Whether this process is the one that speaks, and writes files."""
     return rank() == 0

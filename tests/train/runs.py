@@ -133,6 +133,13 @@ def stopped_and_continued(out: Path, what: str, step: int, settings: Train = SET
     return results(out)
 
 
+def as_process(rank: int, size: int, here: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surroundings that torchrun gives one of `size` processes, of which so many are on this machine."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here,
+                        "TORCHELASTIC_RUN_ID": "tests"}.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+
+
 def refused(function: Callable[..., object], *arguments: object, **more: object) -> str:
     """What a call says that must raise UserError."""
     with pytest.raises(UserError) as raised:

@@ -17,7 +17,7 @@ import torch
 
 from tests.commands import ENVIRONMENT, SMALL
 from tests.train import together as work
-from tests.train.runs import SETTINGS, Hooked, refused, results, train_step, whole
+from tests.train.runs import SETTINGS, Hooked, as_process, refused, results, train_step, whole
 from tests.train.together import TWICE, Job, eager_blocks, processes, run_jobs, together
 from tidal import checkpoint
 from tidal.config import Text
@@ -188,13 +188,6 @@ def test_shares_make_up_the_batch(make: Callable[[Path], Any], tmp_path: Path) -
 
 
 # -------------------------------------------------------------------------------------------- devices
-
-
-def as_process(rank: int, size: int, here: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The surroundings that torchrun gives one of `size` processes, of which so many are on this machine."""
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here,
-                        "TORCHELASTIC_RUN_ID": "tests"}.items():  # fmt: skip
-        monkeypatch.setenv(name, str(value))
 
 
 def test_a_process_takes_its_gpu_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from tests.commands import ENVIRONMENT, SMALL
-from tests.train.runs import SETTINGS, Hooked, results, stop_at, unequal, whole
+from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, results, stop_at, unequal, whole
 from tidal.cli import UserError
 from tidal.streams import Batch
-from tidal.train.loop import train
+from tidal.train import loop
+from tidal.train.loop import Run, train
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
@@ -84,6 +85,33 @@ def test_an_error_of_a_worker_is_that_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such batch"):
         train(settings, Hooked(settings, fail), tmp_path / "run")
     assert children() == before  # though the traceback still holds on to what built them
+
+
+def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which begins with a validation, and its probes ask for a batch that is not the next one."""
+    expected: list[object] = []
+
+    class Noted(Ahead):
+        def close(self) -> None:
+            expected.append(self._next)
+            super().close()
+
+    monkeypatch.setattr(loop, "Ahead", Noted)
+    settings, stop = dataclasses.replace(TWICE, workers=1), Stop()
+    with pytest.raises(Stopped):
+        train(settings, Hooked(settings, stop_at(stop, "samples", 2)), tmp_path, stop=stop)
+    train(settings, Hooked(settings), tmp_path, found=look_in(tmp_path))
+    assert expected == [(2 * 3, (0, 1)), (2 * STEPS, (0, 1))]
+
+
+def test_cores_are_shared_with_the_processes_of_this_machine_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_process(5, 8, 4, monkeypatch)
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(loop, "n_workers", lambda *of: asked.append(of) or 0)
+    Run(SETTINGS, Hooked(), tmp_path, Stop())
+    assert asked == [(0, torch.device("cpu"), 4)]
 
 
 @pytest.mark.parametrize(("asked", "device", "threads", "processes", "wanted"), [

@@ -50,7 +50,7 @@ UNCLIPPED = dataclasses.replace(TWICE, optim=dataclasses.replace(TWICE.optim, cl
 def _begin(rank: int, size: int, port: int, said: str, answer: Connection, work: Callable[..., Any], more: Any) -> None:
     """What a process does, in the surroundings that torchrun would give it."""
     os.environ.update(TORCHELASTIC_RUN_ID="tests", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+                      LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,9 +13,7 @@ from tidal.config import Train
 from tidal.train.optim import Optimizer
 from tidal.train.parallel import Parallel, whole
 from tidal.train.records import parts_of
-
-if TYPE_CHECKING:
-    from tidal.train.loop import Recipe
+from tidal.train.workers import Source
 
 
 class NotFiniteError(UserError):
@@ -28,7 +25,7 @@ class NotFiniteError(UserError):
         self.loss, self.norm = loss, norm
 
 
-def gradients(model: nn.Module, optimizer: Optimizer, recipe: Recipe, step: int, settings: Train, device: torch.device,
+def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int, settings: Train, device: torch.device,
               parts: int = 1, parallel: Parallel | None = None) -> dict[str, float]:  # fmt: skip
     """Leave the clipped gradients of a step; returns the loss (nats a unit), bits per byte, the gradient's norm and
     the number of units.

@@ -22,8 +22,7 @@ from tidal.device import pick_device, set_threads
 from tidal.files import atomic_write
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
-from tidal.ranks import OwnError
-from tidal.streams import Batch
+from tidal.ranks import OwnError, local_size
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import check_space, keep_lines, patiently
 from tidal.train.gradient import NotFiniteError, gradients
@@ -35,21 +34,18 @@ from tidal.train.records import Metrics, bad_batch, show_samples, write_samples
 from tidal.train.resume import Found, Saved, generators, set_generators
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
-from tidal.train.workers import Ahead, n_workers
+from tidal.train.workers import Ahead, Source, n_workers
 
 LOG_EVERY = 10
 T = TypeVar("T")
 
 
-class Recipe(Protocol):
+class Recipe(Source, Protocol):
     """What the loop asks of a task."""
 
     tokenizer: MixedTokenizer
     digest: str
     """Of the data, where they come from outside: a run is continued on the same ones only."""
-
-    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a step, a pure function of seed and step; for the share (i, n), the i-th n-th of its rows."""
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Figures on held-out data; `quality` (higher is better) chooses the best checkpoint."""
@@ -117,8 +113,8 @@ class Run:
         self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
         self.device = pick_device(settings.device)
-        workers = n_workers(settings.workers, self.device, self.parallel.size)
-        self.recipe = Ahead(recipe, workers) if workers else recipe
+        workers = n_workers(settings.workers, self.device, local_size())
+        self.recipe, self.ahead = recipe, Ahead(recipe, workers) if workers else None
         with memory_for("the weights and the optimizer's moments; try a smaller model"):
             self.model = model_for(settings, recipe.tokenizer).to(self.device)
             self.wrapped = self.parallel.wrap(self.model, settings)
@@ -171,8 +167,8 @@ class Run:
 
     def close(self) -> None:
         """End what runs beside it."""
-        if isinstance(self.recipe, Ahead):
-            self.recipe.close()
+        if self.ahead:
+            self.ahead.close()
         self.watch.close()
 
     def to_the_end(self) -> None:
@@ -203,8 +199,8 @@ class Run:
         saved, rows = self.saved, self.settings.rows // self.parallel.size
         while True:
             try:
-                figures = gradients(self.wrapped, self.optimizer, self.recipe, saved.step, self.settings, self.device,
-                                    saved.parts, self.parallel)  # fmt: skip
+                figures = gradients(self.wrapped, self.optimizer, self.ahead or self.recipe, saved.step, self.settings,
+                                    self.device, saved.parts, self.parallel)  # fmt: skip
                 break
             except NotFiniteError as error:
                 raise self._explained(error) from error

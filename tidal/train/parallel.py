@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,7 @@ from tidal.config import Train
 from tidal.model import TidalTransformer
 from tidal.ranks import OwnError
 from tidal.streams import Batch
-
-if TYPE_CHECKING:
-    from tidal.train.loop import Recipe
+from tidal.train.workers import Source
 
 TIMEOUT = datetime.timedelta(days=30)
 """Of waiting: the first process may prepare data for hours, or wait for a full disk. torchrun sees who has ended."""
@@ -76,7 +74,7 @@ class Parallel:
         fully_shard(model, mesh=mesh)
         return model
 
-    def batch(self, recipe: Recipe, number: int) -> Batch:
+    def batch(self, recipe: Source, number: int) -> Batch:
         """This process's rows of a batch."""
         return recipe.batch(number) if self.size == 1 else recipe.batch(number, (self.rank, self.size))
 

@@ -8,23 +8,27 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tidal.ranks import OwnError
 from tidal.streams import Batch
-
-if TYPE_CHECKING:
-    from tidal.model import TidalTransformer
-    from tidal.train.loop import Recipe
 
 Share = tuple[int, int]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
+class Source(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int, share: Share = (0, 1)) -> Batch:
+        """The batch of a step, a pure function of seed and step; for the share (i, n), the i-th n-th of its rows."""
+
+
 def n_workers(asked: int, device: torch.device, processes: int) -> int:
-    """How many; of `asked` −1, in each training process: up to four beside a GPU, one on a CPU if its threads leave a
+    """How many; of `asked` −1, in each of this machine's `processes`: up to four beside a GPU, one on a CPU if its threads leave a
     core to it (and if it is Linux's, where to fork is safe).
     """
     if asked >= 0:
@@ -35,15 +39,14 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
 
 
 class Ahead:
-    """A recipe whose batches are built by worker processes, in order; everything else it does here.
+    """Batches of a recipe, built by worker processes, in order.
 
     A batch is a pure function of its number and share, so it makes no difference who builds it: a worker is forked off
-    with a copy of the recipe. What is asked for out of turn (for probes, or again in more parts) is built here.
+    with a copy of the recipe. What is asked for out of turn (again, in more parts) is built here.
     """
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
+    def __init__(self, recipe: Source, workers: int) -> None:
         self.recipe, self.workers = recipe, workers
-        self.tokenizer, self.digest = recipe.tokenizer, recipe.digest
         self._coming: Iterator[Batch] = iter(())
         self._next: tuple[int, Share] | None = None
 
@@ -61,14 +64,6 @@ class Ahead:
         self._next = step + 1, share
         return next(self._coming)
 
-    def validate(self, model: TidalTransformer) -> dict[str, float]:
-        """As the recipe's."""
-        return self.recipe.validate(model)
-
-    def sample_prompts(self, step: int) -> list[str]:
-        """As the recipe's."""
-        return self.recipe.sample_prompts(step)
-
     def close(self) -> None:
         """End the workers. (Torch ends them with their iterator, but the traceback of an error may hold on to that.)"""
         if self._next is not None:
@@ -77,7 +72,7 @@ class Ahead:
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, recipe: Recipe, share: Share) -> None:
+    def __init__(self, recipe: Source, share: Share) -> None:
         self.recipe, self.share = recipe, share
 
     def __getitem__(self, step: int) -> Batch:
