@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.commands import ENVIRONMENT, SMALL
-from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, results, stop_at, unequal, whole
+from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
 from tidal.cli import UserError
 from tidal.streams import Batch
 from tidal.train import loop
@@ -85,6 +85,20 @@ def test_an_error_of_a_worker_is_that_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such batch"):
         train(settings, Hooked(settings, fail), tmp_path / "run")
     assert children() == before  # though the traceback still holds on to what built them
+
+
+def test_a_worker_that_is_killed_is_said_in_one_line(tmp_path: Path) -> None:
+    us = os.getpid()
+
+    def die(what: str, step: int) -> None:
+        if os.getpid() != us and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings, before = dataclasses.replace(SETTINGS, workers=1), children()
+    said = refused(train, settings, Hooked(settings, die), tmp_path)
+    assert said.startswith("a worker, which builds batches, was killed (DataLoader worker (pid")
+    assert said.endswith("; try --workers 0, or more (shared) memory")
+    assert children() == before
 
 
 def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from tidal.train.records import Metrics, bad_batch, show_samples, write_samples
 from tidal.train.resume import Found, Saved, generators, set_generators
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
-from tidal.train.workers import Ahead, Source, n_workers
+from tidal.train.workers import Ahead, Source, n_workers, said_if_killed
 
 LOG_EVERY = 10
 T = TypeVar("T")
@@ -85,7 +85,8 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
     `examined` is called with it after every validation. With `parallel`, all its processes call this function alike.
 
     Raises:
-        UserError: a loss or gradient that is not finite, no memory even for one row, `found` does not fit.
+        UserError: a loss or gradient that is not finite, no memory even for one row, `found` does not fit, a worker was
+            killed.
         Stopped: `stop` was signalled. A checkpoint of the last step is saved.
     """
     run = Run(settings, recipe, out, stop or Stop(), examined, parallel)
@@ -93,7 +94,8 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
         run.restore(found)
     run.open(found)
     try:
-        run.to_the_end()
+        with said_if_killed():
+            run.to_the_end()
     finally:
         run.close()
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tidal.ranks import OwnError
 from tidal.streams import Batch
+from tidal.train.memory import first_line
 
 Share = tuple[int, int]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -36,6 +38,20 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
     on_gpu = device.type == "cuda"
     left = (os.cpu_count() or 1) // processes - (1 if on_gpu else torch.get_num_threads())
     return min(max(0, left), 4 if on_gpu else int(sys.platform == "linux"))
+
+
+@contextlib.contextmanager
+def said_if_killed() -> Iterator[None]:
+    """Around all that is done beside workers. One that dies is heard of by a signal, anywhere, as a RuntimeError of torch,
+    which becomes one line.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise OwnError(f"a worker, which builds batches, was killed ({first_line(error)}); the last checkpoint is intact; "
+                       "try --workers 0, or more (shared) memory") from error  # fmt: skip
 
 
 class Ahead:
