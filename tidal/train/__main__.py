@@ -30,8 +30,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_steps", "rows", "parts", "validate_every", "keep", "accumulate", "problems"),
                     (1, math.inf)),
     **dict.fromkeys(("max_seconds", "warmup_steps", "samples"), (0, math.inf)),
-    **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "sharpen", "clip", "aux_weight", "step_stride"), (0, 1e6)),
+    **dict.fromkeys(("lr", "table_lr_scale", "weight_decay", "sharpen", "aux_weight", "step_stride"), (0, 1e6)),
     **dict.fromkeys(("decay_fraction", "cut_probability", "elsewhere"), (0, 1)),
+    "clip": (1e-6, 1e6),  # 0 would learn nothing
     "threads": (0, 1024), "seed": (0, 2**63 - 1), "workers": (-1, 64), "beta2": (0, 0.999999), "stretch": (1, 1e6),
     "digits": (1, 4000), "terms": (2, 99), "max_block_units": (4, MOST_PLACES // 2),
     "place_jitter": (0, MOST_PLACES // 2 - 2), "reader_budget": (16, math.inf),
