@@ -183,7 +183,7 @@ class Optim:
     aux_weight: float = 0.3
     """Weight of the reader's next-token loss."""
     accumulate: int = 1
-    """Batches summed up for one step."""
+    """Batches of a step, whose gradient is that of one batch of so many times the rows."""
 
 
 Lengths = Literal["uniform", "rising", "equal", "numbers"]

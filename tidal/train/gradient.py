@@ -30,8 +30,8 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     """Leave the clipped gradients of a step; returns the loss (nats a unit), bits per byte, the gradient's norm and
     the number of units.
 
-    Each batch is computed in `parts`, in each process, whose sums are divided by the units of the whole batch: the
-    gradient is the same whatever their number, but for rounding. Raises NotFiniteError.
+    The sums over its batches, each computed in `parts` in each process, are divided by the units of all of them: the
+    gradient is that of one large batch, but for rounding. Raises NotFiniteError.
     """
     parallel = parallel or Parallel()
     optimizer.zero_grad()
@@ -39,22 +39,22 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     batches = [parallel.batch(recipe, step * n + i) for i in range(n)]
     counts = [(b.n_units, b.n_bytes, int((b.next_tokens != NOTHING).sum())) for b in batches]
     totals = parallel.sums([number for count in counts for number in count])
-    n_units, n_bytes, n_next = totals[::3], totals[1::3], totals[2::3]  # of each whole batch
-    passes = [(i, part) for i, batch in enumerate(batches) for part in parts_of(batch, parts)]
+    n_units, n_bytes, n_next = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])
+    passes = [part for batch in batches for part in parts_of(batch, parts)]
     nats = 0.0
-    for number, (i, part) in enumerate(passes, start=1):
+    for number, part in enumerate(passes, start=1):
         with parallel.adding(model, last=number == len(passes)):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 losses = model(part.to(device))
-            loss = losses.units / n_units[i]
+            loss = losses.units / n_units
             if settings.optim.aux_weight:
-                loss = loss + settings.optim.aux_weight * losses.next_tokens / max(1, n_next[i])
-            (loss / n * parallel.size).backward()  # DDP and FSDP take the mean over processes
+                loss = loss + settings.optim.aux_weight * losses.next_tokens / max(1, n_next)
+            (loss * parallel.size).backward()  # DDP and FSDP take the mean over processes
         nats += losses.units.item()
     [nats] = parallel.sums([nats])
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)).item()
-    units, loss_per_unit = sum(n_units), nats / sum(n_units)
+    loss_per_unit = nats / n_units
     if not (math.isfinite(nats) and math.isfinite(norm)):
         raise NotFiniteError(step, loss_per_unit, norm)
-    return {"loss": loss_per_unit, "bits_per_byte": nats / math.log(2) / max(1, sum(n_bytes)), "grad_norm": norm,
-            "units": units}  # fmt: skip
+    return {"loss": loss_per_unit, "bits_per_byte": nats / math.log(2) / max(1, n_bytes), "grad_norm": norm,
+            "units": n_units}  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,8 @@ from tidal.train.watch import Watch
 from tidal.train.workers import Ahead, Source, n_workers, said_if_killed
 
 LOG_EVERY = 10
+NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
+"""What torch's inductor and triton say, in errors of many classes."""
 T = TypeVar("T")
 
 
@@ -207,6 +210,8 @@ class Run:
             except NotFiniteError as error:
                 raise self._explained(error) from error
             except (RuntimeError, MemoryError) as error:
+                if self.settings.compile and (missing := NO_COMPILER.search(str(error))):
+                    raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it away") from error
                 if not out_of_memory(error):
                     raise
                 said = first_line(error)
