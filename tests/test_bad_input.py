@@ -159,8 +159,8 @@ CASES = {
         f"train --{flag} {value}": f"^(--{flag} (is|needs)|model: {flag.replace('-', '_')} is) "
         for flag, values in {
             "max-steps": "0 -3 1.5 many", "rows": "0", "validate-every": "0", "keep": "0", "threads": "-1 100000",
-            "seed": "-1 18446744073709551616", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan 0", "beta2": "1",
-            "weight-decay": "-1", "decay-fraction": "2", "accumulate": "0", "aux-weight": "nan",
+            "seed": "-1 18446744073709551616", "max-seconds": "nan -1", "lr": "nan inf -1", "clip": "nan 0",
+            "beta2": "1", "weight-decay": "-1", "decay-fraction": "2", "accumulate": "0", "aux-weight": "nan",
             "warmup-steps": "-1", "digits": "0 200 4400",
             "max-block-units": "3 200000", "step-stride": "nan -1", "d-model": "0", "n-heads": "0",
             "reader-layers": "-1", "place-jitter": "-1 200000", "suffix-rows": "-1", "table-lr-scale": "nan",

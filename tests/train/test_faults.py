@@ -278,7 +278,7 @@ def no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, to, moved = Parallel.plain, TidalTransformer.to, [0]
 
     def copied(parallel: Parallel, model: TidalTransformer) -> TidalTransformer:
-        with mock.patch.object(parallel_module, "is_sharded", lambda tensor: True):
+        with mock.patch.object(parallel_module, "is_sharded", return_value=True):
             return plain(parallel, model)
 
     def once(model: TidalTransformer, device: torch.device) -> TidalTransformer:

@@ -76,8 +76,8 @@ def prepare_run_dir(out: Path) -> Path:
 def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
     """The result of `write`, which is tried again and again, loudly, as long as the disk is full.
 
-    `write` must leave everything as it was where it fails. The wait is added to `stop.waited`. Raises Stopped if a signal
-    ends it, and UserError for errors that waiting cannot mend.
+    `write` must leave everything as it was where it fails. The wait is added to `stop.waited`. Raises Stopped if a
+    signal ends it, and UserError for errors that waiting cannot mend.
     """
     began = reminded = None
     while True:

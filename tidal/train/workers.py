@@ -30,8 +30,8 @@ class Source(Protocol):
 
 
 def n_workers(asked: int, device: torch.device, processes: int) -> int:
-    """How many; of `asked` −1, in each of this machine's `processes`: up to four beside a GPU, one on a CPU if its threads leave a
-    core to it (and if it is Linux's, where to fork is safe).
+    """How many; of `asked` −1, in each of this machine's `processes`: up to four beside a GPU, one on a CPU if its
+    threads leave a core to it (and if it is Linux's, where to fork is safe).
     """
     if asked >= 0:
         return asked
@@ -42,16 +42,16 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
 
 @contextlib.contextmanager
 def said_if_killed() -> Iterator[None]:
-    """Around all that is done beside workers. One that dies is heard of by a signal, anywhere, as a RuntimeError of torch,
-    which becomes one line.
+    """Around all that is done beside workers. One that dies is heard of by a signal, anywhere, as a RuntimeError of
+    torch, which becomes one line.
     """
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise OwnError(f"a worker, which builds batches, was killed ({first_line(error)}); the last checkpoint is intact; "
-                       "try --workers 0, or more (shared) memory") from error  # fmt: skip
+        raise OwnError(f"a worker, which builds batches, was killed ({first_line(error)}); the last checkpoint is "
+                       "intact; try --workers 0, or more (shared) memory") from error  # fmt: skip
 
 
 class Ahead:
