@@ -10,22 +10,29 @@ of some queries are compared with the float64 reference (the incoming gradient i
 gradients of keys and values are exact, too). A rival that is wrong, or fails, is reported and not timed.
 
 FlexAttention is given its best form: distances from indices where these are the positions, no look-ups it can do
-without, a mask made for the case. FlashAttention-2 knows causal ALiBi only.
+without, a mask made for the case. FlashAttention-2 knows causal ALiBi only. Compiling is what takes most time: with
+max-autotune minutes a problem, so that it takes part only where asked for: --rivals flex-max-autotune --lengths 8192
+--masks causal --head-dims 64 --decode-queries.
+
+What the goals ask for is measured first, --out is written anew after every problem, and none is begun after --budget-s
+seconds. A failure of Tidal's is reported, the rest is measured nevertheless, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
-import importlib
-import importlib.util
+import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +41,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.attention_problems import (
+    FAILURES,
     MASKS,
     RIVALS,
     Attend,
@@ -41,9 +49,10 @@ from benchmarks.attention_problems import (
     Problem,
     build_block_mask,
     build_plan,
-    make,
+    decode_problem,
     problem,
     ready,
+    said,
 )
 
 GOALS = (  # rival, direction, masks, floor, goal: issue 3
@@ -56,6 +65,9 @@ GOALS = (  # rival, direction, masks, floor, goal: issue 3
     ("flex", "decode", ("decode",), 1.2, 2.0),
     ("create_block_mask", "plan", MASKS, 20.0, 100.0),
 )
+GOALS_AT = 8192  # keys
+
+Named = tuple[str, str, Callable[[], dict[str, Any]]]  # a problem: its name, part of the results, what measures it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-heads", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32768, help="keys in a batch, at least one row (default: 32768)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: all, with --tiny sdpa)")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: all but max-autotune; sdpa if --tiny)")
     parser.add_argument("--backend", help="of interval_attention (default: the device's)")
     parser.add_argument("--decode-queries", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--decode-contexts", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--decode-batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--budget-s", type=float, default=480, help="no problem is begun later (default: 480)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes and rivals that take seconds on a CPU")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
@@ -84,29 +97,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --tiny shows that the benchmark works")
     if args.rivals is None:
-        args.rivals = ["sdpa"] if args.tiny else list(RIVALS)
+        args.rivals = ["sdpa"] if args.tiny else [name for name in RIVALS if name != "flex-max-autotune"]
     args.backend = args.backend or ("cpu" if args.device == "cpu" else "triton")
     args.form = Form(args.heads, args.kv_heads, getattr(torch, args.dtype), args.device)
     torch.manual_seed(0)
 
-    clock = Clock(args.device)
+    started, clock = time.monotonic(), Clock(args.device)
     roofline = measure_roofline(clock, args.form, 256 if args.tiny else 8192)
     print(f"{device_name(args.device)}, {args.dtype}: a matrix product runs at {roofline:.4g} TFLOP/s", flush=True)
-    results = list(attention_results(args, clock, roofline))
-    plans = list(plan_results(args, clock))
-    decoded = list(decode_results(args, clock))
-    goals = against_goals(results, plans, decoded)
-    for goal in goals:
-        print(f"{goal['direction']:<9} against {goal['rival']:<18} {'/'.join(goal['masks']):<40} "
-              f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}  "
-              f"(floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
-    line = {
+    results: dict[str, list[dict[str, Any]]] = {"results": [], "plans": [], "decode": []}
+    failed: dict[str, str] = {}
+    left_out: list[str] = []
+    line: dict[str, Any] = {
         "benchmark": "attention", "device": device_name(args.device), "backend": args.backend, "dtype": args.dtype,
         "heads": args.heads, "kv_heads": args.kv_heads, "tokens": args.tokens, "repeats": args.repeats,
-        "roofline_tflops": roofline, "goals": goals, "results": results, "plans": plans, "decode": decoded,
-        **versions(),
+        "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **versions(),
+        "roofline_tflops": roofline, "goals": against_goals(), **results, "failed": failed, "left_out": left_out,
     }  # fmt: skip
+    for name, section, measure in problems(args, clock, roofline):
+        if time.monotonic() - started > args.budget_s:
+            left_out.append(name)
+            continue
+        try:
+            results[section].append(measure())
+        except (SystemExit, *FAILURES) as reason:
+            failed[name] = said(reason)
+            print(f"{name}: {failed[name]}", flush=True)
+        line["goals"] = against_goals(*results.values())
+        save(line, args.out)
+    for goal in line["goals"]:
+        known = goal["worst"] is not None
+        found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
+        print(f"{goal['direction']:<9} against {goal['rival']:<18} {'/'.join(goal['masks']):<40} "
+              f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
+    for what, names in (("not asked for", line["not_asked"]), ("no time left for", left_out), ("failed", [*failed])):
+        if names:
+            print(f"{what}: {', '.join(names)}")
     write(line, args.out)
+    if failed:
+        sys.exit(1)
+
+
+def problems(args: argparse.Namespace, clock: Clock, roofline: float) -> list[Named]:
+    """All that is to be measured, what the goals ask for first."""
+    first, *others = sorted(args.lengths, key=lambda n: n != GOALS_AT)
+    print(f"{'mask':<13} {'D':>3} {'keys':>6} {'rows':>4}  {'':<18} {'forward':>10} {'roofline':>9} {'tidal ×':>8}"
+          f" {'backward':>10} {'roofline':>9} {'tidal ×':>8}")  # fmt: skip
+
+    def attention(lengths: list[int]) -> list[Named]:
+        return [(f"attention {mask} D {d} {n} keys", "results",
+                 functools.partial(attention_result, args, clock, roofline, mask, n, d))
+                for n, mask, d in itertools.product(lengths, args.masks, args.head_dims)]  # fmt: skip
+
+    def plan(lengths: list[int]) -> list[Named]:
+        return [(f"plan {mask} {n} keys", "plans", functools.partial(plan_result, args, clock, mask, n))
+                for n, mask in itertools.product(lengths, args.masks)]  # fmt: skip
+
+    decode = [(f"decode {m} queries {n} keys D {d}", "decode", functools.partial(decode_result, args, clock, m, n, d))
+              for m, n, d in itertools.product(args.decode_queries, args.decode_contexts, args.head_dims)]  # fmt: skip
+    return [*attention([first]), *decode, *plan([first]), *attention(others), *plan(others)]
 
 
 # -------------------------------------------------------------------------------------------------- timing
@@ -180,76 +229,70 @@ def times_of(p: Problem, runs: dict[str, Attend], clock: Clock, repeats: int) ->
     return {name: {"forward_ms": ahead[name], "backward_ms": back[name]} for name in runs}
 
 
-def attention_results(args: argparse.Namespace, clock: Clock, roofline: float) -> Iterator[dict[str, Any]]:
-    """Forward and backward of every mask, length and head dimension."""
-    print(f"{'mask':<13} {'D':>3} {'keys':>6} {'rows':>4}  {'':<18} {'forward':>10} {'roofline':>9} {'tidal ×':>8}"
-          f" {'backward':>10} {'roofline':>9} {'tidal ×':>8}")  # fmt: skip
-    for mask in args.masks:
-        for head_dim in args.head_dims:
-            for n_keys in args.lengths:
-                n_batch = max(1, args.tokens // n_keys)
-                p = problem(mask, n_keys, n_batch, head_dim, args.form)
-                entrants = ready(p, args.rivals, args.backend)
-                times = times_of(p, entrants.runs, clock, args.repeats)
-                for name, t in times.items():
-                    cells = f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18}"
-                    for key, factor in (("forward", 1.0), ("backward", 2.5)):
-                        ratio = t[f"{key}_ms"] / times["tidal"][f"{key}_ms"]
-                        t[f"{key}_tflops"] = factor * p.flops / t[f"{key}_ms"] / 1e9
-                        t[f"{key}_share"] = t[f"{key}_tflops"] / roofline
-                        cells += f" {t[f'{key}_ms']:>7.3f} ms {t[f'{key}_share']:>8.1%} {ratio:>8.2f}"
-                    print(cells, flush=True)
-                for name, why in entrants.failed.items():
-                    print(f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18} {why}", flush=True)
-                yield {"mask": mask, "head_dim": head_dim, "keys": n_keys, "queries": p.q.shape[2], "batch": n_batch,
-                       "tidal_error": entrants.error, "times": rounded(times), "failed": entrants.failed}  # fmt: skip
+def attention_result(
+    args: argparse.Namespace, clock: Clock, roofline: float, mask: str, n_keys: int, head_dim: int
+) -> dict[str, Any]:
+    """Forward and backward of one mask, length and head dimension."""
+    n_batch = max(1, args.tokens // n_keys)
+    p = problem(mask, n_keys, n_batch, head_dim, args.form)
+    entrants = ready(p, args.rivals, args.backend)
+    times = times_of(p, entrants.runs, clock, args.repeats)
+    for name, t in times.items():
+        cells = f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18}"
+        for key, factor in (("forward", 1.0), ("backward", 2.5)):
+            ratio = t[f"{key}_ms"] / times["tidal"][f"{key}_ms"]
+            t[f"{key}_tflops"] = factor * p.flops / t[f"{key}_ms"] / 1e9
+            t[f"{key}_share"] = t[f"{key}_tflops"] / roofline
+            cells += f" {t[f'{key}_ms']:>7.3f} ms {t[f'{key}_share']:>8.1%} {ratio:>8.2f}"
+        print(cells, flush=True)
+    for name, why in entrants.failed.items():
+        print(f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18} {why}", flush=True)
+    return {"mask": mask, "head_dim": head_dim, "keys": n_keys, "queries": p.q.shape[2], "batch": n_batch,
+            "tidal_error": entrants.error, "times": rounded(times), "failed": entrants.failed}  # fmt: skip
 
 
-def plan_results(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
+def plan_result(args: argparse.Namespace, clock: Clock, mask: str, n_keys: int) -> dict[str, Any]:
     """Building the plan against building FlexAttention's block mask, by the wall clock, as each batch must."""
-    for mask in args.masks:
-        for n_keys in args.lengths:
-            p = problem(mask, n_keys, max(1, args.tokens // n_keys), args.head_dims[0], args.form)
-            works: dict[str, Callable[[], object]] = {
-                "tidal": functools.partial(build_plan, p, args.backend),
-                "create_block_mask": functools.partial(build_block_mask, p, create_block_mask),
-            }
-            if {"flex", "flex-max-autotune"} & set(args.rivals):
-                torch._dynamo.reset()
-                compiled = torch.compile(create_block_mask, dynamic=False)
-                works["create_block_mask, compiled"] = functools.partial(build_block_mask, p, compiled)
-            times = median_times(clock.wall, works, args.repeats)
-            cells = "  ".join(f"{name} {t:.3f} ms" for name, t in times.items())
-            print(f"plan {mask:<13} {n_keys:>6} keys  {cells}", flush=True)
-            yield {"mask": mask, "keys": n_keys, "times": rounded({n: {"plan_ms": t} for n, t in times.items()})}
+    p = problem(mask, n_keys, max(1, args.tokens // n_keys), args.head_dims[0], args.form)
+    failed: dict[str, str] = {}
+    works: dict[str, Callable[[], object]] = {
+        "tidal": functools.partial(build_plan, p, args.backend),
+        "create_block_mask": functools.partial(build_block_mask, p, create_block_mask),
+    }
+    if {"flex", "flex-max-autotune"} & set(args.rivals):
+        torch._dynamo.reset()
+        compiled = functools.partial(build_block_mask, p, torch.compile(create_block_mask, dynamic=False))
+        try:
+            compiled()
+            works["create_block_mask, compiled"] = compiled
+        except FAILURES as reason:
+            failed["create_block_mask, compiled"] = said(reason)
+    times = median_times(clock.wall, works, args.repeats)
+    cells = "  ".join([f"{n} {t:.3f} ms" for n, t in times.items()] + [f"{n}: {why}" for n, why in failed.items()])
+    print(f"plan {mask:<13} {n_keys:>6} keys  {cells}", flush=True)
+    return {"mask": mask, "keys": n_keys, "failed": failed,
+            "times": rounded({n: {"plan_ms": t} for n, t in times.items()})}  # fmt: skip
 
 
-def decode_results(args: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
-    """A few queries a row at the end of caches of different lengths; what FlexAttention builds is not counted."""
-    for head_dim in args.head_dims:
-        for n_keys in args.decode_contexts:
-            for n_queries in args.decode_queries:
-                length = torch.linspace(n_keys // 4, n_keys, args.decode_batch).long()
-                end = length[:, None] - n_queries + 1 + torch.arange(n_queries)
-                zero = torch.zeros_like(end)
-                ranges = torch.stack([torch.stack([zero, end], -1), torch.stack([zero, zero], -1)], 2).int()
-                k_position = torch.arange(n_keys).float().expand(len(length), -1)
-                p = make("decode", ranges, end.float() - 1, k_position, head_dim, args.form)
-                with torch.no_grad():
-                    entrants = ready(p, args.rivals, args.backend, backward=False)
-                    times = median_times(clock, calls(p, entrants.runs), args.repeats)
-                cells = "  ".join(f"{n} {t * 1e3:.1f} µs" for n, t in times.items())
-                print(f"decode {n_queries:>2} queries {n_keys:>6} keys D {head_dim:>3}  {cells}", flush=True)
-                yield {"queries": n_queries, "keys": n_keys, "head_dim": head_dim, "batch": len(length),
-                       "tidal_error": entrants.error, "failed": entrants.failed,
-                       "times": rounded({n: {"decode_ms": t} for n, t in times.items()})}  # fmt: skip
+def decode_result(args: argparse.Namespace, clock: Clock, n_queries: int, n_keys: int, head_dim: int) -> dict[str, Any]:
+    """A few queries a row over caches; what FlexAttention builds is not counted."""
+    p = decode_problem(n_queries, n_keys, args.decode_batch, head_dim, args.form)
+    with torch.no_grad():
+        entrants = ready(p, args.rivals, args.backend, backward=False)
+        times = median_times(clock, calls(p, entrants.runs), args.repeats)
+    found = [f"{n} {t * 1e3:.1f} µs" for n, t in times.items()] + [f"{n}: {why}" for n, why in entrants.failed.items()]
+    print(f"decode {n_queries:>2} queries {n_keys:>6} keys D {head_dim:>3}  {'  '.join(found)}", flush=True)
+    return {"queries": n_queries, "keys": n_keys, "head_dim": head_dim, "batch": args.decode_batch,
+            "tidal_error": entrants.error, "failed": entrants.failed,
+            "times": rounded({n: {"decode_ms": t} for n, t in times.items()})}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- results
 
 
 def against_goals(*sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times faster than a rival in its best form, at worst and in the median, beside floor and goal."""
+    """How many times faster than a rival in its best form, at worst and in the median, beside floor and goal;
+    None where nothing was measured."""
     met = []
     for rival, direction, masks, floor, goal in GOALS:
         ratios = []
@@ -258,9 +301,9 @@ def against_goals(*sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
             theirs = [t[f"{direction}_ms"] for n, t in times.items() if n.startswith(rival) and f"{direction}_ms" in t]
             if theirs:
                 ratios.append(min(theirs) / times["tidal"][f"{direction}_ms"])
-        if ratios:
-            met.append({"rival": rival, "direction": direction, "masks": masks, "floor": floor, "goal": goal,
-                        "worst": round(min(ratios), 3), "median": round(statistics.median(ratios), 3)})  # fmt: skip
+        met.append({"rival": rival, "direction": direction, "masks": masks, "floor": floor, "goal": goal,
+                    "worst": round(min(ratios), 3) if ratios else None,
+                    "median": round(statistics.median(ratios), 3) if ratios else None})  # fmt: skip
     return met
 
 
@@ -280,20 +323,27 @@ def device_name(device: str) -> str:
 
 def versions() -> dict[str, Any]:
     """Versions and the date, for the results."""
-    named = {name: importlib.import_module(name).__version__ for name in ("triton", "flash_attn")
-             if importlib.util.find_spec(name)}  # fmt: skip
+    named = {}
+    for name in ("triton", "flash_attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            named[name] = importlib.metadata.version(name)
     return {**named, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
             "date": datetime.date.today().isoformat()}  # fmt: skip
 
 
 def write(line: dict[str, Any], out: Path | None) -> None:
-    """Print the results as one line; a file has them whole or not at all."""
+    """Print the results as one line, and save them."""
+    save(line, out)
+    print(json.dumps(line))
+
+
+def save(line: dict[str, Any], out: Path | None) -> None:
+    """A file has the results whole or not at all."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{os.getpid()}")
         temporary.write_text(json.dumps(line, indent=1) + "\n")
         os.replace(temporary, out)
-    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ MASKS = ("causal", "packed", "block-causal", "two-stream")
 RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ImportError)
+"""what compilers, launches and rivals raise: no reason to lose what others measured"""
+if importlib.util.find_spec("triton"):
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,15 @@ def problem(mask: str, n_keys: int, n_batch: int, head_dim: int, form: Form) -> 
     return make(mask, ranges, q_position, k_position, head_dim, form)
 
 
+def decode_problem(n_queries: int, n_keys: int, n_batch: int, head_dim: int, form: Form) -> Problem:
+    """A few queries a row at the end of caches of different lengths."""
+    length = torch.linspace(n_keys // 4, n_keys, n_batch).long()
+    end = length[:, None] - n_queries + 1 + torch.arange(n_queries)
+    zero = torch.zeros_like(end)
+    ranges = torch.stack([torch.stack([zero, end], -1), torch.stack([zero, zero], -1)], 2).int()
+    return make("decode", ranges, end.float() - 1, torch.arange(n_keys).float().expand(n_batch, -1), head_dim, form)
+
+
 def make(mask: str, ranges: Tensor, q_position: Tensor, k_position: Tensor, head_dim: int,
          form: Form) -> Problem:  # fmt: skip
     """A problem on the device, with random queries, keys and values."""
@@ -130,9 +145,13 @@ def make(mask: str, ranges: Tensor, q_position: Tensor, k_position: Tensor, head
     def by_index(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score - slopes[h] * (i - j).abs()
 
+    def in_cache(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # keys stand where they lie
+        return score - slopes[h] * (q_position[b, i] - j).abs()
+
+    bias = {"two-stream": by_position, "decode": in_cache}.get(mask, by_index)
     return Problem(
         mask, normal(form.heads, n_queries), normal(form.kv_heads, n_keys), normal(form.kv_heads, n_keys), ranges,
-        q_position, k_position, slopes, sees[mask], by_position if mask in ("two-stream", "decode") else by_index,
+        q_position, k_position, slopes, sees[mask], bias,
     )  # fmt: skip
 
 
@@ -205,7 +224,7 @@ def contestants(p: Problem, rivals: Sequence[str], backend: str) -> Iterator[tup
             yield name, lambda: flex_attention(p, "max-autotune-no-cudagraphs")
         elif name == "sdpa" and p.mask != "decode":
             yield name, lambda: sdpa(p)
-        elif name == "flash-attention-2" and p.mask == "causal" and importlib.util.find_spec("flash_attn"):
+        elif name == "flash-attention-2" and p.mask == "causal":
             yield name, lambda: flash_attention(p)
 
 
@@ -270,10 +289,10 @@ def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = T
         try:
             attend = prepare()
             errors = check.errors(attend)
-        except RuntimeError as reason:  # out of memory, or the compiler's
+        except FAILURES as reason:
             if name == "tidal":
                 raise
-            failed[name] = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+            failed[name] = said(reason)
             continue
         wrong = {key: value for key, value in errors.items() if not value < TOLERANCE[p.q.dtype]}
         if wrong and name == "tidal":
@@ -284,3 +303,8 @@ def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = T
         runs[name] = attend
         error = max(errors.values()) if name == "tidal" else error
     return Ready(runs, failed, error)
+
+
+def said(reason: BaseException) -> str:
+    """The first line of an error."""
+    return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]

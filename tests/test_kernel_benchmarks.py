@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from benchmarks import attention, attention_cpu, attention_problems, attention_tiles, kernel_resources
-from benchmarks.attention_problems import MASKS, Form, Problem, problem, ready
+from benchmarks.attention_problems import MASKS, Form, Problem, decode_problem, problem, ready
 from tests.commands import ROOT, run
 from tidal.kernels.reference import alibi_bias, visible_keys
 from tidal.kernels.triton_attention import Tile
@@ -26,12 +27,25 @@ FORM = Form(heads=4, kv_heads=2, dtype=torch.float32, device="cpu")
 def test_what_rivals_are_told_is_what_the_ranges_say(mask: str) -> None:
     """FlexAttention's mask and score functions, and the count of operations, against the dense definition."""
     p = problem(mask, 128, 2, 32, FORM)
-    n_queries, n_keys = p.q.shape[2], p.k.shape[2]
+    n_keys = p.k.shape[2]
     assert p.ranges.amin() >= 0
     assert p.ranges.amax() <= n_keys
     visible = visible_keys(p.ranges, n_keys)
     assert visible.any(2).all()  # no rival need know what to do without keys
     assert p.flops == 4 * 4 * 32 * visible.sum()
+    check_what_rivals_are_told(p)
+
+
+def test_rivals_are_told_of_decoding_without_a_look_up_a_key() -> None:
+    p = decode_problem(3, 40, 2, 32, FORM)
+    assert p.ranges[:, :, 0, 1].tolist() == [[8, 9, 10], [38, 39, 40]]
+    check_what_rivals_are_told(p)
+    assert "k_position" not in p.bias.__code__.co_freevars
+
+
+def check_what_rivals_are_told(p: Problem) -> None:
+    n_queries, n_keys = p.q.shape[2], p.k.shape[2]
+    visible = visible_keys(p.ranges, n_keys)
     b, i, j = torch.arange(2)[:, None, None], torch.arange(n_queries)[:, None], torch.arange(n_keys)
     assert p.sees(b, 0, i, j).expand_as(visible).equal(visible)
     for h in range(4):
@@ -106,14 +120,16 @@ def test_a_rival_that_is_wrong_or_fails_is_reported(monkeypatch: pytest.MonkeyPa
         return lambda q, k, v: right(q, k, v) * 1.01
 
     def fails(p: Problem, mode: str | None = None) -> attention_problems.Attend:
-        raise torch.OutOfMemoryError("too much")
+        raise TritonError("too much\nof it") if mode else torch.OutOfMemoryError("too much")
 
     monkeypatch.setattr(attention_problems, "sdpa", wrong)
     monkeypatch.setattr(attention_problems, "flex_attention", fails)
-    entrants = ready(p, ["sdpa", "flex"], "cpu")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    entrants = ready(p, ["sdpa", "flex", "flex-max-autotune", "flash-attention-2"], "cpu")
     assert list(entrants.runs) == ["tidal"]
-    assert entrants.failed["sdpa"].startswith("wrong result: errors {'out': 0.0")
-    assert entrants.failed["flex"] == "OutOfMemoryError: too much"
+    assert entrants.failed.pop("sdpa").startswith("wrong result: errors {'out': 0.0")
+    assert entrants.failed.pop("flash-attention-2").startswith("ModuleNotFoundError: ")
+    assert entrants.failed == {"flex": "OutOfMemoryError: too much", "flex-max-autotune": "TritonError: too much"}
 
 
 # ----------------------------------------------------------------------------------------- the commands
@@ -131,7 +147,7 @@ def test_attention_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert line["torch"] == torch.__version__
     assert line["date"] > "2025"
     assert [(r["mask"], r["keys"]) for r in line["results"]] == [
-        (mask, keys) for mask in ("causal", "two-stream") for keys in (96, 192)
+        (mask, keys) for keys in (96, 192) for mask in ("causal", "two-stream")
     ]
     for result in line["results"]:
         assert set(result["times"]) == {"tidal", "sdpa"}
@@ -143,8 +159,58 @@ def test_attention_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(line["plans"]) == 4
     assert {"tidal", "create_block_mask"} == set(line["plans"][0]["times"])
     assert [(r["queries"], r["keys"]) for r in line["decode"]] == [(1, 96), (5, 96)]
-    assert [g["direction"] for g in line["goals"]] == ["plan"]  # FlexAttention was not asked
+    assert [g["direction"] for g in line["goals"] if g["worst"]] == ["plan"]  # FlexAttention was not asked
+    assert sum("not measured" in text for text in printed[:-1]) == 7
+    assert line["not_asked"] == ["tidal-atomic", "flex", "flex-max-autotune", "flash-attention-2"]
+    assert line["failed"] == {}
+    assert line["left_out"] == []
     assert sum("sdpa" in text for text in printed[:-1]) == 4
+
+
+def test_what_fails_loses_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ready, kept = tmp_path / "results.json", attention.ready, []
+
+    def planted(p: Problem, *rest: Any, **more: Any) -> attention_problems.Ready:
+        if p.k.shape[2] == 192:
+            raise SystemExit("a wrong result")
+        return ready(p, *rest, **more)
+
+    def fails(*_: object) -> None:
+        kept.append(json.loads(out.read_text()))  # what a run that is ended here has already saved
+        raise TritonError("out of resources")
+
+    monkeypatch.setattr(attention, "ready", planted)
+    monkeypatch.setattr(attention, "build_plan", fails)
+    with pytest.raises(SystemExit) as stop:
+        attention.main(["--device", "cpu", "--tiny", "--masks", "causal", "--rivals", "--out", str(out)])
+    assert stop.value.code == 1
+    line = json.loads(out.read_text())
+    assert line == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["failed"] == {
+        "plan causal 96 keys": "TritonError: out of resources",
+        "attention causal D 32 192 keys": "SystemExit: a wrong result",
+        "plan causal 192 keys": "TritonError: out of resources",
+    }
+    assert [len(line[section]) for section in ("results", "decode", "plans")] == [1, 2, 0]
+    assert [len(kept[0][section]) for section in ("results", "decode", "plans")] == [1, 2, 0]
+
+
+def test_what_the_goals_ask_for_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    flags = ["--device", "cpu", "--masks", "causal", "packed", "--lengths", "2048", "8192", "--head-dims", "64",
+             "--decode-queries", "1", "--decode-contexts", "96", "--rivals", "--budget-s", "0"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "measure_roofline", lambda *_: 1.0)
+        attention.main([*flags, "--out", str(out)])
+    found = json.loads(out.read_text())["left_out"]
+    assert found == [
+        "attention causal D 64 8192 keys", "attention packed D 64 8192 keys", "decode 1 queries 96 keys D 64",
+        "plan causal 8192 keys", "plan packed 8192 keys", "attention causal D 64 2048 keys",
+        "attention packed D 64 2048 keys", "plan causal 2048 keys", "plan packed 2048 keys",
+    ]  # fmt: skip
+    assert "no time left for: " + ", ".join(found) in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="Triton's interpreter is off")
@@ -182,6 +248,7 @@ def test_goals_are_against_a_rivals_best_form() -> None:
     decoded = [{"queries": 1, "times": {"tidal": {"decode_ms": 1.0}, "flex": {"decode_ms": 3.0}}}]
     met = {(g["rival"], g["direction"], g["masks"][0]): (g["worst"], g["median"])
            for g in attention.against_goals(results, plans, decoded)}  # fmt: skip
+    assert all(g["worst"] is None for g in attention.against_goals(plans[:0]))
     assert met == {
         ("flex", "forward", "causal"): (2.0, 3.0),
         ("flex", "backward", "causal"): (2.0, 2.0),
