@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         try:
             results[section].append(measure())
-        except (SystemExit, *FAILURES) as reason:
+        except FAILURES as reason:
             failed[name] = said(reason)
             print(f"{name}: {failed[name]}", flush=True)
         line["goals"] = against_goals(*results.values())

@@ -22,8 +22,10 @@ MASKS = ("causal", "packed", "block-causal", "two-stream")
 RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
-FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, ImportError)
-"""what compilers, launches and rivals raise: no reason to lose what others measured"""
+FAILURES: tuple[type[BaseException], ...] = (
+    RuntimeError, ValueError, TypeError, LookupError, AssertionError, ImportError, SystemExit,
+)  # fmt: skip
+"""what compilers, launches, rivals and the check of results raise: no reason to lose what others measured"""
 if importlib.util.find_spec("triton"):
     from triton.errors import TritonError
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tidal.blocks import NOTHING
 from tidal.config import TidalConfig
 from tidal.foretold import Foretold
-from tidal.kernels import TilePlan, alibi_slopes, interval_attention
+from tidal.kernels import TilePlan, alibi_slopes, interval_attention, prepare
 from tidal.linear import Linear, log_softmax, product
 from tidal.places import sinusoids, turned
 from tidal.recall import N_RECALLED
@@ -186,6 +186,8 @@ class TidalTransformer(nn.Module):
         return (x_bld, rows) if self.config.shape.rotary_places else (x_bld + rows, None)
 
     def _layer(self, layer: nn.Module, x_bld: Tensor, view: View, turns_blr: Tensor | None) -> Tensor:
+        if isinstance(layer, Layer) and layer.attends and layer._compiled_call_impl and view.plan:
+            prepare(view.plan, view.ranges, view.q_position, view.k_position, x_bld.dtype, layer.d_head)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, x_bld, view, turns_blr, use_reentrant=False)  # type: ignore[no-any-return]
         return layer(x_bld, view, turns_blr)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import functorch.compile
 import pytest
@@ -13,9 +14,11 @@ import torch
 from attention_cases import Case
 from triton_cases import DEVICE, NAMES, SMALL, fused, triton_case
 
-from tidal.kernels import TilePlan, interval_attention, triton_attention
+from tidal.config import Shape, TidalConfig
+from tidal.kernels import TilePlan, interval_attention, triton_attention, triton_plan
 from tidal.kernels.api import BACKEND_VARIABLE, DEVICES, choose_backend
 from tidal.kernels.triton_plan import interval_plan
+from tidal.model import TidalTransformer, _planned
 
 OPS = torch.ops.tidal
 
@@ -81,6 +84,44 @@ def test_layers_of_a_compiled_graph_share_one_plan() -> None:
     out_and_gradients(case, torch.compile(two_layers, fullgraph=True, backend=backend))
     assert sum("attention_triton.default" in call for call in calls) == 2
     assert sum("interval_plan" in call for call in calls) == 2, calls  # rows and columns, in the interpreter
+
+
+def test_layers_compiled_one_by_one_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with --compile: rows once for forward and dq, and columns, for two reader layers and every step anew."""
+    torch.compiler.reset()
+    shape = Shape(d_model=32, n_heads=1, n_kv_heads=1, reader_layers=2, writer_layers=1, reader_ff=16, writer_ff=16,
+                  writer_attention="none")  # fmt: skip
+    model = TidalTransformer(TidalConfig(40, 20, 64, 8, "", shape)).to(DEVICE)
+    plans: list[str] = []
+    for name in ("rows_kernel", "columns_kernel"):
+        monkeypatch.setattr(triton_plan, name, Launches(getattr(triton_plan, name), name, plans))
+    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+    for layer in model.reader:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, length in enumerate((20, 27)):
+            ids = torch.arange(length, device=DEVICE)[None]
+            ranges = torch.stack([torch.zeros_like(ids), ids + 1, *[torch.zeros_like(ids)] * 2], -1).int()
+            view = _planned(ranges.view(1, length, 2, 2), ids.float(), ids.float())
+            states = model.read(ids, 0 * ids, [view] * 2)
+            states.sum().backward()
+            assert plans.count("columns_kernel") == 1 + step
+            assert len(plans) == 3 * (1 + step)  # columns are made of rows
+    torch.compiler.reset()
+    plain = TidalTransformer(model.config).to(DEVICE)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain.read(ids, 0 * ids, [view] * 2), states, rtol=0, atol=1e-5)
+
+
+class Launches:
+    """A kernel that notes when it is launched."""
+
+    def __init__(self, kernel: Any, name: str, log: list[str]) -> None:
+        self.kernel, self.name, self.log = kernel, name, log
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.log.append(self.name)
+        return self.kernel[grid]
 
 
 def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

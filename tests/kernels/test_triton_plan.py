@@ -14,6 +14,7 @@ from tidal.kernels.reference import visible_keys
 from tidal.kernels.triton_plan import HEAD, interval_plan
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+INT32_MAX = 2**31 - 1
 
 
 def states_of_rows(rows: Tensor, n_key_tiles: int) -> Tensor:
@@ -108,6 +109,17 @@ def test_plan_of_two_runs(data: st.DataObject) -> None:
     check_plan(ranges, torch.arange(10.0)[None], torch.arange(41.0)[None], 16, 4)
 
 
+def test_empty_ranges_may_start_anywhere() -> None:
+    """And end anywhere: rounding up to a tile must not go beyond 32 bits. Their neighbours see all keys."""
+    g = torch.Generator().manual_seed(0)
+    _, q_position, k_position = structured("causal", 1, 16, 40, g)
+    for start, end in ((INT32_MAX, 0), (INT32_MAX, -INT32_MAX - 1), (INT32_MAX - 3, 5), (-INT32_MAX - 1, 0)):
+        ranges = torch.tensor([[start, end], [0, 40]], dtype=torch.int32).expand(1, 16, 2, 2).clone()
+        check_plan(ranges, q_position, k_position, 8, 8)
+        ranges[:, 8:, 1] = 0
+        check_plan(ranges, q_position, k_position, 8, 8)
+
+
 def test_more_tiles_than_one_step_looks_at() -> None:
     g = torch.Generator().manual_seed(0)
     check_plan(*structured("packed", 1, 12, 550, g), 8, 8)
@@ -117,6 +129,8 @@ def test_more_tiles_than_one_step_looks_at() -> None:
 def test_one_plan_for_many_layers() -> None:
     case = triton_case(0, "streams")
     plan = TilePlan.build(case.ranges, case.k.shape[2])
+    with torch.inference_mode():  # what is remembered here must serve layers that learn, too
+        triton_attention.prepare(plan, case.ranges, case.q_position, case.k_position, case.q.dtype, case.q.shape[-1])
     first = fused(case, plan)
     remembered = {key: value[2] for key, value in plan.memo.items() if key.startswith("triton")}
     assert len(remembered) == 2  # rows, which forward and dq share in the interpreter, and columns

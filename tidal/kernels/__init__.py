@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tidal.kernels.api import alibi_slopes as alibi_slopes
     from tidal.kernels.api import available_backends as available_backends
     from tidal.kernels.api import interval_attention as interval_attention
+    from tidal.kernels.api import prepare as prepare
     from tidal.kernels.plan import TilePlan as TilePlan
 
 __getattr__, __dir__ = exports(__name__, {
@@ -30,4 +31,5 @@ __getattr__, __dir__ = exports(__name__, {
     "alibi_slopes": "tidal.kernels.api",
     "available_backends": "tidal.kernels.api",
     "interval_attention": "tidal.kernels.api",
+    "prepare": "tidal.kernels.api",
 })

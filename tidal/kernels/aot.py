@@ -68,9 +68,13 @@ def kernel_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpe
         head_dim: 32, 64 or 128.
         arch: compute capability × 10, such as 90.
     """
-    from tidal.kernels import triton_attention, triton_decode
+    from tidal.kernels import triton_attention, triton_decode, triton_plan
 
-    return triton_attention.specs(dtype, head_dim, arch) + triton_decode.specs(dtype, head_dim, arch)
+    config = triton_attention.configuration(dtype, head_dim, arch)
+    sizes = {name: (tile.m, tile.n) for name, tile in config._asdict().items()}
+    columns = {size for name, size in sizes.items() if name.startswith("dkdv")}
+    attention, decode = (module.specs(dtype, head_dim, arch) for module in (triton_attention, triton_decode))
+    return [*attention, *triton_plan.specs(sizes.values(), columns), *decode]
 
 
 def resources(spec: KernelSpec, arch: int) -> Resources:

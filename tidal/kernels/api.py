@@ -25,6 +25,9 @@ DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 SUPPORTS: dict[str, Callable[[torch.dtype, int], bool]] = {}
 """backend → function(dtype, head_dim), for backends that do not take all of them"""
 
+PREPARE: dict[str, Callable[[TilePlan, Tensor, Tensor, Tensor, torch.dtype, int], None]] = {}
+"""backend → function(plan, ranges, q_position, k_position, dtype, head_dim), for those :func:`prepare` has work for"""
+
 FIXED_SLOPES = ("triton-atomic",)
 """backends without a gradient of the slopes"""
 
@@ -38,6 +41,7 @@ if importlib.util.find_spec("triton"):  # operators are registered here, before 
     BACKENDS["triton-atomic"] = functools.partial(triton_attention.attend, atomic=True)
     for fused in ("triton", "triton-atomic"):
         DEVICES[fused], SUPPORTS[fused] = triton_attention.DEVICES, triton_attention.supports
+        PREPARE[fused] = functools.partial(triton_attention.prepare, atomic=fused == "triton-atomic")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -131,6 +135,24 @@ def interval_attention(
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
     return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
+
+
+def prepare(
+    plan: TilePlan, ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Work out now what layers share, for layers that are compiled one by one: what their graphs find in the plan they
+    use, but they cannot add to it, and each would work it out for itself.
+
+    Args:
+        plan: of these ranges and positions, which the layers are given with it.
+        dtype: of their q, or autocast's.
+        head_dim: of their q.
+    """
+    if torch.is_autocast_enabled(ranges.device.type):
+        dtype = torch.get_autocast_dtype(ranges.device.type)
+    work = PREPARE.get(choose_backend(ranges.new_empty(1, 1, 1, head_dim, dtype=dtype), None))
+    if work is not None:
+        work(plan, ranges, q_position, k_position, dtype, head_dim)
 
 
 def choose_backend(q: Tensor, asked: str | None) -> str:

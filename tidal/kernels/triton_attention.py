@@ -19,7 +19,7 @@ from torch import Tensor
 from tidal.kernels import triton_backward, triton_decode, triton_forward
 from tidal.kernels.aot import TRITON_NAMES, KernelSpec
 from tidal.kernels.plan import TilePlan
-from tidal.kernels.triton_plan import HEAD, interval_plan
+from tidal.kernels.triton_plan import HEAD, tables
 from tidal.kernels.triton_tiles import INTERPRETED
 
 HEAD_DIMS = (32, 64, 128)
@@ -53,10 +53,10 @@ class Config(NamedTuple):
 TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     # (bytes per element, head dimension, architecture): forward, dq, dq_slopes, dkdv, dkdv_atomic
     (2, 32, 80): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 8, 2)),
-    (2, 32, 90): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    (2, 32, 90): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3)),
     (2, 32, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
     (2, 64, 80): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
-    (2, 64, 90): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 64, 90): ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
     (2, 64, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
     (2, 128, 80): ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     (2, 128, 90): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (16, 128, 8, 3)),
@@ -128,32 +128,31 @@ def attend(
             decoded: Tensor = triton_decode.decode(q, k, v, ranges, q_position, k_position, slopes, scale)
             return decoded
         config = configuration(q.dtype, q.shape[-1], architecture(q.device))
-    compiling = torch.compiler.is_compiling()  # then equal calls are one in the graph
-    memo = plan.memo if plan is not None and not compiling else {}
-    mode = "" if compiling else str(torch.is_inference_mode_enabled())
-
-    def planned(tile: Tile, transpose: bool) -> list[Tensor]:
-        key = f"triton {tile.m} {tile.n} {transpose} {mode}"
-        if key in memo:
-            q_seen, k_seen, table, order = memo[key]
-            if q_seen is q_position and k_seen is k_position:
-                return [table, order]
-        table, order = interval_plan(ranges, q_position, k_position, tile.m, tile.n, transpose)
-        memo[key] = (q_position, k_position, table, order)
-        return [table, order]
-
     dq = config.dq_slopes if slopes.requires_grad else config.dq
     dkdv = config.dkdv_atomic if atomic else config.dkdv
-    rows, order = planned(config.forward, False)
-    backward_plan: list[Tensor] = []
-    if learning:
-        backward_plan = [rows, order] if atomic else planned(dq, False)
-        backward_plan += planned(dkdv, True)
+    wanted = needed(config.forward, config.forward if atomic else dq, dkdv, learning)
+    rows, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
     tiles = [*config.forward, *dq, *dkdv]
     out: Tensor = attend_fused(
         q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles, atomic
     )[0]
     return out
+
+
+def needed(forward: Tile, dq: Tile, dkdv: Tile, learning: bool) -> list[tuple[int, int, bool]]:
+    """The tables (tile_q, tile_k, transposed) of the plan for these kernels."""
+    wanted = [(forward, False), (dq, False), (dkdv, True)] if learning else [(forward, False)]
+    return [(tile.m, tile.n, transpose) for tile, transpose in wanted]
+
+
+def prepare(
+    plan: TilePlan, ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, head_dim: int,
+    atomic: bool = False,
+) -> None:  # fmt: skip
+    """Have the plan remember all that :func:`attend` will ask it for, where slopes are fixed."""
+    config = configuration(dtype, head_dim, architecture(ranges.device))
+    kernels = (config.forward, config.dkdv_atomic) if atomic else (config.dq, config.dkdv)
+    tables(plan, ranges, q_position, k_position, needed(config.forward, *kernels, torch.is_grad_enabled()))
 
 
 def constants(q: Tensor, tile: Tile) -> dict[str, int]:

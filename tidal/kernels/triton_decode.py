@@ -18,6 +18,7 @@ nothing waits for the device.
 """
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -208,7 +209,7 @@ def tiles(n_rows: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int
     """
     tile_m = 16 if n_rows <= 16 else 32 if n_rows <= 32 or dtype == torch.float32 else 64
     if dtype == torch.float32:
-        return tile_m, 32, 8, 2
+        return tile_m, 16 if head_dim == 128 else 32, 8, 2
     return tile_m, 64 if head_dim == 128 or tile_m == 64 else 128, 4, 3
 
 
@@ -225,7 +226,8 @@ def n_cores(device: torch.device) -> int:
 
 
 def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
-    """What :func:`decode` launches, for :mod:`tidal.kernels.aot`: one query, and 64 queries of four heads."""
+    """What :func:`decode` launches, for :mod:`tidal.kernels.aot`: one query, and 64 queries of four heads; "whole"
+    where the keys are not split, and out is the caller's."""
     del arch  # one configuration serves all of them
     name = TRITON_NAMES[dtype]
     pointers = {"q": name, "k": name, "v": name, "ranges": "i32", "q_position": "fp32", "k_position": "fp32",
@@ -234,12 +236,14 @@ def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
     counts = ["n_queries", "n_keys", "n_splits", "n_kv_heads"]
     numbers = {**dict.fromkeys(strides + counts, "i32"), "scale_log2e": "fp32"}
     listed = []
-    for n_rows in (4, 256):
+    for n_rows, whole in itertools.product((4, 256), (False, True)):
         tile_m, tile_n, num_warps, num_stages = tiles(n_rows, head_dim, dtype)
         constants = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
+        pointers["out"] = name if whole else "fp32"
         types = {**{p: f"*{t}" for p, t in pointers.items()}, **numbers, **dict.fromkeys(constants, "constexpr")}
         aligned = (*pointers, *strides[:-1])
-        listed.append(KernelSpec(f"decode {n_rows} rows", partial_kernel, types, constants, num_warps, num_stages,
+        label = f"decode {n_rows} {'whole' if whole else 'rows'}"
+        listed.append(KernelSpec(label, partial_kernel, types, constants, num_warps, num_stages,
                                  f"{tile_m}×{tile_n}", aligned))  # fmt: skip
     merge = {"part": "*fp32", "lse": "*fp32", "out": f"*{name}", "n_rows": "i32", "n_splits": "i32"}
     constants = {"HEAD_DIM": head_dim, "CHUNK": 16}

@@ -34,7 +34,7 @@ def forward_tile(
     first = tile * N
     key = first + tl.arange(0, N)
     k_nd = load_rows(k, first, stride_kl, n_keys - first, N, D, MASKED)
-    k_position_n = tl.load(k_position + key, mask=key < n_keys) if MASKED else tl.load(k_position + key)
+    k_position_n = tl.load(k_position + key, mask=key < n_keys, other=0.0) if MASKED else tl.load(k_position + key)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
         q_position, k_position_n[None, :], key[None, :], ranges, origin, scale, slope, MASKED, SHIFTED,

@@ -18,23 +18,30 @@ no absolute value (tidal/kernels/triton_tiles.py). Time and memory are O((Lq / t
 waits for the device.
 """
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
+
+from tidal.kernels.aot import KernelSpec
+from tidal.kernels.plan import TilePlan
 
 ROW = tl.constexpr(16)
 """int32 per tile of queries: (start, end) of 4 partial segments, of 2 full ones, flag; the rest is not used"""
 HEAD = tl.constexpr(4)
 """int32 per tile of keys before its list: number of partial, number of full, flag; the rest is not used"""
-CHUNK = tl.constexpr(64)
-"""tiles that one step of a planning kernel looks at"""
+CHUNK, KEYS = tl.constexpr(64), tl.constexpr(4096)
+"""tiles, and positions of keys, that one step of a planning kernel looks at"""
+LENGTHS = ("n_queries", "n_keys", "n_query_tiles", "n_key_tiles")
+"""arguments for whose values no kernel is compiled anew"""
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_key_tiles"])
+@triton.jit(do_not_specialize=LENGTHS)
 def rows_kernel(
-    ranges, q_position, k_high, rows, q_low, work, n_queries, n_keys, n_key_tiles,
+    ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries and batch row."""
@@ -68,12 +75,10 @@ def rows_kernel(
     tiles += put(row + 6, b_1, tl.where(merged, b_1, hi_1))
     tiles += put(row + 8, a_0, b_0) + put(row + 10, a_1, b_1)
 
-    high = low
-    for first in range(0, n_key_tiles, CHUNK):
-        t = first + tl.arange(0, CHUNK)
-        full = ((t >= a_0) & (t < b_0)) | ((t >= a_1) & (t < b_1))
-        high = tl.maximum(high, tl.max(tl.load(k_high + batch * n_key_tiles + t, mask=full, other=float("-inf")), 0))
-    tl.store(row + 12, (high <= low).to(tl.int32))
+    k_position += batch * n_keys
+    high = tl.maximum(highest(k_position, a_0 * TILE_K, b_0 * TILE_K), highest(k_position, a_1 * TILE_K, b_1 * TILE_K))
+    put(row + 12, (high <= low).to(tl.int32), 0)
+    put(row + 14, 0, 0)
     tl.store(q_low + slot, low)
     tl.store(work + slot, tiles)
 
@@ -81,7 +86,7 @@ def rows_kernel(
 @triton.jit
 def hull_and_core(ranges, n_keys, n_key_tiles, TILE_K: tl.constexpr):
     """Of one range of some queries: [lo, hi) tiles that any of them sees, [a, b) tiles that all of them see whole."""
-    start = tl.maximum(tl.load(ranges), 0)
+    start = tl.minimum(tl.maximum(tl.load(ranges), 0), n_keys)
     end = tl.minimum(tl.load(ranges + 1), n_keys)
     seen = start < end
     lo = tl.min(tl.where(seen, start, n_keys), 0) // TILE_K
@@ -92,6 +97,16 @@ def hull_and_core(ranges, n_keys, n_key_tiles, TILE_K: tl.constexpr):
 
 
 @triton.jit
+def highest(position, start, end):
+    """Of some keys; −inf if there are none."""
+    high = tl.full([KEYS], float("-inf"), dtype=tl.float32)
+    for first in range(start, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        high = tl.maximum(high, tl.load(position + key, mask=key < end, other=float("-inf")))
+    return tl.max(high, 0)
+
+
+@triton.jit
 def put(pointer, start, end):
     """Store a segment and return its length."""
     tl.store(pointer, start)
@@ -99,12 +114,16 @@ def put(pointer, start, end):
     return end - start
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_query_tiles"])
-def columns_kernel(rows, q_low, k_high, columns, work, n_queries, n_query_tiles, TILE_Q: tl.constexpr):
+@triton.jit(do_not_specialize=LENGTHS)
+def columns_kernel(
+    rows, q_low, k_position, columns, work, n_queries, n_keys, n_query_tiles,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
     """One program per tile of keys and batch row."""
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tile
-    high = tl.load(k_high + slot)
+    key = tile * TILE_K + tl.arange(0, TILE_K)
+    high = tl.max(tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=float("-inf")), 0)
     column = columns + slot * (n_query_tiles + HEAD)
     n_partial, n_full, n_ahead = 0, 0, 0
     for first in range(0, n_query_tiles, CHUNK):
@@ -157,22 +176,21 @@ def interval_plan(
     """
     (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
     n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
-    padded = F.pad(k_position, (0, n_key_tiles * tile_k - n_keys), value=float("-inf"))
-    k_high = padded.view(n_batch, n_key_tiles, tile_k).amax(2)
-    rows = ranges.new_zeros(n_batch, n_query_tiles, ROW.value)
+    rows = ranges.new_empty(n_batch, n_query_tiles, ROW.value)
     q_low = q_position.new_empty(n_batch, n_query_tiles)
     work = ranges.new_empty(n_batch * n_query_tiles)
+    ranges, q_position, k_position = ranges.contiguous(), q_position.contiguous(), k_position.contiguous()
+    sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
     with torch.cuda.device_of(ranges):  # type: ignore[no-untyped-call]
         rows_kernel[(n_query_tiles, n_batch)](
-            ranges.contiguous(), q_position.contiguous(), k_high, rows, q_low, work, n_queries, n_keys, n_key_tiles,
-            TILE_Q=tile_q, TILE_K=tile_k,
-        )  # fmt: skip
+            ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles, **sizes
+        )
         table = rows
         if transpose:
             table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + n_query_tiles)
             work = ranges.new_empty(n_batch * n_key_tiles)
             columns_kernel[(n_key_tiles, n_batch)](
-                rows, q_low, k_high, table, work, n_queries, n_query_tiles, TILE_Q=tile_q
+                rows, q_low, k_position, table, work, n_queries, n_keys, n_query_tiles, **sizes
             )
     return table, work.argsort(descending=True, stable=True).to(torch.int32)
 
@@ -185,3 +203,41 @@ def _(
     n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
     n_tiles, width = (n_key_tiles, HEAD.value + n_query_tiles) if transpose else (n_query_tiles, ROW.value)
     return ranges.new_empty(n_batch, n_tiles, width), ranges.new_empty(n_batch * n_tiles)
+
+
+def tables(
+    plan: TilePlan | None, ranges: Tensor, q_position: Tensor, k_position: Tensor, wanted: list[tuple[int, int, bool]]
+) -> list[Tensor]:
+    """Table and order of :func:`interval_plan` for each (tile_q, tile_k, transpose), unless the plan remembers them.
+
+    A compiled graph reads what a plan remembers, but adds nothing to it: equal calls are one in the graph.
+    """
+    memo = plan.memo if plan is not None else {}
+    compiling = torch.compiler.is_compiling()
+    new: dict[str, tuple[Tensor, ...]] = {} if compiling else memo
+    found: list[Tensor] = []
+    for tile_q, tile_k, transpose in wanted:
+        key = f"triton {tile_q} {tile_k} {transpose}"
+        known = new.get(key) or memo.get(key)
+        if known is None or known[0] is not q_position or known[1] is not k_position:
+            with nullcontext() if compiling else torch.inference_mode(False):  # else no later layer could learn with it
+                table, order = interval_plan(ranges, q_position, k_position, tile_q, tile_k, transpose)
+            known = new[key] = (q_position, k_position, table, order)
+        found += known[2:]
+    return found
+
+
+def specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tuple[int, int]]) -> list[KernelSpec]:
+    """What :func:`interval_plan` launches for these (tile_q, tile_k), for :mod:`tidal.kernels.aot`."""
+    row_tiles, column_tiles = set(row_tiles), set(column_tiles)
+    found = []
+    for name, kernel, tiles in (
+        ("rows", rows_kernel, row_tiles | column_tiles), ("columns", columns_kernel, column_tiles),
+    ):  # fmt: skip
+        for tile_q, tile_k in sorted(tiles):
+            sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
+            types = {x: "*fp32" if x in ("q_position", "k_position", "q_low") else "*i32" for x in kernel.arg_names}
+            types |= {x: "i32" for x in kernel.arg_names if x in LENGTHS} | dict.fromkeys(sizes, "constexpr")
+            pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
+            found.append(KernelSpec(name, kernel, types, sizes, 4, 3, f"{tile_q}×{tile_k}", pointers))
+    return found
