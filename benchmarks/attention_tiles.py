@@ -4,9 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.attention_tiles --tiny     what of it runs without a GPU
 
 For one kernel after another the tile is varied, with those of tidal/kernels/triton_attention.py for the others: the
-forward pass is timed for `forward`, the backward for the rest. First all candidates are compiled, in as many processes
-as there are cores, into Triton's cache. One that is wrong, or wants more than a block may have, is reported and not
-timed. Ends in one JSON line; what is taken from it goes into TILES, and must then show no spills
+forward pass is timed for `forward`, the backward for the rest. "(now)" marks the tile in use. First the candidates are
+compiled, in as many processes as there are cores, into Triton's cache. One that is wrong, or wants more than a block
+may have, is reported and not timed. --out is written anew after every kernel, and none is begun after --budget-s
+seconds. Ends in one JSON line; what is taken from it goes into TILES, and must then show no spills
 (`python -m benchmarks.kernel_resources`).
 """
 
@@ -18,24 +19,24 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
-from benchmarks.attention import Clock, device_name, median_times, times_of, versions, write
-from benchmarks.attention_problems import MASKS, TOLERANCE, Attend, Check, Form, Problem, problem
+from benchmarks.attention import Clock, device_name, median_times, save, times_of, versions, write
+from benchmarks.attention_problems import FAILURES, MASKS, TOLERANCE, Attend, Check, Form, Problem, problem, said
 from tidal.kernels import TilePlan
 from tidal.kernels.triton_attention import Config, Tile, architecture, attend, configuration
 from tidal.kernels.triton_tiles import INTERPRETED
 
-KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic")
-FAILURES = (TritonError, RuntimeError)
-"""too much shared memory, or what the compiler cannot do"""
+KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic", "dq_slopes")
 TINY = [Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)]
 
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=10, help="(default: 10)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: one a core)")
+    parser.add_argument("--budget-s", type=float, default=480, help="no kernel is begun later (default: 480)")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds in the interpreter")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
     args = parser.parse_args(argv)
@@ -61,29 +63,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     form = Form(args.heads, args.heads, getattr(torch, args.dtype), "cpu" if INTERPRETED.value else "cuda")
     torch.manual_seed(0)
 
-    jobs = [
-        (kernel, head_dim, tile)
-        for kernel, head_dim in itertools.product(args.kernels, args.head_dims)
-        for tile in (TINY if args.tiny else candidates(kernel))
-    ]
-    if not INTERPRETED.value:
-        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(functools.partial(compile_one, form), jobs))
-    clock = Clock(form.device)
-    results = [
-        result
-        for head_dim in args.head_dims
-        for result in compare(problem(args.mask, args.keys, args.batch, head_dim, form), jobs, clock, args.repeats)
-    ]
-    write({"benchmark": "attention-tiles", "device": device_name(form.device), "mask": args.mask, "keys": args.keys,
-           "batch": args.batch, "heads": args.heads, "dtype": args.dtype, "repeats": args.repeats,
-           "results": results, **versions()}, args.out)  # fmt: skip
+    started, clock = time.monotonic(), Clock(form.device)
+    results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    left_out: list[str] = []
+    line = {"benchmark": "attention-tiles", "device": device_name(form.device), "mask": args.mask, "keys": args.keys,
+            "batch": args.batch, "heads": args.heads, "dtype": args.dtype, "repeats": args.repeats,
+            "results": results, "failed": failed, "left_out": left_out, **versions()}  # fmt: skip
+    with ExitStack() as stack:
+        workers = functools.partial(ProcessPoolExecutor, args.processes, multiprocessing.get_context("spawn"))
+        pool = None if INTERPRETED.value else stack.enter_context(workers())
+        for kernel, head_dim in itertools.product(args.kernels, args.head_dims):
+            name = f"{kernel} D {head_dim}"
+            if time.monotonic() - started > args.budget_s:
+                left_out.append(name)
+                continue
+            tiles = candidates(kernel, now(kernel, head_dim, form), TINY if args.tiny else None)
+            try:
+                if pool:
+                    list(pool.map(functools.partial(compile_one, form, kernel, head_dim), tiles))
+                p = problem(args.mask, args.keys, args.batch, head_dim, form)
+                results.append(compare(p, kernel, tiles, clock, args.repeats))
+            except FAILURES as reason:
+                failed[name] = said(reason)
+                if isinstance(reason, BrokenProcessPool):  # a compiler crashed
+                    pool = stack.enter_context(workers())
+            save(line, args.out)
+    for what, names in (("no time left for", left_out), ("failed", [*failed])):
+        if names:
+            print(f"{what}: {', '.join(names)}")
+    write(line, args.out)
+    if failed:
+        sys.exit(1)
 
 
-def candidates(kernel: str) -> list[Tile]:
-    """Tiles of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the others."""
+def now(kernel: str, head_dim: int, form: Form) -> Tile:
+    """The tile in use."""
+    tile: Tile = getattr(configuration(form.dtype, head_dim, architecture(torch.device(form.device))), kernel)
+    return tile
+
+
+def candidates(kernel: str, in_use: Tile, others: list[Tile] | None = None) -> list[Tile]:
+    """The tile in use, then those of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the
+    others."""
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
-    return [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
+    if others is None:
+        others = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
+    return list(dict.fromkeys([in_use, *others]))
 
 
 def attention_with(p: Problem, kernel: str, tile: Tile) -> Attend:
@@ -91,19 +117,19 @@ def attention_with(p: Problem, kernel: str, tile: Tile) -> Attend:
     chosen = configuration(p.q.dtype, p.q.shape[3], architecture(p.q.device))
     config: Config = chosen._replace(**{kernel: tile})
     plan = TilePlan.build(p.ranges, p.k.shape[2])
+    slopes = p.slopes.clone().requires_grad_(kernel == "dq_slopes")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[3] ** -0.5
         return attend(
-            q, k, v, p.ranges, p.q_position, p.k_position, p.slopes, scale, plan, config, kernel == "dkdv_atomic"
+            q, k, v, p.ranges, p.q_position, p.k_position, slopes, scale, plan, config, kernel == "dkdv_atomic"
         )
 
     return run
 
 
-def compile_one(form: Form, job: tuple[str, int, Tile]) -> None:
+def compile_one(form: Form, kernel: str, head_dim: int, tile: Tile) -> None:
     """In a process of its own: run it once on little, so that Triton's cache has it; failures come again later."""
-    kernel, head_dim, tile = job
     p = problem("causal", 256, 1, head_dim, form)
     try:
         torch.autograd.grad(attention_with(p, kernel, tile)(p.q, p.k, p.v).sum(), (p.q, p.k, p.v))
@@ -111,39 +137,39 @@ def compile_one(form: Form, job: tuple[str, int, Tile]) -> None:
         print(f"{kernel} D {head_dim} {tuple(tile)}: {type(reason).__name__}", file=sys.stderr)
 
 
-def compare(p: Problem, jobs: list[tuple[str, int, Tile]], clock: Clock, repeats: int) -> Iterator[dict[str, Any]]:
-    """For each kernel, its candidates from the fastest on."""
+def compare(p: Problem, kernel: str, tiles: list[Tile], clock: Clock, repeats: int) -> dict[str, Any]:
+    """The candidates of a kernel, the one in use first among them, from the fastest on."""
     head_dim, check = p.q.shape[3], Check(p)
-    for kernel in dict.fromkeys(kernel for kernel, *_ in jobs):
-        runs: dict[str, Attend] = {}
-        failed: dict[str, str] = {}
-        for tile in (tile for name, d, tile in jobs if (name, d) == (kernel, head_dim)):
-            label = f"{tile.m}×{tile.n}, {tile.warps} warps, {tile.stages} stages"
-            try:
-                attention = attention_with(p, kernel, tile)
-                error = max(check.errors(attention).values())
-            except FAILURES as reason:
-                failed[label] = f"{type(reason).__name__}: {reason}".splitlines()[0][:120]
-                continue
-            if error < TOLERANCE[p.q.dtype]:
-                runs[label] = attention
-            else:
-                failed[label] = f"wrong result: error {error:.3g}"
-        part = "forward_ms" if kernel == "forward" else "backward_ms"
-        if kernel == "forward":
-            works: dict[str, Callable[[], Tensor]] = {
-                label: functools.partial(run, p.q, p.k, p.v) for label, run in runs.items()
-            }
-            times = median_times(clock, works, repeats)
+    runs: dict[str, Attend] = {}
+    failed: dict[str, str] = {}
+    for tile in tiles:
+        mark = " (now)" if tile == tiles[0] else ""
+        label = f"{tile.m}×{tile.n}, {tile.warps} warps, {tile.stages} stages{mark}"
+        try:
+            attention = attention_with(p, kernel, tile)
+            error = max(check.errors(attention).values())
+        except FAILURES as reason:
+            failed[label] = said(reason)
+            continue
+        if error < TOLERANCE[p.q.dtype]:
+            runs[label] = attention
         else:
-            times = {label: t[part] for label, t in times_of(p, runs, clock, repeats).items()}
-        times = {label: float(f"{t:.5g}") for label, t in sorted(times.items(), key=lambda item: item[1])}
-        for label, t in times.items():
-            slower = t / min(times.values())
-            print(f"{kernel:<12} D {head_dim:>3}  {label:<28} {t:>9.3f} ms  × {slower:.2f}", flush=True)
-        for label, why in failed.items():
-            print(f"{kernel:<12} D {head_dim:>3}  {label:<28} {why}", flush=True)
-        yield {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "failed": failed}
+            failed[label] = f"wrong result: error {error:.3g}"
+    part = "forward_ms" if kernel == "forward" else "backward_ms"
+    if kernel == "forward":
+        works: dict[str, Callable[[], Tensor]] = {
+            label: functools.partial(run, p.q, p.k, p.v) for label, run in runs.items()
+        }
+        times = median_times(clock, works, repeats)
+    else:
+        times = {label: t[part] for label, t in times_of(p, runs, clock, repeats).items()}
+    times = {label: float(f"{t:.5g}") for label, t in sorted(times.items(), key=lambda item: item[1])}
+    for label, t in times.items():
+        slower = t / min(times.values())
+        print(f"{kernel:<12} D {head_dim:>3}  {label:<34} {t:>9.3f} ms  × {slower:.2f}", flush=True)
+    for label, why in failed.items():
+        print(f"{kernel:<12} D {head_dim:>3}  {label:<34} {why}", flush=True)
+    return {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "failed": failed}
 
 
 if __name__ == "__main__":
