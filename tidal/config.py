@@ -287,7 +287,7 @@ class Train:
     tensorboard: bool = False
     """Also write the figures for TensorBoard, which must be installed."""
     doctor: bool = True
-    """Examine the untrained model first (seconds), and refuse to start on a finding."""
+    """Examine the untrained model first (seconds; minutes above 50M parameters), and refuse to start on a finding."""
     resume: str = "auto"
     """auto continues an unfinished run in the folder; never starts a new one beside it; or a run, or a checkpoint."""
     model: Shape = field(default_factory=Shape)

@@ -20,22 +20,16 @@ from tests.doctor import healthy
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.table import examine_mutant
 from tidal.cli import UserError, main
-from tidal.config import Text
 from tidal.doctor import Document, checks_kernels, examine, run, training
 from tidal.doctor import __main__ as command
 from tidal.doctor.checks_run import _compare_n_grams
 from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
 from tidal.doctor.specimen import SHAPE, make
-from tidal.doctor.texts import of_run
 from tidal.kernels import api
 from tidal.model import TidalTransformer
-from tidal.prepare.make import prepare, prepare_for_training
-from tidal.prepare.survey import survey
 from tidal.streams import Batch
 from tidal.train import __main__ as training_command
-from tidal.train.presets import PRESETS
-from tidal.train.recipes.characters import TASKS
 
 TRAIN = (*(flag for flag in SMALL if flag != "--no-doctor"), "--max-steps", "2", "--rows", "2", "--threads", "1")
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
@@ -286,53 +280,6 @@ def test_the_commands_of_the_docs_are_these() -> None:
     own = {f"--{field.name}" for field in fields}
     assert {flag for line in told for flag in re.findall(r"--[a-z-]+", line)} <= own
     assert told
-
-
-def test_problems_like_those_that_a_run_was_trained_on() -> None:
-    own = dataclasses.replace(PRESETS["addition"].addition, operations="-*", digits=3)
-    settings = dataclasses.asdict(dataclasses.replace(PRESETS["addition"], addition=own))
-    documents, _ = of_run({"settings": settings})
-    assert {d.prompt.split()[1] for d in documents} == {"-", "*"}
-    for document in documents:
-        a, operation, b, _ = document.prompt.split()
-        assert document.completion == f" {int(a) - int(b) if operation == '-' else int(a) * int(b)}\n"
-
-
-def test_questions_like_those_that_a_run_was_trained_on() -> None:
-    documents, source = of_run({"settings": dataclasses.asdict(PRESETS["characters"])})
-    assert "held out" in source
-    assert {d.prompt.split()[0] for d in documents[:9]} == set(TASKS)
-    assert all(d.ends and d.completion.startswith(" ") for d in documents)
-
-
-@pytest.mark.parametrize("prepared", [False, True])
-def test_text_like_that_a_run_was_trained_on(tmp_path: Path, prepared: bool) -> None:
-    """Of the held-out documents, prompts included; what changed since then is called so."""
-    lines = [{"prompt": f"{i} is", "completion": f" the number {i}."} for i in range(40)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = Text(data=(str(tmp_path / "data.jsonl"),), hold_out=0.2, vocab_size=300)
-    made = prepare_for_training(text, 0)
-    if prepared:
-        prepare(survey(text.data, 0.2, 0), made.tokenizer, tmp_path / "shards")
-        text = dataclasses.replace(text, data=(), prepared=str(tmp_path / "shards"))
-    settings = dataclasses.asdict(dataclasses.replace(PRESETS["text"], text=text, seed=0))
-    documents, source = of_run({"settings": settings, "data": made.digest})
-    assert source == "the run's held-out text"
-    assert 4 <= len(documents) <= 12
-    known = {(line["prompt"], line["completion"]) for line in lines}
-    assert {(d.prompt, d.completion) for d in documents} <= known
-    assert "not the same" in of_run({"settings": settings, "data": "another"})[1]
-    assert of_run({"settings": {**settings, "text": {"data": ["gone.txt"]}}}) == ([], "")
-
-
-@pytest.mark.parametrize("settings", [
-    [1], "text", {"recipe": "text"}, {"recipe": "addition", "seed": 0, "addition": {"operations": ""}},
-    {"recipe": "addition", "seed": 0, "addition": {"digits": 10**9}}, {"recipe": [], "seed": 0},
-    {"recipe": "text", "seed": 0, "text": {"hold_out": "much"}},
-])  # fmt: skip
-def test_settings_that_cannot_be_read(settings: object) -> None:
-    with pytest.raises(UserError, match=r"settings cannot be read: .*; give --data"):
-        of_run({"settings": settings})
 
 
 def test_too_little_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ import torch
 from tidal.tokenizer import MixedTokenizer
 
 FIRST_BYTE = 2  # the id of the byte 0x00
+LEADS = (range(0), range(0xC2, 0xE0), range(0xE0, 0xF0), range(0xF0, 0xF5))
+"""First bytes of characters, by how many continuation bytes follow (the Unicode Standard, table 3-7)."""
 
 
 class Grammar:
@@ -65,6 +67,6 @@ class Grammar:
         """Whether up to `room` more bytes in front of `tail` (continuation bytes) make a character."""
         if room < 1 or len(tail) > 3 or not all(0x80 <= byte < 0xC0 for byte in tail):
             return False
-        if any(self._finishes(bytes([lead]) + tail) for lead in range(0xC2, 0xF5)):
+        if any(self._finishes(bytes([lead]) + tail) for lead in LEADS[len(tail)]):
             return True
         return any(self._completable(bytes([byte]) + tail, room - 1) for byte in range(0x80, 0xC0))

@@ -14,8 +14,8 @@
               full ones are loaded without a mask
 
 Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
-no absolute value (tidal/kernels/triton_tiles.py). Time and memory are O((Lq / tile) · (Lk / tile)), and nothing
-waits for the device.
+no absolute value (tidal/kernels/triton_tiles.py). Memory is O((Lq / tile) · (Lk / tile)), time O((Lq / tile) · Lk), and
+nothing waits for the device.
 """
 
 from collections.abc import Iterable
