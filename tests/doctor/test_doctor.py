@@ -27,6 +27,7 @@ from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
 from tidal.doctor.specimen import SHAPE, make
 from tidal.kernels import api
+from tidal.kernels.triton_tiles import INTERPRETED
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.train import __main__ as training_command
@@ -312,6 +313,7 @@ def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torc
 
     monkeypatch.setitem(api.BACKENDS, "triton", bent)
     monkeypatch.setattr(checks_kernels, "CASES", checks_kernels.CASES[:1])
+    monkeypatch.setattr(checks_kernels, "FUSED_ON", "cpu" if INTERPRETED.value else "cuda")
     monkeypatch.setattr(checks_kernels, "available_backends", lambda: ("triton",))
     model, tokenizer = make(dataclasses.replace(SHAPE, d_model=32, n_heads=1, n_kv_heads=1))
     report = run(model, tokenizer, quick=True, checks=[17])
