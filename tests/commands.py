@@ -130,3 +130,13 @@ def figures(plain: list[str]) -> dict[str, float]:
     """What `evaluate` prints without --json, as it is with it."""
     pairs = [re.fullmatch(r"(.*?) +([\d.,]+)", line) for line in plain]
     return {pair[1].replace(" ", "_"): float(pair[2].replace(",", "")) for pair in pairs if pair}
+
+
+def assert_refused(done: Ran, module: str, message: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert done.err.endswith("\n")
+    (line,) = done.err.splitlines()
+    prefix = f"tidal.{module}: error: "
+    assert line.startswith(prefix)
+    assert re.search(message, line.removeprefix(prefix)), line

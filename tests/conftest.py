@@ -7,14 +7,19 @@ Examples are random on a person's machine, where a rare failure is a find, and f
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import SMALL, Ran
 from hypothesis import HealthCheck, settings
+
+from tidal import cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `from tests.… import`, however pytest is started
 if not torch.cuda.is_available():
@@ -34,3 +39,25 @@ LONGEST = ("test_readme", "test_parallel", "test_commands", "test_adder")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of `LONGEST` first, the others in their order."""
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in it, to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    train = importlib.import_module("tidal.train.__main__").run
+    train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
+    return folder
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a command as `python -m tidal.MODULE` does, without the wait for a process and torch."""
+
+    def run_here(module: str, *arguments: str) -> Ran:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(importlib.import_module(f"tidal.{module}.__main__").run, f"tidal.{module}", arguments)
+        assert isinstance(stop.value.code, int)
+        return Ran(stop.value.code, *capfd.readouterr(), cpu_seconds=0.0)
+
+    return run_here

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import io
 import json
-import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 import pytest
-import torch
-from commands import SMALL, Ran, run, tree
-from safetensors.torch import load_file, save_file
+from commands import SMALL, Ran, assert_refused, run, tree
 
-from tidal import checkpoint, cli
-from tidal.tokenizer import MixedTokenizer
-
-Edit = Callable[[Path], object]
-STEP = "runs/addition/checkpoints/step-000001"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it."""
-    folder = tmp_path_factory.mktemp("trained")
-    train = importlib.import_module("tidal.train.__main__").run
-    train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
-    return folder
+from tidal import checkpoint
 
 
 @pytest.fixture
@@ -58,29 +39,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs a command as `python -m tidal.MODULE` does, without the wait for a process and torch."""
-
-    def run_here(module: str, *arguments: str) -> Ran:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(importlib.import_module(f"tidal.{module}.__main__").run, f"tidal.{module}", arguments)
-        assert isinstance(stop.value.code, int)
-        return Ran(stop.value.code, *capfd.readouterr(), cpu_seconds=0.0)
-
-    return run_here
-
-
-def assert_refused(done: Ran, module: str, message: str) -> None:
-    assert done.code == 2, done.err
-    assert done.out == ""
-    assert done.err.endswith("\n")
-    (line,) = done.err.splitlines()
-    prefix = f"tidal.{module}: error: "
-    assert line.startswith(prefix)
-    assert re.search(message, line.removeprefix(prefix)), line
 
 
 TEXT = "train --recipe text"
@@ -249,93 +207,6 @@ def test_prompts_of_a_real_process(arguments: tuple[bytes, ...], stdin: str, mes
     assert tree(here) == before
 
 
-# ---------------------------------------------------------------------------------- damaged checkpoints
-
-
-def flip(name: str, where: int = -1) -> Edit:
-    def edit(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[where] ^= 1
-        (folder / name).write_bytes(data)
-
-    return edit
-
-
-def replaced(name: str, old: str, new: str) -> Edit:
-    def edit(folder: Path) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new))
-
-    return edit
-
-
-def other_tokenizer(folder: Path) -> None:
-    MixedTokenizer.train(["another text altogether, with other words"], max_block_units=128).save(folder / "tokenizer")
-
-
-def other_block_cap(folder: Path) -> None:
-    """The same pieces, but cut otherwise: nothing but the fingerprint can tell."""
-    tokenizer = MixedTokenizer.load(folder / "tokenizer")
-    MixedTokenizer((folder / "tokenizer/tokenizer.model").read_bytes(), tokenizer.max_block_units - 1).save(
-        folder / "tokenizer"
-    )
-
-
-def sealed(edit: Edit) -> Edit:
-    """An edit by someone who then writes a manifest that fits."""
-
-    def edit_and_seal(folder: Path) -> None:
-        edit(folder)
-        files = checkpoint._hashes(folder)
-        (folder / checkpoint.MANIFEST).write_text(checkpoint._manifest(1, files), newline="")
-
-    return edit_and_seal
-
-
-def not_a_number(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["context.weight"][0, 0] = torch.nan
-    save_file(weights, folder / "model.safetensors")
-
-
-DAMAGE: dict[str, tuple[Edit, str]] = {
-    "weights": (flip("model.safetensors"), "is damaged: model.safetensors has SHA-256"),
-    "short weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged: model.safetensors has"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is damaged: model.safetensors is missing"),
-    "config": (replaced("config.json", '"d_model": 16', '"d_model": 32'), "is damaged: config.json has SHA-256"),
-    "manifest": (flip("manifest.json", 20), "is damaged: manifest.json"),
-    "stray file": (lambda f: (f / "notes.txt").write_text("x"), "is damaged: notes.txt is unexpected"),
-    "tokenizer": (other_tokenizer, r"is damaged: tokenizer/tokenizer\.\w+ has SHA-256"),
-    "sealed tokenizer": (sealed(other_tokenizer), r"trained with tokenizer [0-9a-f]{16}…, .* [0-9a-f]{16}…"),
-    "sealed block cap": (sealed(other_block_cap), r"trained with tokenizer [0-9a-f]{16}…, .* [0-9a-f]{16}…"),
-    "sealed half of a tokenizer": (
-        sealed(replaced("tokenizer/tokenizer.json", '"max_block_units": 128', '"max_block_units": 64')),
-        "cannot be loaded: tokenizer fingerprint differs",
-    ),
-    "sealed config": (
-        sealed(replaced("config.json", '"d_model": 16', '"d_model": 32')),
-        "weights do not fit its config.json: .*size mismatch",
-    ),
-    "sealed NaN": (sealed(not_a_number), "context.weight has 1 values that are not finite"),
-    "sealed unknown key": (
-        sealed(replaced("config.json", '"d_model": 16', '"d_model": 16, "colour": "blue"')),
-        r"cannot be loaded: Shape has unknown keys \['colour'\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_refused(kind: str, trained: Path, here: Path, command: Callable[..., Ran]) -> None:
-    shutil.copytree(trained, here, dirs_exist_ok=True)
-    edit, message = DAMAGE[kind]
-    edit(here / STEP)
-    before = tree(here)
-    assert_refused(command("infer", "--prompt", "1 + 1 ="), "infer", f"^{STEP}:? .*({message})")
-    assert_refused(command("evaluate", "addition", "--count", "1"), "evaluate", message)
-    assert tree(here) == before
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -351,38 +222,6 @@ def test_what_an_intact_model_cannot_do(
     module, *arguments = line.split()
     assert_refused(command(module, *arguments), module, message)
     assert tree(here) == before
-
-
-def full_disk() -> TextIO:
-    return open("/dev/full", "w", buffering=1)
-
-
-def closed_pipe() -> TextIO:
-    ours, its = os.pipe()
-    os.close(ours)
-    return open(its, "w", buffering=1)
-
-
-def ascii_only() -> TextIO:
-    return io.TextIOWrapper(io.BytesIO(), "ascii", line_buffering=True)
-
-
-@pytest.mark.parametrize("flags", [(), ("--json",), ("--trace", "-")], ids=["plain", "json", "trace"])
-@pytest.mark.parametrize(("output", "code", "said"), [
-    pytest.param(full_disk, 2, "tidal.infer: error: cannot write the output: No space left on device",
-                 marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the disk that is always full")),
-    (closed_pipe, 141, ""),
-    (ascii_only, 2, r"tidal.infer: error: '\xe9' cannot be written in ascii; set PYTHONIOENCODING=utf-8"),
-], ids=["full disk", "closed pipe", "ascii"])  # fmt: skip
-def test_what_takes_no_output_is_named(output: Callable[[], TextIO], code: int, said: str, flags: tuple[str, ...],
-                                       trained: Path, command: Callable[..., Ran],
-                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """And nothing else is blamed for it: not the prompt, nor --trace."""
-    arguments = ("--checkpoint", str(trained / "runs/addition"), "--prompt", "é", "--max-new-units", "4", *flags)
-    with output() as taken:
-        monkeypatch.setattr(sys, "stdout", taken)
-        done = command("infer", *arguments)
-    assert (done.code, done.err.splitlines()[1:]) == (code, [said] if said else [])
 
 
 def test_a_folder_without_a_complete_checkpoint(here: Path, command: Callable[..., Ran]) -> None:
