@@ -2,8 +2,9 @@
 
     python -m benchmarks.fuzz [--count 10000] [--seed 0]
 
-Every completion is checked: valid text, only writable ids, no empty block, no block over the cap, finite
-log-probabilities, `text == prompt + "".join(blocks)`. Stops at the first failure; ends in one JSON line.
+Every block is checked while it is written: its units are writable, and those that the tokenizer itself spells it in.
+Every completion: valid text, no empty block, no block over the cap, finite log-probabilities, one for each unit. Stops
+at the first failure; ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from tidal.cli import progress
 from tidal.config import Shape, TidalConfig
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
-from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer import Block, MixedTokenizer
 
 CORPORA = {
     "english": ["the cat sat on the mat, and the dog did not. " * 20, "Don't panic! It's 1234 o'clock.\n"],
@@ -56,14 +58,27 @@ def random_model(tokenizer: MixedTokenizer, rng: np.random.Generator) -> TidalTr
     return model.eval()
 
 
+def watched(tokenizer: MixedTokenizer) -> MixedTokenizer:
+    """Let the tokenizer refuse to read back units that are not its own spelling, as training never saw such."""
+    read_back = tokenizer.retokenize
+
+    def retokenize(units: Sequence[int]) -> Block:
+        block = read_back(units)
+        assert list(units) == tokenizer.write_units(block.text), f"{units} is not the spelling of {block.text!r}"
+        return block
+
+    tokenizer.retokenize = retokenize  # type: ignore[method-assign]
+    return tokenizer
+
+
 def check(completion: Completion, tokenizer: MixedTokenizer) -> None:
-    """Raise AssertionError unless this is text, written in as many units as the tokenizer spells it in."""
+    """Raise AssertionError unless this is text, and has a log-probability for each of its units."""
     completion.text.encode()  # no lone surrogates
     assert all(completion.blocks), f"empty block in {completion}"
     spelled = [len(tokenizer.write_units(block)) for block in completion.blocks]
     assert max(spelled, default=0) <= tokenizer.max_block_units, f"block over the cap in {completion}"
     n_ends = len(spelled) + (completion.stop_reason == "eos")  # an <eob> each, and <eos>
-    assert len(completion.log_probs) == sum(spelled) + n_ends, f"not the spelling of {completion}"
+    assert len(completion.log_probs) == sum(spelled) + n_ends, completion
     assert all(math.isfinite(x) for x in completion.log_probs), completion
 
 
@@ -77,7 +92,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     tokenizers = {
-        name: MixedTokenizer.train(texts, vocab_size=400, max_block_units=int(rng.integers(4, 20)))
+        name: watched(MixedTokenizer.train(texts, vocab_size=400, max_block_units=int(rng.integers(4, 20))))
         for name, texts in CORPORA.items()
     }
     began, done = time.perf_counter(), 0

@@ -303,6 +303,13 @@ def test_texts_of_short_blocks_are_no_false_alarm() -> None:
     assert report.ok, report.table()
 
 
+def test_what_cannot_be_looked_at_is_no_finding() -> None:
+    """A document that asks for nothing; heads that cannot be told apart."""
+    model, tokenizer = make(dataclasses.replace(SHAPE, d_model=8, n_kv_heads=1))
+    report = run(model, tokenizer, texts=[Document("the light", "", ends=False)], quick=True, checks=[7, 8, 9, 10])
+    assert [r.verdict for r in report.results] == ["skipped", "skipped", "well", "skipped"], report.table()
+
+
 @pytest.mark.parametrize("wrong", [None, torch.float32, torch.bfloat16])
 def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torch.dtype | None) -> None:
     """In both precisions: bfloat16 takes other ways than float32."""

@@ -16,6 +16,7 @@ from benchmarks import fuzz
 from tests.strategies import tiny, tiny_copy
 from tidal.infer.decoder import Decoder, RaggedView
 from tidal.infer.engine import Completion, generate, stream
+from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.kernels import cpu
 from tidal.model import TidalTransformer
@@ -261,3 +262,17 @@ def test_output_cannot_be_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("sys.argv", ["fuzz", "--count", "150"])
     fuzz.main()
     assert json.loads(capsys.readouterr().out)["generations"] == 150
+
+
+def test_garbage_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters of the alphabet that are spelt in bytes read the same, but no text is trained so."""
+    monkeypatch.setattr("sys.argv", ["fuzz", "--count", "150"])
+    finishes = Grammar._finishes
+
+    def in_bytes_too(self: Grammar, spelling: bytes) -> bool:
+        self._alphabet = frozenset()
+        return finishes(self, spelling)
+
+    monkeypatch.setattr(Grammar, "_finishes", in_bytes_too)
+    with pytest.raises(AssertionError, match="is not the spelling"):
+        fuzz.main()

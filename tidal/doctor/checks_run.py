@@ -201,7 +201,7 @@ def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
         steps = [int(row["step"]) for row in rows]
         trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         settings = trainer.get("settings") or {"max_steps": 0, "max_seconds": 0}
-        in_time = 0 < settings["max_seconds"] <= float(rows[-1]["seconds"]) if rows else False  # as was asked for
+        in_time = bool(rows) and 0 < settings["max_seconds"] <= float(rows[-1]["seconds"])  # ended as was asked for
         planned = 0 if in_time else int(settings["max_steps"])
     except (KeyError, ValueError, TypeError) as error:
         raise Skip(f"{run_dir / 'metrics.csv'} cannot be read: {error!r}") from error

@@ -13,6 +13,7 @@ import numpy as np
 from tidal.cli import UserError
 from tidal.config import Text, Train
 from tidal.doctor.patient import Document
+from tidal.prepare.documents import joined
 from tidal.prepare.make import load as load_prepared
 from tidal.prepare.survey import survey
 from tidal.tokenizer import MixedTokenizer
@@ -113,23 +114,17 @@ def of_run(trainer: Mapping[str, Any]) -> tuple[list[Document], str]:
 
 def _held_out_text(text: Text, seed: int, digest: object) -> tuple[list[Document], str]:
     """What training on these settings holds out, read without keeping the rest in memory."""
-    documents: list[Document] = []
     if text.prepared is not None and os.path.exists(text.prepared):
         prepared = load_prepared(Path(text.prepared))
         documents, found = [Document(*both) for both in prepared.held_out.texts()], prepared.digest
     elif text.data and all(os.path.exists(path) or glob.glob(path) for path in text.data):
         data = survey(text.data, text.hold_out, seed)
-        prompt = completion = ""
-        for part in (part for is_held_out, part in data.parts() if is_held_out):
-            prompt, completion = prompt + part.text * part.is_prompt, completion + part.text * (not part.is_prompt)
-            if part.ends:
-                documents.append(Document(prompt, completion))
-                prompt = completion = ""
-        found = data.digest
+        kept = joined(part for is_held_out, part in data.parts() if is_held_out)
+        documents, found = [Document(d.prompt, d.completion) for d in kept], data.digest
     else:
         return [], ""
-    same = "the run's held-out text" if found == digest else "text where the run's was; it is not the same any more"
-    return documents, same
+    source = "the run's held-out text" if found == digest else "text where the run's was; it is not the same any more"
+    return documents, source
 
 
 def _cut(tokenizer: MixedTokenizer, text: str, units: int, from_end: bool = False) -> tuple[str, bool]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tidal.cli import UserError
-from tidal.prepare.reading import read_parts
+from tidal.prepare.reading import Part, read_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,14 @@ class Document:
 
 def read_documents(paths: Sequence[str]) -> Iterator[Document]:
     """The documents that `read_parts` reads, each in one piece."""
+    return joined(read_parts(paths))
+
+
+def joined(parts: Iterable[Part]) -> Iterator[Document]:
+    """Documents of their parts."""
     prompt: list[str] = []
     completion: list[str] = []
-    for part in read_parts(paths):
+    for part in parts:
         (prompt if part.is_prompt else completion).append(part.text)
         if part.ends:
             yield Document("".join(prompt), "".join(completion), part.source)
