@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage, cut_blocks
+from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
+from tidal.boundary_dropout import cut_blocks
 from tidal.config import Optim, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch

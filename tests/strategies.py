@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import NOTHING, BlockTable, Passage, cut_at_random, passage, row_starts
+from tidal.blocks import NOTHING, BlockTable, Passage, passage, row_starts
+from tidal.boundary_dropout import cut_at_random
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
 from tidal.prepare.documents import Document, _hash, divide

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
-from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,19 +11,8 @@ from hypothesis import strategies as st
 
 from tests.strategies import fill_rows, passages, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import (
-    BOS_BLOCK,
-    EOS_BLOCK,
-    NOTHING,
-    BlockTable,
-    Growing,
-    Passage,
-    cut_at_random,
-    cut_blocks,
-    passage,
-    suffix_hashes,
-    windows,
-)
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, NOTHING, BlockTable, Growing, Passage, passage, suffix_hashes, windows
+from tidal.boundary_dropout import cut_at_random
 
 
 def texts_of(p: Passage, table: BlockTable) -> list[str]:
@@ -150,113 +135,6 @@ def test_low_bits_of_hashes_are_spread() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ passages
-
-
-Cut = Callable[[Passage, BlockTable, np.random.Generator, float], Passage]
-
-
-def check_dropout(cut_at_random: Cut, table: BlockTable, prompt: str, completion: str, chance: float,
-                  seed: int) -> None:  # fmt: skip
-    """The text stays; a cut block is two, of which only the rest is learnt; the generator is all that matters."""
-    whole = passage(table, prompt, completion, place_offset=2)
-    cut, again = (cut_at_random(whole, table, np.random.default_rng(seed), chance) for _ in range(2))
-    assert (again.blocks.tolist(), again.read_only) == (cut.blocks.tolist(), cut.read_only)
-    assert cut.blocks.dtype == np.int32
-    assert (cut.blocks[0], cut.blocks[-1], cut.place_offset) == (BOS_BLOCK, EOS_BLOCK, 2)
-    rest, n_cut = iter(zip(texts_of(cut, table), cut.supervised.tolist(), strict=True)), 0
-    for block, learnt in zip(texts_of(whole, table), whole.supervised.tolist(), strict=True):
-        text, supervised = next(rest)
-        if text != block:
-            assert not supervised
-            end, supervised = next(rest)
-            assert text
-            assert end
-            text, n_cut = text + end, n_cut + 1
-        assert (text, supervised) == (block, learnt)
-    assert not list(rest)
-    if chance in (0, 1):
-        assert n_cut == chance * sum(len(text) > 1 for text in texts_of(whole, table))
-
-
-@settings(max_examples=80)
-@given(tokenizer_names, hostile_text(), hostile_text(), st.floats(0, 1), st.integers(0, 5))
-def test_boundary_dropout(name: str, prompt: str, completion: str, chance: float, seed: int) -> None:
-    check_dropout(cut_at_random, BlockTable(tokenizers()[name]), prompt, completion, chance, seed)
-
-
-def cuts_off_nothing(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    inner = type("Inner", (), {"random": rng.random, "integers": lambda self, low, high: rng.integers(0, high)})
-    return cut_at_random(p, table, inner(), chance)
-
-
-def of_itself(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    return cut_at_random(p, table, np.random.default_rng(), chance)
-
-
-def loses_the_end(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    return cut_at_random(dataclasses.replace(p, blocks=p.blocks[:-1]), table, rng, chance)
-
-
-def learns_beginnings(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    return dataclasses.replace(cut_at_random(p, table, rng, chance), read_only=())
-
-
-def learns_no_ends(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    cut = cut_at_random(p, table, rng, chance)
-    return dataclasses.replace(cut, read_only=tuple(i + 1 for i in cut.read_only))
-
-
-def prompt_stays(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    return dataclasses.replace(cut_at_random(p, table, rng, chance), supervise_from=p.supervise_from)
-
-
-@pytest.mark.parametrize("bug", [cuts_off_nothing, of_itself, loses_the_end, learns_beginnings, learns_no_ends,
-                                 prompt_stays])  # fmt: skip
-def test_planted_bug_in_boundary_dropout_is_found(bug: Cut) -> None:
-    with pytest.raises((AssertionError, ValueError)):
-        check_dropout(bug, BlockTable(tokenizers()["english"]), "the light and the", " night with the dogs", 1, 0)
-
-
-def check_places(cut_at_random: Cut) -> None:
-    """Every place inside a block is as likely to be where it is cut; a block of more of them is cut more often."""
-    table = BlockTable(tokenizers()["english"])
-    n = 4000
-    for block in (" abcde", " a"):
-        whole = passage(table, "", block * n)
-        assert len(whole.blocks) == n + 2
-        cut = cut_at_random(whole, table, np.random.default_rng(1), 0.2)
-        heads = Counter(len(table.texts[cut.blocks[i]]) for i in cut.read_only)
-        places = len(block) - 1
-        expected = n * (1 - 0.8**places) / places
-        assert sorted(heads) == list(range(1, places + 1))
-        assert all(abs(count - expected) < 4.5 * math.sqrt(expected) for count in heads.values())
-
-
-def test_dropout_cuts_at_every_place_inside_a_block_alike() -> None:
-    check_places(cut_at_random)
-
-
-def long_as_often_as_short(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    return cut_blocks(p, table, rng, np.full(len(p.blocks), chance))
-
-
-def counts_ends_as_places(p: Passage, table: BlockTable, rng: np.random.Generator, chance: float) -> Passage:
-    n_chars = np.array([len(table.texts[i]) for i in p.blocks])
-    return cut_blocks(p, table, rng, 1 - (1 - chance) ** n_chars)
-
-
-@pytest.mark.parametrize("bug", [long_as_often_as_short, counts_ends_as_places])
-def test_planted_bug_in_how_often_blocks_are_cut_is_found(bug: Cut) -> None:
-    check_dropout(bug, BlockTable(tokenizers()["english"]), "the light", " and the night", 0.5, 0)
-    with pytest.raises(AssertionError):
-        check_places(bug)
-
-
-@pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
-def test_dropout_wants_a_probability(probability: float) -> None:
-    table = BlockTable(tokenizers()["english"])
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        cut_at_random(passage(table, "", "text"), table, np.random.default_rng(1), probability)
 
 
 def test_lone_surrogates_are_refused() -> None:

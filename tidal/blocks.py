@@ -210,37 +210,6 @@ def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, en
     return Passage(blocks, 1 + len(before), place_offset, position_scale)
 
 
-def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
-    """Boundary dropout: each place between two characters of a block is a cut with this probability; of several in a
-    block, one counts.
-
-    The model thereby learns to go on from a prompt that ends inside a word. It does not learn to end its own words
-    there: of a cut block only the rest is asked for, the beginning is read as a prompt is. Raises ValueError unless the
-    probability lies in [0, 1].
-    """
-    if not 0 <= probability <= 1:  # NaN, too
-        raise ValueError(f"the probability of a cut must lie in [0, 1], not {probability}")
-    n_places = np.maximum(table.n_chars.view()[p.blocks] - 1, 0)  # <bos> and <eos> have no characters
-    return cut_blocks(p, table, rng, 1 - (1 - probability) ** n_places)
-
-
-def cut_blocks(p: Passage, table: BlockTable, rng: np.random.Generator,
-               probabilities: npt.NDArray[np.float64]) -> Passage:  # fmt: skip
-    """Cut blocks with these probabilities [n] at a random character; those of a single one are left whole."""
-    chosen = np.flatnonzero(rng.random(len(p.blocks)) < probabilities)
-    texts = [table.texts[block] for block in p.blocks[chosen].tolist()]
-    cuts = [(i, text, int(rng.integers(1, len(text)))) for i, text in zip(chosen, texts, strict=True) if len(text) > 1]
-    if not cuts:
-        return p
-    at = np.array([i for i, _, _ in cuts])
-    blocks = p.blocks.copy()
-    blocks[at] = table.indices([text[:cut] for _, text, cut in cuts])
-    blocks = np.insert(blocks, at + 1, table.indices([text[cut:] for _, text, cut in cuts]))
-    in_prompt = int((at < p.supervise_from).sum())
-    read_only = tuple((at + np.arange(len(at)))[in_prompt:].tolist())
-    return dataclasses.replace(p, blocks=blocks, supervise_from=p.supervise_from + in_prompt, read_only=read_only)
-
-
 def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int,
             overlap: int = 0) -> list[Passage]:  # fmt: skip
     """Cut a passage that is over a budget into windows, each opened by BOS_BLOCK, in order.

@@ -83,7 +83,7 @@ from tests.doctor.bugs_text import (
     wider_head,
 )
 from tests.doctor.plant import Mutant, both, builder, clamped, everywhere, geometry, in_packing, replacing, with_block
-from tidal import blocks, checkpoint, recall, streams
+from tidal import blocks, boundary_dropout, checkpoint, recall, streams
 from tidal.blocks import BlockTable
 from tidal.foretold import Foretold
 from tidal.infer import beam, engine, sampling
@@ -177,9 +177,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("windows leave out a block at every cut", 11,
            everywhere(blocks.windows, window_loses_block(blocks.windows))),
     Mutant("boundary dropout does not move the start of supervision", 11,
-           everywhere(blocks.cut_at_random, dropout_moves_supervision(blocks.cut_at_random))),
+           everywhere(boundary_dropout.cut_at_random, dropout_moves_supervision(boundary_dropout.cut_at_random))),
     Mutant("boundary dropout asks for the beginnings of blocks, too", 11,
-           everywhere(blocks.cut_at_random, dropout_asks_for_beginnings(blocks.cut_at_random))),
+           everywhere(boundary_dropout.cut_at_random, dropout_asks_for_beginnings(boundary_dropout.cut_at_random))),
     Mutant("next tokens shifted by one", 11, in_packing(lambda b: {"next_tokens": b.next_tokens.roll(1, 1)})),
     Mutant("bytes are counted as units", 11, in_packing(bytes_are_characters)),
     Mutant("packed documents see those before them", 12, in_packing(document_start_ignored)),

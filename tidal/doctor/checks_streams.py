@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidal.blocks import BOS_BLOCK, Passage, cut_at_random, windows
+from tidal.blocks import BOS_BLOCK, Passage, windows
+from tidal.boundary_dropout import cut_at_random
 from tidal.doctor.oracle import Layout, place_encodings
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check

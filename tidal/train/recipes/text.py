@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidal.blocks import BlockTable, Passage, cut_at_random
+from tidal.blocks import BlockTable, Passage
+from tidal.boundary_dropout import cut_at_random
 from tidal.cli import UserError, note
 from tidal.config import Train
 from tidal.infer.score import bits_per_byte

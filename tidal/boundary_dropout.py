@@ -1,0 +1,89 @@
+"""Boundary dropout: training text is cut inside words, as prompts are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tidal.blocks import EOS_BLOCK, BlockTable, Passage
+from tidal.tokenizer.split import find_blocks
+
+
+def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, probability: float) -> Passage:
+    """Boundary dropout: each place between two characters of a block is a cut with this probability; of several in a
+    block, one counts.
+
+    The model thereby learns to go on from a prompt that ends inside a word. It does not learn to end its own words
+    there: of a cut block only the rest is asked for, the beginning is read as a prompt is. Raises ValueError unless the
+    probability lies in [0, 1].
+    """
+    if not 0 <= probability <= 1:  # NaN, too
+        raise ValueError(f"the probability of a cut must lie in [0, 1], not {probability}")
+    n_places = np.maximum(table.n_chars.view()[p.blocks] - 1, 0)  # <bos> and <eos> have no characters
+    return cut_blocks(p, table, rng, 1 - (1 - probability) ** n_places)
+
+
+def cut_blocks(p: Passage, table: BlockTable, rng: np.random.Generator,
+               probabilities: npt.NDArray[np.float64]) -> Passage:  # fmt: skip
+    """Cut blocks with these probabilities [n] at a random character; those of a single one are left whole.
+
+    Before and behind a cut the text is split as a prompt and its completion are. Blocks that only the cut has made are
+    read, not learnt, if they are before it:
+
+        [if][ a][:][\\n   ][ return]   cut behind the last space:   [if][ a][:][\\n    ] | [return]
+    """
+    n_chars = table.n_chars.view()[p.blocks]
+    starts = np.cumsum(n_chars) - n_chars
+    chosen = np.flatnonzero((rng.random(len(p.blocks)) < probabilities) & (n_chars > 1))
+    places = starts[chosen] + np.array([rng.integers(1, n) for n in n_chars[chosen]], np.int64)
+    if not len(places):
+        return p
+    first, end = max(1, p.supervise_from), len(p.blocks) - (p.blocks[-1] == EOS_BLOCK)
+    n_prompt = n_chars[:first].sum()
+    prompt, _ = _cut(table, p.blocks[1:first].tolist(), places[places < n_prompt].tolist())
+    completion, made = _cut(table, p.blocks[first:end].tolist(), (places[places >= n_prompt] - n_prompt).tolist())
+    blocks = np.concatenate([p.blocks[:1], prompt, completion, p.blocks[end:]]).astype(np.int32)
+    read_only = tuple(1 + len(prompt) + i for i in made)
+    return dataclasses.replace(p, blocks=blocks, supervise_from=1 + len(prompt), read_only=read_only)
+
+
+def _cut(table: BlockTable, blocks: list[int], places: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Blocks of a text that is cut at these characters, each part split on its own; which ones, before a cut, are only
+    there because of it."""
+    done, made, start = list[int](), list[int](), 0
+    for place in places:
+        before, n_same, blocks = _cut_once(table, blocks, place - start)
+        made += range(len(done) + n_same, len(done) + len(before))
+        done, start = done + before, place
+    return done + blocks, made
+
+
+def _cut_once(table: BlockTable, blocks: list[int], at: int) -> tuple[list[int], int, list[int]]:
+    """Blocks of the first `at` characters, how many of these are as they were, and blocks of the other characters.
+
+    Only the run of blocks that were one before `split` cut it along tokens, or because it was too long, is split again.
+    """
+    texts = [table.texts[block] for block in blocks]
+    i = 0
+    while at >= len(texts[i]):
+        at, i = at - len(texts[i]), i + 1
+    left, right = i, i + 1
+    while left and _were_one(texts[left - 1], texts[left] if left < i or not at else texts[i][:at]):
+        left -= 1
+    while right < len(texts) and _were_one(texts[right - 1], texts[right]):
+        right += 1
+    before = table.tokenizer.split("".join(texts[left:i]) + texts[i][:at])
+    after = table.tokenizer.split(texts[i][at:] + "".join(texts[i + 1 : right]))
+    n_same = 0
+    while n_same < len(before) and before[n_same] == texts[left + n_same]:
+        n_same += 1
+    return ([*blocks[:left], *table.indices(before).tolist()], left + n_same,
+            [*table.indices(after).tolist(), *blocks[right:]])  # fmt: skip
+
+
+def _were_one(before: str, after: str) -> bool:
+    """Whether the rules of character classes would not cut between these blocks."""
+    return find_blocks(before + after)[0] != before
