@@ -66,22 +66,22 @@ def _cut_once(table: BlockTable, blocks: list[int], at: int) -> tuple[list[int],
 
     Only the run of blocks that were one before `split` cut it along tokens, or because it was too long, is split again.
     """
-    texts = [table.texts[block] for block in blocks]
     i = 0
-    while at >= len(texts[i]):
-        at, i = at - len(texts[i]), i + 1
-    left, right = i, i + 1
-    while left and _were_one(texts[left - 1], texts[left] if left < i or not at else texts[i][:at]):
-        left -= 1
-    while right < len(texts) and _were_one(texts[right - 1], texts[right]):
-        right += 1
-    before = table.tokenizer.split("".join(texts[left:i]) + texts[i][:at])
-    after = table.tokenizer.split(texts[i][at:] + "".join(texts[i + 1 : right]))
+    while at >= len(text := table.texts[blocks[i]]):
+        at, i = at - len(text), i + 1
+    beginning, rest = text[:at], text[at:]
+    left, before = i, [beginning] if at else []
+    while left and _were_one(earlier := table.texts[blocks[left - 1]], (before or [rest])[0]):
+        left, before = left - 1, [earlier, *before]
+    right, after = i + 1, [rest]
+    while right < len(blocks) and _were_one(after[-1], later := table.texts[blocks[right]]):
+        right, after = right + 1, [*after, later]
+    again = table.tokenizer.split("".join(before))
     n_same = 0
-    while n_same < len(before) and before[n_same] == texts[left + n_same]:
+    while n_same < min(i - left, len(again)) and again[n_same] == before[n_same]:
         n_same += 1
-    return ([*blocks[:left], *table.indices(before).tolist()], left + n_same,
-            [*table.indices(after).tolist(), *blocks[right:]])  # fmt: skip
+    return ([*blocks[:left], *table.indices(again).tolist()], left + n_same,
+            [*table.indices(table.tokenizer.split("".join(after))).tolist(), *blocks[right:]])  # fmt: skip
 
 
 def _were_one(before: str, after: str) -> bool:
