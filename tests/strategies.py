@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -111,8 +112,11 @@ def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4, dropout: boo
         place_offset=draw(st.sampled_from((0, 0, 3))),
         position_scale=draw(st.sampled_from((1.0, 1.0, 1.7))),
     )
+    if not dropout:
+        return whole
     rng = np.random.default_rng(draw(st.integers(0, 9)))
-    return cut_at_random(whole, table, rng, draw(st.sampled_from((0.0, 0.5)))) if dropout else whole
+    cut = cut_at_random(whole, table, rng, draw(st.sampled_from((0.0, 0.5))))
+    return dataclasses.replace(cut, n_stray=draw(st.sampled_from((0, 0, 2))), stray_offset=1)
 
 
 @st.composite

@@ -74,7 +74,8 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
                                               position_scale=p.position_scale, reader_start=len(tokens),
                                               writer_start=len(steps))  # fmt: skip
             tokens += builder.opening
-            for text, supervised in blocks_of(p, table):
+            for rank, (text, supervised) in enumerate(blocks_of(p, table)):
+                builder.place_offset = p.stray_offset if rank < p.n_stray else p.place_offset
                 block = tokenizer.encode_block(text) if text else None
                 if supervised:
                     mine = [*block.units[::-1], tokenizer.eob_id] if block else [tokenizer.eos_id]
@@ -124,6 +125,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
             scripts = [[*reversed(units_of(text, tokenizer)), tokenizer.eob_id] for text, _ in blocks]
             for j, (text, supervised) in enumerate(blocks):
                 n_j = sum(map(len, ids[:j]))  # reader tokens of the document before block j
+                offset = p.stray_offset if 1 <= j <= p.n_stray else p.place_offset
                 units = units_of(text, tokenizer)
                 if supervised:
                     n_bytes += len(text.encode())
@@ -132,7 +134,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                     for t, target in enumerate(targets):
                         out["writer_ids"].append(targets[t - 1] if t else tokenizer.bob_id)
                         out["writer_positions"].append(p.position_scale * (n_j + layout.stride * t))
-                        out["writer_places"].append(t + p.place_offset)
+                        out["writer_places"].append(t + offset)
                         out["suffixes"].append(suffix_hashes(targets[:t], tokenizer.digit_units))
                         told = remembered(scripts[:j], targets[:t]) if layout.recall else [NOTHING] * 3
                         out["recalled"].append(told)
@@ -147,7 +149,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                     n_later = sum(map(n_units_of(tokenizer), ids[j][i + 1 :]))
                     out["reader_ids"].append(token)
                     out["reader_positions"].append(p.position_scale * (n_j + i))
-                    place = n_later + p.place_offset if placed(tokenizer.id_bytes[token]) else NO_PLACE
+                    place = n_later + offset if placed(tokenizer.id_bytes[token]) else NO_PLACE
                     out["reader_places"].append(place)
                     out["reader_sees"].append((start, start + n_j + len(ids[j])))
                     out["next_tokens"].append(NOTHING)

@@ -183,6 +183,9 @@ class Passage:
     """Training may stretch distances, to prepare for longer ones; decoding does not."""
     read_only: tuple[int, ...] = ()
     """Indices of blocks after the prompt that are read, but not learnt: the beginnings of blocks that were cut."""
+    n_stray: int = 0
+    """This many blocks after BOS_BLOCK have their places moved by `stray_offset`, not by `place_offset`."""
+    stray_offset: int = 0
 
     @property
     def supervised(self) -> npt.NDArray[np.bool_]:
@@ -218,10 +221,10 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     reader tokens from before it, unsupervised, as its context; without, the first has the end of the prompt: what fits
     beside the supervised blocks, or half a window. Windows without supervised blocks are left out.
 
-    Raises ValueError for a passage with `read_only` blocks: boundary dropout comes after.
+    Raises ValueError for a passage with `read_only` blocks, since boundary dropout comes after, or with strays.
     """
-    if p.read_only:
-        raise ValueError(f"blocks {p.read_only} of the passage are read only; cut windows before blocks")
+    if p.read_only or p.n_stray:
+        raise ValueError(f"blocks {p.read_only} are read only and {p.n_stray} are strays; cut windows before that")
     body, n_prompt = p.blocks[1:], max(0, p.supervise_from - 1)
     n_tokens, n_steps = table.n_tokens(body), table.n_targets(body)
     n_steps[:n_prompt] = 0

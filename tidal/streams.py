@@ -61,7 +61,8 @@ class WriterStep:
 class DocumentBuilder:
     """Builds the streams of one document, block by block; opening it reads `<bos>`.
 
-    Positions are multiplied by `position_scale`, and places moved by `place_offset`: by 1 and 0 when decoding.
+    Positions are multiplied by `position_scale`, and places moved by `place_offset` (in training it may be another for
+    the next block): by 1 and 0 when decoding.
     `reader_start` and `writer_start` say where in the row the document's elements begin (0 when decoding).
     """
 
@@ -179,7 +180,9 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     rank_b = np.arange(len(index_b)) - _starts(n_blocks)[p_of_b]
     supervised_b = np.concatenate([p.supervised for p in passages])
     row_b = row_of_p[p_of_b]
-    offset_p = np.array([p.place_offset for p in passages], np.int64)
+    n_stray_p, stray_p, own_p = np.array([(p.n_stray, p.stray_offset, p.place_offset) for p in passages],
+                                         np.int64).reshape(-1, 3).T  # fmt: skip
+    offset_b = np.where((rank_b > 0) & (rank_b <= n_stray_p[p_of_b]), stray_p[p_of_b], own_p[p_of_b])
     scale_p = np.array([p.position_scale for p in passages], np.float64)
 
     tokens_b = table.n_tokens(index_b)
@@ -221,12 +224,12 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         reader_ids=reader(table.tokens.view()[source_i]),
         reader_positions=reader((scale_p[p_i] * (index_i - passage_start_b[b_of_i])).astype(np.float32)),
-        reader_places=reader(moved(table.places.view()[source_i], offset_p[p_i])),
+        reader_places=reader(moved(table.places.view()[source_i], offset_b[b_of_i])),
         reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
         next_tokens=next_tokens,
         writer_ids=writer(previous_s),
         writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + steps.stride * t_s)).astype(np.float32)),
-        writer_places=writer(t_s + offset_p[p_s]),
+        writer_places=writer(t_s + offset_b[b_of_s]),
         suffixes=writer(table.hashes.view()[source_s], NOTHING),
         recalled=writer(recalled_s, NOTHING),
         nodes=writer(table.nodes.view()[source_s], NOTHING),

@@ -14,12 +14,11 @@ from itertools import chain
 
 import numpy as np
 
-from tidal.blocks import BlockTable, joined
+from tidal.blocks import BlockTable, Passage, joined
 from tidal.cli import UserError
 from tidal.config import Addition, Train
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
-from tidal.places import moved
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
@@ -191,21 +190,17 @@ class AdditionRecipe:
         """Rows of documents."""
         self.table.limit()
         split = self.tokenizer.split
-        blocks = [[(split(a.stray + a.prompt), split(a.answer)) for a in row] for row in rows]
-        self.table.indices(chain.from_iterable(chain(*pair) for row in blocks for pair in row))  # new ones, all at once
-        documents = [[joined(self.table, before, after, place_offset=a.place_offset, position_scale=a.position_scale)
-                      for (before, after), a in zip(*both, strict=True)]
+        blocks = [[(split(a.stray), split(a.prompt), split(a.answer)) for a in row] for row in rows]
+        self.table.indices(chain.from_iterable(chain(*some) for row in blocks for some in row))  # new ones, all at once
+
+        def document(a: Asked, stray: list[str], prompt: list[str], answer: list[str]) -> Passage:
+            p = joined(self.table, [*stray, *prompt], answer, place_offset=a.place_offset,
+                       position_scale=a.position_scale)  # fmt: skip
+            return replace(p, n_stray=len(stray), stray_offset=a.stray_offset)
+
+        documents = [[document(a, *some) for some, a in zip(*both, strict=True)]
                      for both in zip(blocks, rows, strict=True)]  # fmt: skip
-        batch = pack(documents, self.table, steps=self.settings.model.steps)
-        for places, row, passages in zip(batch.reader_places.numpy(), rows, documents, strict=True):
-            start = 1  # after <bos>
-            for a, p in zip(row, passages, strict=True):
-                if a.stray:
-                    n_tokens = int(self.table.n_tokens(self.table.indices(split(a.stray))).sum())
-                    stray = slice(start, start + n_tokens)
-                    places[stray] = moved(places[stray], a.stray_offset - a.place_offset)
-                start += int(self.table.n_tokens(p.blocks).sum())
-        return batch
+        return pack(documents, self.table, steps=self.settings.model.steps)
 
     def _far(self, rng: np.random.Generator, offset: int, text: str, stray: str) -> int | None:
         """An offset for a stray whose digits then have none of the places that are read or written in this text, moved
