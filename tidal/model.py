@@ -257,48 +257,53 @@ class TidalTransformer(nn.Module):
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""
-        return self._states(batch)[:2]
+        reader_brd = self._reader_states(batch)
+        next_nv = self._foretell_next(batch, reader_brd) if self.foretold else None
+        return reader_brd, self._writer_states(batch, reader_brd, next_nv)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same, and `foretell` [n, V] at the n places that are asked for the next token, if the writer is told."""
+    def _reader_states(self, batch: Batch) -> Tensor:
         if batch.steps != self.config.shape.steps:
             raise ValueError(f"the batch is packed for {batch.steps}, the model has {self.config.shape.steps}")
-        none = torch.zeros_like(batch.reader_sees)
-        reader_view = _planned(torch.stack([batch.reader_sees, none], 2), batch.reader_positions,
-                               batch.reader_positions)  # fmt: skip
-        reader_brd = self.read(batch.reader_ids, batch.reader_places, [reader_view] * len(self.reader))
+        view = _planned(_with_empty(batch.reader_sees), batch.reader_positions, batch.reader_positions)
+        return self.read(batch.reader_ids, batch.reader_places, [view] * len(self.reader))
 
-        own = torch.stack([batch.sees_writer, torch.zeros_like(batch.sees_writer)], 2)
-        views = [_planned(own, batch.writer_positions, batch.writer_positions)] * len(self.writer)
+    def _foretell_next(self, batch: Batch, reader_brd: Tensor) -> Tensor:
+        """`foretell` [n, V] at the n places that are asked for it: wherever a block is learnt after them."""
+        return self.foretell(reader_brd[batch.next_tokens != NOTHING])
+
+    def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None) -> Tensor:
+        first_b1 = reader_brd.shape[1] * torch.arange(len(reader_brd), device=reader_brd.device)[:, None]
+        context_bs = batch.context + first_b1  # among the states of all rows
+        context_bsd = F.embedding(context_bs, self.context_of(reader_brd).flatten(0, 1))
+        hints_bsd = None
+        if self.foretold:
+            assert next_nv is not None
+            which_bs = ((batch.next_tokens != NOTHING).flatten().cumsum(0) - 1)[context_bs]
+            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
+        return self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled, context_bsd,
+                          self._writer_views(batch, reader_brd), hints_bsd)  # fmt: skip
+
+    def _writer_views(self, batch: Batch, reader_brd: Tensor) -> list[View]:
+        own = _planned(_with_empty(batch.sees_writer), batch.writer_positions, batch.writer_positions)
+        views = [own] * len(self.writer)
         if self.has_memory:
             k_memory, v_memory = self.memory(reader_brd, batch.reader_places)
-            n_memory = reader_brd.shape[1]
-            ranges = torch.stack([batch.sees_reader, batch.sees_writer + n_memory], 2)
+            ranges = torch.stack([batch.sees_reader, batch.sees_writer + reader_brd.shape[1]], 2)
             k_position = torch.cat([batch.reader_positions, batch.writer_positions], 1)
             views[0] = _planned(
                 ranges, batch.writer_positions, k_position,
                 lambda k, v: (torch.cat([k_memory, k], 2), torch.cat([v_memory, v], 2)),
             )  # fmt: skip
-        n_rows, n_tokens, _ = reader_brd.shape
-        first_b1 = n_tokens * torch.arange(n_rows, device=reader_brd.device)[:, None]
-        context_bs = batch.context + first_b1
-        context_bsd = F.embedding(context_bs, self.context_of(reader_brd).flatten(0, 1))
-        next_nv, hints_bsd = None, None
-        if self.foretold:
-            asked = batch.next_tokens != NOTHING  # wherever a block is learnt after it
-            next_nv = self.foretell(reader_brd[asked])
-            which_bs = (asked.flatten().cumsum(0) - 1)[context_bs]
-            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
-        return reader_brd, self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled,
-                                      context_bsd, views, hints_bsd), next_nv  # fmt: skip
+        return views
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of a packed batch: every block of every row in one pass."""
-        reader_brd, writer_bsd, next_nv = self._states(batch)
+        reader_brd = self._reader_states(batch)
+        next_nv = self._foretell_next(batch, reader_brd)
+        writer_bsd = self._writer_states(batch, reader_brd, next_nv)
         written, asked = batch.targets != NOTHING, batch.next_tokens != NOTHING
         targets, next_tokens = batch.targets[written], batch.next_tokens[asked]
         units = F.cross_entropy(self.head(writer_bsd[written]), targets, reduction="sum")
-        next_nv = self.foretell(reader_brd[asked]) if next_nv is None else next_nv
         return Losses(units, len(targets), F.nll_loss(next_nv, next_tokens, reduction="sum"), len(next_tokens))
 
     def log_probs(self, batch: Batch) -> Tensor:
@@ -339,6 +344,11 @@ class TidalTransformer(nn.Module):
         layers = shape.reader_layers + self.has_memory
         width = 2 * shape.n_kv_heads * (shape.d_model // shape.n_heads)
         return n_tokens * layers * width * self.unit_embedding.weight.element_size()
+
+
+def _with_empty(sees: Tensor) -> Tensor:
+    """Ranges [B, L, 2, 2] of one range [B, L, 2] and an empty one."""
+    return torch.stack([sees, torch.zeros_like(sees)], 2)
 
 
 def _planned(ranges: Tensor, q_position: Tensor, k_position: Tensor,

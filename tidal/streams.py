@@ -168,79 +168,97 @@ class Batch:
 
 
 def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-    """Lay passages out in rows: the fold of `DocumentBuilder` over all blocks of all rows, at once.
-
-    Names: `b` counts blocks, `i` reader tokens, `s` writer steps, all over the whole batch.
-    """
-    passages = [p for row in rows for p in row]
-    row_of_p = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    n_blocks = np.array([len(p.blocks) for p in passages], np.int64)
-    p_of_b = np.repeat(np.arange(len(passages)), n_blocks)
-    index_b = np.concatenate([p.blocks for p in passages])
-    rank_b = np.arange(len(index_b)) - _starts(n_blocks)[p_of_b]
-    supervised_b = np.concatenate([p.supervised for p in passages])
-    row_b = row_of_p[p_of_b]
-    n_stray_p, stray_p, own_p = np.array([(p.n_stray, p.stray_offset, p.place_offset) for p in passages],
-                                         np.int64).reshape(-1, 3).T  # fmt: skip
-    offset_b = np.where((rank_b > 0) & (rank_b <= n_stray_p[p_of_b]), stray_p[p_of_b], own_p[p_of_b])
-    scale_p = np.array([p.position_scale for p in passages], np.float64)
-
-    tokens_b = table.n_tokens(index_b)
-    n_targets_b = table.n_targets(index_b)
-    steps_b = n_targets_b * supervised_b
-    first_i_b, first_s_b = _starts(tokens_b), _starts(steps_b)
-    # where a row, and a passage, begin among all tokens and all steps
-    row_start_i = _starts(np.bincount(row_b, tokens_b, len(rows)).astype(np.int64))
-    row_start_s = _starts(np.bincount(row_b, steps_b, len(rows)).astype(np.int64))
-    passage_start_b = first_i_b[_starts(n_blocks)][p_of_b]
-
-    b_of_i, within_i = _ragged(tokens_b)
-    source_i = table.token_start.view()[index_b][b_of_i] + within_i
-    row_i, p_i = row_b[b_of_i], p_of_b[b_of_i]
-    index_i = np.arange(len(b_of_i))
-    document_start_b, block_end_b = passage_start_b - row_start_i[row_b], first_i_b + tokens_b - row_start_i[row_b]
-    reader = _Padded(len(rows), row_i, index_i - row_start_i[row_i])
-
-    b_of_s, t_s = _ragged(steps_b)
-    source_s = table.target_start.view()[index_b][b_of_s] + t_s
-    row_s, p_s = row_b[b_of_s], p_of_b[b_of_s]
-    targets_s = table.targets.view()[source_s]
-    previous_s = np.where(t_s == 0, table.tokenizer.bob_id, np.roll(targets_s, 1))
-    n_before_b = first_i_b - passage_start_b
-    context_b = first_i_b - 1 - row_start_i[row_b]
-    own_start_s = (first_s_b - row_start_s[row_b])[b_of_s]
-    unseen_s = np.maximum(0, t_s + 1 - (steps.window or t_s + 1))
-    recalled_s = np.full((len(targets_s), N_RECALLED), NOTHING)
-    if steps.recall:  # of prompts, too
-        b_of_all, t_all = _ragged(n_targets_b)
-        source = table.target_start.view()[index_b][b_of_all] + t_all
-        recalled_s = recalled(table.codes.view()[source], table.targets.view()[source], b_of_all, _starts(n_targets_b),
-                              rank_b, p_of_b)[supervised_b[b_of_all]]  # fmt: skip
-    writer = _Padded(len(rows), row_s, np.arange(len(b_of_s)) - row_start_s[row_s])
-
-    next_tokens = torch.full((len(rows), reader.width), NOTHING)
-    asked = supervised_b & (steps_b > 0)
-    next_tokens[row_b[asked], context_b[asked]] = torch.from_numpy(table.last_token.view()[index_b[asked]])
+    """Lay passages out in rows: the fold of `DocumentBuilder` over all blocks of all rows, at once."""
+    blocks = _Blocks(rows, table)
     return Batch(
-        reader_ids=reader(table.tokens.view()[source_i]),
-        reader_positions=reader((scale_p[p_i] * (index_i - passage_start_b[b_of_i])).astype(np.float32)),
-        reader_places=reader(moved(table.places.view()[source_i], offset_b[b_of_i])),
-        reader_sees=reader(np.stack([document_start_b, block_end_b], 1)[b_of_i].astype(np.int32)),
-        next_tokens=next_tokens,
-        writer_ids=writer(previous_s),
-        writer_positions=writer((scale_p[p_s] * (n_before_b[b_of_s] + steps.stride * t_s)).astype(np.float32)),
-        writer_places=writer(t_s + offset_b[b_of_s]),
-        suffixes=writer(table.hashes.view()[source_s], NOTHING),
-        recalled=writer(recalled_s, NOTHING),
-        nodes=writer(table.nodes.view()[source_s], NOTHING),
-        context=writer(context_b[b_of_s]),
-        sees_reader=writer(np.stack([document_start_b, context_b + 1], 1)[b_of_s].astype(np.int32)),
-        sees_writer=writer(np.stack([own_start_s + unseen_s, own_start_s + t_s + 1], 1).astype(np.int32)),
-        targets=writer(targets_s, NOTHING),
-        n_units=len(targets_s),
-        n_bytes=int(table.n_bytes.view()[index_b[supervised_b]].sum()),
+        **_reader_stream(blocks, table),
+        **_writer_stream(blocks, table, steps),
+        n_units=int(blocks.n_steps.sum()),
+        n_bytes=int(table.n_bytes.view()[blocks.index[blocks.supervised]].sum()),
         steps=steps,
     )
+
+
+class _Blocks:
+    """All blocks of all rows, one after the other: what is known of each, in arrays [n]."""
+
+    def __init__(self, rows: Sequence[Sequence[Passage]], table: BlockTable) -> None:
+        passages = [p for row in rows for p in row]
+        n_blocks = np.array([len(p.blocks) for p in passages], np.int64)
+        first = _starts(n_blocks)
+        self.n_rows = len(rows)
+        self.passage = np.repeat(np.arange(len(passages)), n_blocks)
+        self.row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[self.passage]
+        self.index = np.concatenate([p.blocks for p in passages])
+        self.rank = np.arange(len(self.index)) - first[self.passage]  # in the passage; <bos> has 0
+        self.supervised: npt.NDArray[np.bool_] = np.concatenate([p.supervised for p in passages])
+        self.position_scale = np.array([p.position_scale for p in passages], np.float64)[self.passage]
+        offsets = np.array([(p.place_offset, p.stray_offset, p.n_stray) for p in passages], np.int64)
+        own, stray, n_stray = offsets[self.passage].T
+        self.place_offset = np.where((self.rank > 0) & (self.rank <= n_stray), stray, own)
+        self.n_tokens = table.n_tokens(self.index)
+        self.n_targets = table.n_targets(self.index)
+        self.n_steps = self.n_targets * self.supervised
+        # the columns of the row where its tokens, its steps, and the tokens of its document begin
+        self.token_column = self._columns(self.n_tokens)
+        self.step_column = self._columns(self.n_steps)
+        self.document_column = self.token_column[first][self.passage]
+
+    def _columns(self, counts: Ints) -> Ints:
+        row_starts = _starts(np.bincount(self.row, counts, self.n_rows).astype(np.int64))
+        return _starts(counts) - row_starts[self.row]
+
+
+def _reader_stream(blocks: _Blocks, table: BlockTable) -> dict[str, torch.Tensor]:
+    """The fields of a `Batch` that have an element a reader token."""
+    b, i = _ragged(blocks.n_tokens)  # each token's block, and its index inside the block
+    source = table.token_start.view()[blocks.index][b] + i
+    column, start = blocks.token_column[b] + i, blocks.document_column[b]
+    padded = _Padded(blocks.n_rows, blocks.row[b], column)
+    asked = blocks.n_steps > 0
+    next_tokens = torch.full(padded.shape, NOTHING)
+    next_tokens[blocks.row[asked], blocks.token_column[asked] - 1] = torch.from_numpy(
+        table.last_token.view()[blocks.index[asked]])  # fmt: skip
+    return {
+        "reader_ids": padded(table.tokens.view()[source]),
+        "reader_positions": padded((blocks.position_scale[b] * (column - start)).astype(np.float32)),
+        "reader_places": padded(moved(table.places.view()[source], blocks.place_offset[b])),
+        "reader_sees": padded(np.stack([start, (blocks.token_column + blocks.n_tokens)[b]], 1).astype(np.int32)),
+        "next_tokens": next_tokens,
+    }
+
+
+def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str, torch.Tensor]:
+    """The fields of a `Batch` that have an element a writer step."""
+    b, t = _ragged(blocks.n_steps)  # each step's block, and its index inside the block
+    source = table.target_start.view()[blocks.index][b] + t
+    targets = table.targets.view()[source]
+    start, end = blocks.document_column[b], blocks.token_column[b]  # of the reader tokens before the block
+    own = blocks.step_column[b]
+    unseen = np.maximum(0, t + 1 - (steps.window or t + 1))
+    recall = _recalled(blocks, table) if steps.recall else np.full((len(targets), N_RECALLED), NOTHING)
+    padded = _Padded(blocks.n_rows, blocks.row[b], own + t)
+    return {
+        "writer_ids": padded(np.where(t == 0, table.tokenizer.bob_id, np.roll(targets, 1))),
+        "writer_positions": padded((blocks.position_scale[b] * (end - start + steps.stride * t)).astype(np.float32)),
+        "writer_places": padded(t + blocks.place_offset[b]),
+        "suffixes": padded(table.hashes.view()[source], NOTHING),
+        "recalled": padded(recall, NOTHING),
+        "nodes": padded(table.nodes.view()[source], NOTHING),
+        "context": padded(end - 1),
+        "sees_reader": padded(np.stack([start, end], 1).astype(np.int32)),
+        "sees_writer": padded(np.stack([own + unseen, own + t + 1], 1).astype(np.int32)),
+        "targets": padded(targets, NOTHING),
+    }
+
+
+def _recalled(blocks: _Blocks, table: BlockTable) -> Ints:
+    """What each writer step recalls [steps, N_RECALLED], of all blocks before it, also those of prompts."""
+    b, t = _ragged(blocks.n_targets)
+    source = table.target_start.view()[blocks.index][b] + t
+    of_all: Ints = recalled(table.codes.view()[source], table.targets.view()[source], b, _starts(blocks.n_targets),
+                            blocks.rank, blocks.passage)  # fmt: skip
+    return of_all[blocks.supervised[b]]
 
 
 def _starts(counts: Ints) -> Ints:
@@ -259,7 +277,6 @@ class _Padded:
 
     def __init__(self, n_rows: int, row: Ints, column: Ints) -> None:
         self.shape, self.at = (n_rows, int(column.max(initial=-1)) + 1), (row, column)
-        self.width = self.shape[1]
 
     def __call__(self, values: npt.NDArray[np.generic], fill: int = 0) -> torch.Tensor:
         out = np.full(self.shape + values.shape[1:], fill, values.dtype)
