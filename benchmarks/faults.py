@@ -45,9 +45,9 @@ from tidal import checkpoint
 from tidal.cli import main, note
 from tidal.train import disk
 from tidal.train.__main__ import run as train_command
+from tidal.train.figures import COLUMNS, MEASURED
 from tidal.train.loop import LOG_EVERY, Run, make_recipe
 from tidal.train.presets import PRESETS
-from tidal.train.records import COLUMNS, MEASURED
 from tidal.train.stop import Stop
 
 FLAGS = ["--no-doctor", "--validate-every", "10", "--rows", "4", "--digits", "1",

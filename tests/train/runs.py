@@ -18,12 +18,12 @@ from tidal.cli import UserError
 from tidal.config import Addition, Optim, Shape, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
+from tidal.train.figures import MEASURED
 from tidal.train.gradient import gradients
 from tidal.train.loop import Recipe, train
 from tidal.train.optim import Optimizer
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
-from tidal.train.records import MEASURED
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 

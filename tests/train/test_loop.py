@@ -25,11 +25,12 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import loop
+from tidal.train.figures import COLUMNS
 from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
-from tidal.train.records import COLUMNS, Metrics
+from tidal.train.records import Metrics
 from tidal.train.resume import Saved, generators
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,

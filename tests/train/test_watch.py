@@ -23,9 +23,9 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import loop, watch
+from tidal.train.figures import COLUMNS
 from tidal.train.health import Alarm, Health
 from tidal.train.loop import model_for, train
-from tidal.train.records import COLUMNS
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch

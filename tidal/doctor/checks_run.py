@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -25,10 +26,11 @@ from tidal.doctor.report import Meter, Skip, Where
 from tidal.infer.engine import Completion, generate
 from tidal.infer.load import load
 from tidal.model import TidalTransformer
+from tidal.train.figures import read_rows
 
 # Limits of what the model does. They are wide: here a finding means "broken", not "could be better".
 DEGENERATE = 0.5
-"""share of completions that are empty, repeat or never end"""
+"""share of completions that are empty, repeat or never end, among those whose true ones are not so"""
 LEAST_DROP = 0.05
 """of the loss, from the first tenth of the steps to the last: less is flat"""
 LEAST_DONE = 0.5
@@ -62,10 +64,14 @@ def weights(patient: Patient, meter: Meter) -> None:
     if patient.checkpoint is not None:
         _as_stored(patient, meter, patient.checkpoint)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        stored = checkpoints.write_checkpoint(
-            Path(folder), 1, tensors=model.state_dict(), config=model.config.to_dict(), trainer={"step": 1},
-            tokenizer=patient.tokenizer)  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stored = checkpoints.write_checkpoint(
+                folder, 1, tensors=model.state_dict(), config=model.config.to_dict(), trainer={"step": 1},
+                tokenizer=patient.tokenizer)  # fmt: skip
+        except (OSError, checkpoints.DiskFullError) as error:
+            raise Skip(f"no room in TMPDIR to save a copy of the model: {error}") from error
         again, tokenizer = load(stored, dtype=patient.dtype)
         meter.same("fingerprints", patient.tokenizer.fingerprint, tokenizer.fingerprint, Where(), ("saved", "loaded"))
         _same_tensors(meter, model.state_dict(), again.state_dict(), ("saved", "loaded"))
@@ -139,20 +145,26 @@ def _written(patient: Patient, documents: Sequence[Document]) -> list[Completion
 
 @check(20, "output has substance", "generation is empty, cut off at once, or one block for ever", of_output=True)
 def substance(patient: Patient, meter: Meter) -> None:
-    """Samples for the data's own prompts: the shares that are empty, that end at once, that repeat, that never end."""
+    """Samples for the data's own prompts: the shares that are empty, that end at once, that repeat, that never end.
+
+    Each is compared with the same share of the true completions, and not judged where most of these are such.
+    """
     documents = _samples(patient)
     done = _written(patient, documents)
-    ends = [(c, d) for c, d in zip(done, documents, strict=True) if d.ends]
     shares = {
-        "empty": np.mean([not c.completion.strip() for c in done]),
-        "ended at once": np.mean([c.stop_reason == "eos" and not c.blocks for c in done]),
-        "repeating": np.mean([_repeats(c.blocks) for c in done]),
-        "never ending": np.mean([c.stop_reason == "length" for c, _ in ends]) if ends else 0.0,
-    }
-    meter.note(", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + f" of {len(done)}")
-    for name, share in shares.items():
-        bad = next((c for c in done if not c.completion.strip() or _repeats(c.blocks)), done[0])
-        meter.at_most(f"the share of {name} completions", float(share), DEGENERATE, _completion(bad))
+        "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in documents]),
+        "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done], [False]),
+        "repeating": ([_repeats(c.blocks) for c in done],
+                      [_repeats(patient.tokenizer.split(d.completion)) for d in documents]),
+        "never ending": ([c.stop_reason == "length" for c in done], [not d.ends for d in documents]),
+    }  # fmt: skip
+    for name, (written, true) in shares.items():
+        share, usual = float(np.mean(written)), float(np.mean(true))
+        meter.note(f"{name} {share:.0%}" + f" (in the data {usual:.0%})" * (usual > 0))
+        if usual <= DEGENERATE:
+            bad = next((c for c, is_bad in zip(done, written, strict=True) if is_bad), done[0])
+            meter.at_most(f"the share of {name} completions", share, usual + (1 - usual) * DEGENERATE,
+                          _completion(bad))  # fmt: skip
 
 
 def _completion(one: Completion) -> Where:
@@ -180,7 +192,11 @@ def reasons(patient: Patient, meter: Meter) -> None:
     if patient.checkpoint is not None:
         _metrics(patient, meter, patient.checkpoint)
     _random_text(patient, meter)
-    documents = _samples(patient)
+    try:
+        documents = _samples(patient)
+    except Skip as skip:
+        meter.note(f"what the prompt is worth {skip}")
+        return
     swapped = [dataclasses.replace(d, prompt=documents[(i + 1) % len(documents)].prompt)
                for i, d in enumerate(documents)]  # fmt: skip
     if any(a.prompt != b.prompt for a, b in zip(documents, swapped, strict=True)):
@@ -190,25 +206,24 @@ def reasons(patient: Patient, meter: Meter) -> None:
 
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
-    run_dir = folder.parent.parent
-    if not (run_dir / "metrics.csv").is_file():
+    path = folder.resolve().parent.parent / "metrics.csv"
+    if not path.is_file():
         meter.note("no metrics.csv")
         return
-    with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    here = Where(tensor=str(path))
     try:
-        losses = [float(row["loss"]) for row in rows]
-        steps = [int(row["step"]) for row in rows]
+        rows = [{name: float(value) for name, value in row.items() if value != ""} for row in read_rows(path)]
+        losses, steps = [row["loss"] for row in rows], [int(row["step"]) for row in rows]
         trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        settings = trainer.get("settings") or {"max_steps": 0, "max_seconds": 0}
-        in_time = bool(rows) and 0 < settings["max_seconds"] <= float(rows[-1]["seconds"])  # ended as was asked for
-        planned = 0 if in_time else int(settings["max_steps"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise Skip(f"{run_dir / 'metrics.csv'} cannot be read: {error!r}") from error
-    here = Where(tensor=str(run_dir / "metrics.csv"))
-    for row in rows:
-        bad = [name for name, value in row.items() if value and not math.isfinite(float(value))]
-        meter.holds(not bad, f"step {row['step']}: {', '.join(bad)} not finite", here)
+        settings = trainer.get("settings") or {}
+        in_time = bool(rows) and 0 < settings.get("max_seconds", 0) <= rows[-1]["seconds"]  # ended as was asked for
+        planned = 0 if in_time else int(settings.get("max_steps", 0))
+    except (AttributeError, KeyError, OSError, ValueError, TypeError, csv.Error) as error:
+        meter.holds(False, f"the run's figures cannot be read: {error!r}", here)
+        return
+    for step, row in zip(steps, rows, strict=True):
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        meter.holds(not bad, f"step {step}: {', '.join(bad)} not finite", here)
     meter.holds(bool(losses), "no step was logged", here)
     meter.holds(max(steps) >= LEAST_DONE * planned, f"{max(steps)} steps were done of {planned} planned", here)
     if len(losses) >= 10:
@@ -252,7 +267,8 @@ def _nats_per_unit(patient: Patient, documents: Sequence[Document]) -> float:
 # --------------------------------------------------------------------------------------------- free running
 
 
-@check(22, "free running", "teacher-forced loss is fine, free-running text is not", of_output=True)
+@check(22, "free running",
+       "the training loss is fine; text that the model writes itself, or has never seen, is not", of_output=True)
 def free_running(patient: Patient, meter: Meter) -> None:
     """The model's own samples cost about as many bits per byte, under the model, as held-out text, and share about as
     many n-grams with the data.
@@ -266,7 +282,8 @@ def free_running(patient: Patient, meter: Meter) -> None:
     meter.note(f"bits per byte: samples {own:.3g}, held out {true:.3g}")
     here = _completion(done[0])
     meter.at_most("bits per byte of samples, against held-out text,", own, DRIFT * true + DRIFT_BITS, here)
-    meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here)
+    meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here,
+                  "what was trained on is learnt by heart, or in training the targets leak")  # fmt: skip
     _compare_n_grams(documents, [c.completion for c in _written(patient, documents)], meter, here)
 
 

@@ -171,12 +171,12 @@ class Meter:
         self._remember(worst, limit)
         return differences
 
-    def at_most(self, what: str, value: float, limit: float, where: Where | None = None) -> None:
-        """A figure must not pass its limit; NaN does."""
+    def at_most(self, what: str, value: float, limit: float, where: Where | None = None, means: str = "") -> None:
+        """A figure must not pass its limit; NaN does. `means`: what it means if it does."""
         self.compared += 1
         if not value <= limit:
-            self._stop(f"{what} is {value:.4g}, more than {limit:.4g}", value, limit, where or Where(), 0, "",
-                       ("", ""), ("", ""))  # fmt: skip
+            said = f"{what} is {value:.4g}, more than {limit:.4g}" + f": {means}" * bool(means)
+            self._stop(said, value, limit, where or Where(), 0, "", ("", ""), ("", ""))
         self._remember(value, limit)
 
     def at_least(self, what: str, value: float, limit: float, where: Where | None = None) -> None:

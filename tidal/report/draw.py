@@ -21,8 +21,8 @@ WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 22
 MOST_POINTS = 400  # of a curve; more cannot be seen
 FEW = 40  # points that are shown one by one
-COLOURS = ("#0f766e", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#4d7c0f", "#0369a1", "#7c3aed")
-COLOURS_ON_DARK = ("#5eead4", "#fdba74", "#a5b4fc", "#fde047", "#f9a8d4", "#bef264", "#7dd3fc", "#c4b5fd")
+COLOURS = ("#0f766e", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#4d7c0f", "#0369a1", "#7c3aed", "#475569")
+COLOURS_ON_DARK = ("#5eead4", "#fdba74", "#a5b4fc", "#fde047", "#f9a8d4", "#bef264", "#7dd3fc", "#c4b5fd", "#cbd5e1")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Curve:
     label: str
     points: Points
     colour: int = 0
-    """index into COLOURS"""
+    """index into COLOURS, which begin again after the last one"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "colour", self.colour % len(COLOURS))
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
 
     if not panels:
         raise ValueError("there is nothing to draw")
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * rows), dpi=120, layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
@@ -218,7 +222,8 @@ def draw(out: Path) -> None:
     held_out = [Curve(name.replace("_", " "), run.curve(name), i) for i, name in enumerate(run.held_out)]
     if "held_out_bits_per_byte" in run.held_out:
         held_out.append(Curve("training bits per byte", run.curve("bits_per_byte"), len(held_out)))
-    if installed:
-        png([loss, Panel("held out", "", held_out)], out / "loss.png")
+    panels = [panel for panel in (loss, Panel("held out", "", held_out)) if panel.shown()]
+    if installed and panels:
+        png(panels, out / "loss.png")
     if sys.stderr.isatty() or not installed:
         print(terminal(loss), file=sys.stderr)

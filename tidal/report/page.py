@@ -143,7 +143,7 @@ def comparison_panels(runs: Sequence[Run]) -> list[Panel]:
     panels = []
     for title, unit, name in (judged, ("Training loss", "nats a unit", "loss")):
         for x in ("step", "seconds"):
-            curves = [Curve(run.name, run.curve(name, x), i % len(COLOURS)) for i, run in enumerate(runs)]
+            curves = [Curve(run.name, run.curve(name, x), i) for i, run in enumerate(runs)]
             panels.append(Panel(title, unit, curves, x=x, noisy=name == "loss", zoom=True))
     return [panel for panel in panels if panel.shown()]
 

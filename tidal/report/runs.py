@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from tidal.cli import UserError
+from tidal.train.figures import COLUMNS, JUDGED, read_rows
 from tidal.train.health import Alarm, Health
 
 Points = list[tuple[float, float]]
@@ -36,9 +37,9 @@ class Run:
 
     @property
     def held_out(self) -> list[str]:
-        """The columns of validation."""
+        """The columns of validation, but for `quality` and the probes of `Watch`."""
         names = dict.fromkeys(name for row in self.rows for name in row)
-        return [name for name in names if name.startswith(("held_out_", "exact_"))]
+        return [name for name in names if name not in COLUMNS + JUDGED]
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -67,8 +68,7 @@ def read(folder: Path) -> Run:
     if folder.absolute().parent.name == "checkpoints":
         folder = folder.absolute().parent.parent
     try:
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = [_numbers(row) for row in csv.DictReader(file) if None not in row.values()]  # a torn last line
+        rows = [_numbers(row) for row in read_rows(folder / "metrics.csv")]
         config = folder / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         samples = _samples(folder / "samples.jsonl")

@@ -21,12 +21,9 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import append
+from tidal.train.figures import COLUMNS
 
 EXCERPT = 300  # characters of a row that are shown
-MEASURED = ("seconds", "units_per_second", "memory_mib")
-"""Columns of metrics.csv that tell of the machine; all others are the same in a run that was stopped and continued."""
-COLUMNS = ("step", "seconds", "loss", "bits_per_byte", "grad_norm", "lr", "units_per_second", "memory_mib")
-"""Of every row; those of validation come after them."""
 
 
 class Metrics:
@@ -67,15 +64,6 @@ class Metrics:
         text = io.StringIO(newline="")
         csv.DictWriter(text, self.names, restval="").writerows(rows)
         return text.getvalue()
-
-
-def last_step(path: Path) -> int | None:
-    """The step of the last whole row of a metrics.csv; None where there is none."""
-    if not path.is_file():
-        return None
-    lines = path.read_bytes().splitlines(keepends=True)
-    step = lines[-1].split(b",")[0] if lines and lines[-1].endswith(b"\n") else b""
-    return int(step) if step.isdigit() else None
 
 
 def write_samples(path: Path, step: int, completions: Iterable[Completion]) -> None:

@@ -17,7 +17,7 @@ from tidal import checkpoint
 from tidal.cli import UserError, note
 from tidal.config import TidalConfig, Train
 from tidal.train.disk import locked
-from tidal.train.records import last_step
+from tidal.train.figures import last_step
 
 HARMLESS = {
     "out": "where it lies",

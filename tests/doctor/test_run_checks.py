@@ -1,0 +1,115 @@
+"""Checks 19 to 22 on made-up figures and samples: what is no illness gives no alarm, and what is damaged hides nothing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidal import checkpoint
+from tidal.doctor import Document, Result, checks_run, run
+from tidal.doctor.specimen import make
+from tidal.infer.engine import Completion
+
+MODEL, TOKENIZER = make()
+
+
+def result(number: int, texts: Sequence[Document] = (), folder: Path | None = None) -> Result:
+    report = run(MODEL, TOKENIZER, texts=texts, checks=[number], quick=True, trained=True, checkpoint=folder)
+    return report.results[0]
+
+
+# ------------------------------------------------------------------------------------------- the weights' file
+
+
+def test_without_room_for_a_copy_the_weights_are_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would refuse to start."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "free_bytes", lambda path: 0)
+        found = run(MODEL, TOKENIZER, checks=[19], quick=True).results[0]
+    assert (found.verdict, found.message[:16]) == ("skipped", "no room in TMPDI")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    found = run(MODEL, TOKENIZER, checks=[19], quick=True).results[0]
+    assert (found.verdict, "No such file or directory" in found.message) == ("skipped", True)
+
+
+# ---------------------------------------------------------------------------------------- what is written
+
+
+SHORT = [Document(f"{n} + 2 =", f" {n + 2}\n") for n in range(12)]
+LONG = [Document(f"chapter {n}:", " the light and the fox met 12 dogs in the night" * 9) for n in range(12)]
+ZEROS = [Document("0\n" * n, "0\n" * 99) for n in range(1, 13)]
+
+
+def written(monkeypatch: pytest.MonkeyPatch, completion: str, ends: bool) -> None:
+    """What sampling gives for every prompt."""
+    def generate(model: object, tokenizer: object, prompts: Sequence[str], **how: Any) -> list[Completion]:
+        blocks, reason = TOKENIZER.split(completion), "eos" if ends else "length"
+        return [Completion(prompt, completion, prompt + completion, blocks, reason, -9.0, [], 9, None, 0.1)  # type: ignore[arg-type]
+                for prompt in prompts]  # fmt: skip
+
+    monkeypatch.setattr(checks_run, "generate", generate)
+
+
+@pytest.mark.parametrize(("texts", "completion", "ends", "said"), [
+    (SHORT, " the light", True, ""),
+    (SHORT, " the light", False, "the share of never ending completions is 1, more than 0.5"),
+    ([*SHORT[:1], *LONG], " the light", False, ""),  # of one short answer among long ones none need be written
+    ([*SHORT, *LONG[:4]], " the light", False, "the share of never ending completions is 1, more than 0.625"),
+    (ZEROS, "0\n" * 30, False, ""),
+    ([*LONG, *ZEROS[:4]], "0\n" * 30, False, "the share of repeating completions is 1, more than 0.625"),
+])  # fmt: skip
+def test_samples_are_compared_with_the_data(texts: list[Document], completion: str, ends: bool, said: str,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    written(monkeypatch, completion, ends)
+    found = result(20, texts)
+    assert found.verdict == ("finding" if said else "well"), found
+    assert said in found.message
+
+
+def test_held_out_text_that_costs_far_more_than_samples_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    written(monkeypatch, " the light", True)
+    costs = iter((0.5, 5.0))
+    monkeypatch.setattr(checks_run, "_bits_per_byte", lambda *_: next(costs))
+    found = result(22, LONG)
+    assert "learnt by heart" in found.message
+    assert "free-running" not in found.disaster
+
+
+# -------------------------------------------------------------------------------------------- the figures
+
+
+def a_run(folder: Path, losses: Sequence[float | str], end: str = "") -> Path:
+    """A checkpoint folder of a run with these figures, whose metrics.csv ends in `end`."""
+    (found := folder / "checkpoints/step-000200").mkdir(parents=True)
+    (found / "trainer.json").write_text(json.dumps({"settings": {"max_steps": 200, "max_seconds": 0.0}}))
+    rows = [f"{10 * i},{i},{loss}" for i, loss in enumerate(losses, start=1)]
+    (folder / "metrics.csv").write_text("\r\n".join(["step,seconds,loss", *rows, end]))
+    return found
+
+
+FELL = [5.0 * 0.9**i for i in range(20)]
+
+
+@pytest.mark.parametrize(("losses", "end", "said"), [
+    (FELL, "", ""), (FELL, "210,21", ""), (FELL, "2", ""), (FELL, "210,21,0.", ""),
+    ([*FELL[:9], "nan", *FELL[10:]], "210,2", "step 100: loss not finite"),
+    ([*FELL[:9], "torn", *FELL[10:]], "", "the run's figures cannot be read: ValueError"),
+    (FELL[:4], "50,5", "40 steps were done of 200 planned"),
+])  # fmt: skip
+def test_a_row_that_is_torn_hides_nothing(losses: list[float | str], end: str, said: str, tmp_path: Path) -> None:
+    found = result(21, folder=a_run(tmp_path, losses, end))
+    assert found.verdict == ("finding" if said else "well"), found
+    assert said in found.message
+    assert said or "what the prompt is worth needs 4 texts of the kind it was trained on" in found.message
+
+
+def test_the_figures_are_found_from_inside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_run(tmp_path, [*FELL[:9], "nan", *FELL[10:]])
+    for here, path in ((folder.parent, folder.name), (folder, "."), (folder, "../step-000200")):
+        monkeypatch.chdir(here)
+        assert "step 100: loss not finite" in result(21, folder=Path(path)).message
