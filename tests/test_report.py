@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidal.cli import UserError
-from tidal.report import page
+from tidal.report import draw, page
 from tidal.report.__main__ import run as report
 from tidal.report.draw import COLOURS, Panel, png
 from tidal.report.page import comparison_panels, render_comparison, render_run, run_panels, visible
 from tidal.report.runs import newest, read
+from tidal.train.figures import COLUMNS
+from tidal.train.recipes.characters import TASKS
 
 HOSTILE = "</style><script>alert(1)</script>\u202e\x00\x1b[2J&lt;<img src=http://evil.test/x onerror=alert(2)>"
 
@@ -280,7 +282,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no loss": (lambda run: (run / "metrics.csv").write_text("step,x\n1,2\n"), "has no bits_per_byte, loss, seconds"),
     "a word": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,x\n"), "could not convert"),
     "a field more": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,2,3\n"), "cannot be read"),
-    "NULs": (lambda run: (run / "metrics.csv").write_text("step,loss\n" + 200_000 * "\0"), "cannot be read"),
+    "NULs": (lambda run: (run / "metrics.csv").write_text("step,loss\n" + 200_000 * "\0" + "\n"), "cannot be read"),
     "no JSON": (lambda run: (run / "config.json").write_text("{"), "cannot be read"),
     "a list": (lambda run: (run / "doctor.json").write_text("[]"), "must hold objects"),
     "samples": (lambda run: (run / "samples.jsonl").write_text("[1\n"), "cannot be read"),
@@ -304,3 +306,30 @@ def test_as_a_process(home: Path) -> None:
 
 def test_there_are_colours_for_both_pages() -> None:
     assert len(COLOURS) == len(set(COLOURS)) == len(page.COLOURS_ON_DARK)
+
+
+@pytest.mark.parametrize(("names", "others"), [
+    (("exact_5", "exact_6", "exact_7"), ("quality", "context_gain")),
+    (tuple(TASKS), ("quality", "context_gain", "typo_gain")),
+    (("held_out_bits_per_byte",), ("quality", "context_gain", "typo_gain")),
+    ((), ()),  # before the first validation
+])  # fmt: skip
+def test_every_figure_of_validation_is_shown(names: tuple[str, ...], others: tuple[str, ...], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Whatever the recipe calls it."""
+    run, rows = tmp_path / "run", range(1, 21)
+    run.mkdir()
+    extra = [*names, *others]
+    lines = [",".join([*COLUMNS, *extra])]
+    for i in rows:
+        lines.append(",".join(map(str, [10 * i, i, 5 / i, 6 / i, 1, 0.01, 900, 400, *(i / 25 for _ in extra)])))
+    (run / "metrics.csv").write_text("\r\n".join([*lines, ""]))
+    found = read(run)
+    assert found.held_out == list(names)
+    curves = [curve for panel in run_panels(found) for curve in panel.shown()]
+    assert len(curves) == 5 + len(names) + ("context_gain" in others)
+    drawn: list[Sequence[Panel]] = []
+    monkeypatch.setattr(draw, "png", lambda panels, path: drawn.append(panels))
+    draw.draw(run)
+    assert [len(panel.shown()) for panel in drawn[0]] == [
+        1, *([len(names) + ("held_out_bits_per_byte" in names)] if names else [])]  # fmt: skip

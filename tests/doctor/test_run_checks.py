@@ -1,4 +1,4 @@
-"""Checks 19 to 22 on made-up figures and samples: what is no illness gives no alarm, and what is damaged hides nothing."""
+"""Checks 19 to 22 on made-up figures: what is no illness gives no alarm, and what is damaged hides nothing."""
 
 from __future__ import annotations
 
