@@ -222,7 +222,7 @@ def draw(out: Path) -> None:
     held_out = [Curve(name.replace("_", " "), run.curve(name), i) for i, name in enumerate(run.held_out)]
     if "held_out_bits_per_byte" in run.held_out:
         held_out.append(Curve("training bits per byte", run.curve("bits_per_byte"), len(held_out)))
-    panels = [panel for panel in (loss, Panel("held out", "", held_out)) if panel.shown()]
+    panels = [panel for panel in (loss, Panel("held out", "", held_out, linear=True)) if panel.shown()]
     if installed and panels:
         png(panels, out / "loss.png")
     if sys.stderr.isatty() or not installed:

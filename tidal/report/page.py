@@ -128,7 +128,7 @@ def run_panels(run: Run) -> list[Panel]:
             shares.append(Curve(name.removeprefix("held_out_").replace("_", " "), run.curve(name), i))
     panels = [
         one("Loss", "nats a unit", "loss", noisy=True), Panel("Bits per byte", "bits", bits, noisy=True),
-        Panel("Held out", "share", shares), one("Gradient norm", "before clipping", "grad_norm", noisy=True),
+        Panel("Held out", "share", shares, linear=True), one("Gradient norm", "before clipping", "grad_norm", noisy=True),
         one("Learning rate", "of the matrices", "lr"), one("Throughput", "units a second", "units_per_second"),
         one("What the context is worth", "nats a unit", "context_gain"),
     ]  # fmt: skip
@@ -144,7 +144,8 @@ def comparison_panels(runs: Sequence[Run]) -> list[Panel]:
     for title, unit, name in (judged, ("Training loss", "nats a unit", "loss")):
         for x in ("step", "seconds"):
             curves = [Curve(run.name, run.curve(name, x), i) for i, run in enumerate(runs)]
-            panels.append(Panel(title, unit, curves, x=x, noisy=name == "loss", zoom=True))
+            panels.append(Panel(title, unit, curves, x=x, noisy=name == "loss", zoom=True,
+                                linear=name == "quality"))
     return [panel for panel in panels if panel.shown()]
 
 
