@@ -170,8 +170,8 @@ class Optim:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     sharpen: float = 0.0
-    """Growth of the gains of queries while the learning rate falls: attention that was soft while it was learnt ends
-    sharp enough for longer texts."""
+    """Growth of the gains of queries while the learning rate is below its highest, so mostly while it falls: attention
+    that was soft while it was learnt ends sharp enough for longer texts."""
     beta2: float = 0.98
     """Second moment rate of AdamW, which learns the tables."""
     warmup_steps: int = 100

@@ -20,7 +20,7 @@ from tidal.cli import parse
 from tidal.config import Addition, Optim, Shape, Text, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
-from tidal.train import disk
+from tidal.train import disk, loop, records
 from tidal.train.__main__ import run
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import HARMLESS, differences
@@ -192,6 +192,34 @@ def test_what_is_no_run_is_refused(here: Path) -> None:
         (folder / "config.json").write_text("{}")
     assert "no intact checkpoint" in refused(run, flags())
     assert "is damaged: config.json" in refused(run, ["--resume", "run/checkpoints/step-000004"])
+    (here / "run/checkpoints/step-000004/manifest.json").unlink()
+    assert "is damaged: manifest.json is missing" in refused(run, ["--resume", "run/checkpoints/step-000004"])
+    assert "manifest.json is missing" in refused(run, ["--resume", "run/checkpoints/../checkpoints/step-000004"])
+
+
+def test_what_another_process_trained_meanwhile_is_not_undone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody holds a run while its data are prepared."""
+    shutil.copytree(here / "run", here / "done")
+    real, newest = loop.make_recipe, "checkpoints/step-000004"
+
+    def slowly(settings: Train) -> loop.Recipe:
+        if not (here / "run" / newest).exists():
+            shutil.copytree(here / "done" / newest, here / "run" / newest)
+        return real(settings)
+
+    monkeypatch.setattr(loop, "make_recipe", slowly)
+    said = "run has changed while the data were prepared: it holds step-000004 now; the same command looks again"
+    for command in (flags(), ["--resume", "run"], ["--resume", "run/checkpoints/step-000002"]):
+        undo(here / "run")
+        assert said in refused(run, command)
+        assert (here / "run" / newest).exists()
+    assert run(["--resume", "run/checkpoints/step-000002"]) == 0  # now that it is known
+
+    def begun(out: Path, settings: Train) -> None:
+        shutil.copytree(here / "done/checkpoints", out / "checkpoints")
+
+    monkeypatch.setattr(records, "write_settings", begun)
+    assert "run-2 has changed while the data were prepared" in refused(run, flags("--resume", "never"))
 
 
 def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:

@@ -306,7 +306,7 @@ def test_without_memory_for_a_copy_a_loss_that_is_not_finite_is_still_said_in_on
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradient_of_a_step.math, "isfinite", lambda value: False)
-    with pytest.raises(UserError, match=r"step 0: loss .*; try a smaller --lr$"):
+    with pytest.raises(UserError, match=r"step 0: loss .*; try a smaller --lr, with --resume never$"):
         train(SETTINGS, Hooked(), tmp_path)
     assert not (tmp_path / "bad-batch.json").exists()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tidal.cli import UserError
+from tidal.cli import UserError, note
 from tidal.prepare.reading import Part, read_parts
 
 
@@ -29,8 +29,8 @@ class Document:
 
 
 def read_documents(paths: Sequence[str]) -> Iterator[Document]:
-    """The documents that `read_parts` reads, each in one piece."""
-    return joined(read_parts(paths))
+    """The documents that `read_parts` reads, each in one piece; folders that it leaves out are noted."""
+    return joined(read_parts(paths, note))
 
 
 def joined(parts: Iterable[Part]) -> Iterator[Document]:

@@ -22,6 +22,7 @@ from typing import Any
 from tidal.blocks import BlockTable
 from tidal.cli import UserError, note, progress
 from tidal.config import Text
+from tidal.device import n_cores
 from tidal.files import atomic_write, existing, free_bytes
 from tidal.prepare.corpus import Corpus
 from tidal.prepare.reading import PART, Part
@@ -184,7 +185,7 @@ def _check_space(out: Path, data: Survey) -> None:
 def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int) -> dict[str, str]:
     """Write what is missing; the digests of all shards, by name. Raises UserError, OSError, BrokenProcessPool."""
     digests: dict[str, str] = {}
-    workers = workers or min(_cores(), MOST_WORKERS)
+    workers = workers or min(n_cores(), MOST_WORKERS)
     waiting: dict[Future[str], str] = {}
 
     def collect(limit: int) -> None:
@@ -205,11 +206,6 @@ def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: i
             collect(2 * workers)
         collect(0)
     return dict(sorted(digests.items()))
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _intact(folder: Path) -> str | None:

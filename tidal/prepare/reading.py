@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
@@ -24,6 +24,8 @@ CHUNK = 1 << 20
 """Bytes read at once."""
 PART = 1 << 20
 """Characters of a part."""
+OWN = {"config.json": {"recipe", "max_steps", "optim"}, "plan.json": {"version", "tokenizer", "shard"}}
+"""What a run and a folder of prepared data hold from their first moment on: a file, and some keys of its object."""
 WANT = '{"text": "…"} or {"prompt": "…", "completion": "…"}'
 
 
@@ -45,15 +47,16 @@ class _File:
     """Found in a folder that has no text files by name: skip it if it is not text."""
 
 
-def read_parts(paths: Sequence[str]) -> Iterator[Part]:
+def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: None) -> Iterator[Part]:
     """The documents of files, folders and globs, one after the other, in a fixed order, in parts of PART characters.
 
     A folder gives its .txt, .md, .jsonl and .parquet files, also below it and also gzipped, or if it has none of
-    these every file that is UTF-8 text. Hidden files are left out. A line of .jsonl (a row of .parquet) is
-    {"text": …} or {"prompt": …, "completion": …} (other keys are ignored) and is held in memory as a whole; any
-    other file is one document, with its line ends as they are, and is not. A byte order mark is dropped. What holds
-    nothing but white space is no document. A file that is named twice is read once, so that no text is both learned
-    and held out. `hf:NAME` streams a dataset, see `tidal.prepare.tabular.hugging_face_rows`.
+    these every file that is UTF-8 text. Hidden files are left out, and so are folders below it that hold a run or
+    prepared data; `tell` is given a line about each. A line of .jsonl (a row of .parquet) is {"text": …} or
+    {"prompt": …, "completion": …} (other keys are ignored) and is held in memory as a whole; any other file is one
+    document, with its line ends as they are, and is not. A byte order mark is dropped. What holds nothing but white
+    space is no document. A file that is named twice is read once, so that no text is both learned and held out.
+    `hf:NAME` streams a dataset, see `tidal.prepare.tabular.hugging_face_rows`.
 
     Raises:
         UserError: a path that is missing or cannot be read, a glob without a match, a binary file, broken
@@ -62,7 +65,7 @@ def read_parts(paths: Sequence[str]) -> Iterator[Part]:
     seen: set[str] = set()
     for path in paths:
         found = False
-        for file in [path] if path.startswith("hf:") else _files(path):
+        for file in [path] if path.startswith("hf:") else _files(path, tell):
             real = file if isinstance(file, str) else os.path.realpath(file.path)
             if real in seen:
                 found = True
@@ -79,30 +82,45 @@ def read_parts(paths: Sequence[str]) -> Iterator[Part]:
         raise UserError("no data: name files, folders or globs with --data")
 
 
-def _files(path: str) -> list[_File]:
+def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
     """The files a path stands for, sorted."""
     if os.path.isdir(path):
-        return _in_folder(Path(path))
+        return _in_folder(Path(path), tell)
     if os.path.exists(path):
         return [_File(Path(path))]
     if not glob.has_magic(path):
         raise UserError(f"no such file or folder: {path!r} (looked in {os.getcwd()}); check --data")
     files: list[_File] = []
     for match in sorted(glob.glob(path, recursive=True)):
-        files += _in_folder(Path(match)) if os.path.isdir(match) else [_File(Path(match))]
+        files += _in_folder(Path(match), tell) if os.path.isdir(match) else [_File(Path(match))]
     if not files:
         raise UserError(f"no file matches {path!r} (looked in {os.getcwd()}); check --data, and quote globs")
     return files
 
 
-def _in_folder(folder: Path) -> list[_File]:
+def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[_File]:
     found: list[Path] = []
     for where, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        own = [name for name in folders if _is_own(Path(where, name))]
+        for name in own:
+            tell(f"leaving out {Path(where, name)}, which Tidal made: a run, or prepared data")
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
         found += [p for name in names if not name.startswith(".") and _is_file(p := Path(where, name))]
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is a run's, or prepared data."""
+    for name, keys in OWN.items():
+        try:
+            values = json.loads((folder / name).read_bytes()) if os.path.isfile(folder / name) else None
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and keys <= values.keys():
+            return True
+    return False
 
 
 def _is_file(path: Path) -> bool:

@@ -71,7 +71,7 @@ def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
     content, sizes, prompts, digests = _Content(), array("q"), array("b"), bytearray()
     size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
     with progress(None, "look through", "characters", last_line=False) as bar:
-        for part in read_parts(paths):
+        for part in read_parts(paths, note):
             text.update(content.add(part))
             size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
             bar.update(len(part.text))

@@ -128,7 +128,8 @@ def run_panels(run: Run) -> list[Panel]:
             shares.append(Curve(name.removeprefix("held_out_").replace("_", " "), run.curve(name), i))
     panels = [
         one("Loss", "nats a unit", "loss", noisy=True), Panel("Bits per byte", "bits", bits, noisy=True),
-        Panel("Held out", "share", shares, linear=True), one("Gradient norm", "before clipping", "grad_norm", noisy=True),
+        Panel("Held out", "share", shares, linear=True),
+        one("Gradient norm", "before clipping", "grad_norm", noisy=True),
         one("Learning rate", "of the matrices", "lr"), one("Throughput", "units a second", "units_per_second"),
         one("What the context is worth", "nats a unit", "context_gain"),
     ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import signal
@@ -82,52 +81,58 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> None:
-    from tidal import checkpoint  # torch comes with these
-    from tidal.device import pick_device
-    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
-    from tidal.report.page import Pages
-    from tidal.train.disk import check_writable, locked, numbered, patiently
-    from tidal.train.loop import train
+    """Continue `found`, or what there is to continue in `wanted`, or begin a new run."""
+    from tidal.device import pick_device  # torch comes with these
+    from tidal.train.disk import check_writable
     from tidal.train.parallel import joined
-    from tidal.train.resume import is_finished, look_in, may_continue
+    from tidal.train.resume import is_finished, may_continue, to_continue
 
     device = pick_device(settings.device)  # what can fail fails before there is a run folder
     check_writable(wanted)
     if found is not None:
         may_continue(found, settings, path_given=True)
     elif settings.resume == "auto":
-        for n, path in enumerate(itertools.takewhile(checkpoint.checkpoints, numbered(wanted))):
-            try:
-                found = look_in(path)
-                if may_continue(found, settings, path_given=False, named=n == 0):
-                    break
-            except UserError:
-                if n == 0:
-                    raise
-            found = None  # one beside it may be in use, or damaged
-    prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
-    example = f'--prompt "{prompt}"'
+        found = to_continue(settings, wanted)
     if found is not None and is_finished(found, settings):
-        run, saved = found.run_dir, found.saved
-        note(f"{run} is finished: {saved.step} steps in {saved.seconds:.0f} s; --resume never trains another one; "
-             f"try: python -m tidal.infer --checkpoint {run} {example}")  # fmt: skip
+        note(f"{found.run_dir} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never "
+             f"trains another one; try: {_use(settings, found.run_dir)}")  # fmt: skip
         return
-    pages = Pages()
     with joined(settings.parallel, device) as parallel:
         recipe, out = _ready(settings, wanted, found, stop, parallel)
-        with locked(out):
-            try:
-                train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
-                      examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
-            except Stopped:
-                latest = checkpoint.read_pointer(out, "latest")
-                how = "the same command" if settings.resume == "auto" else f"--resume {out}"
-                note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
-                raise
-            if parallel.leads:
-                patiently(lambda: draw(out), out, stop)
-                patiently(lambda: pages.write(out, last=True), out, stop)
-    note(f"done; try: python -m tidal.infer --checkpoint {out} {example}")
+        _learn(settings, recipe, out, found, stop, parallel)
+    note(f"done; try: {_use(settings, out)}")
+
+
+def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
+    """Train in the folder `out`, to which nobody else may write meanwhile, and draw what came of it."""
+    from tidal import checkpoint
+    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
+    from tidal.report.page import Pages
+    from tidal.train.disk import locked, patiently
+    from tidal.train.loop import train
+    from tidal.train.resume import check_unchanged
+
+    pages = Pages()
+    with locked(out):
+        if parallel.leads:
+            check_unchanged(out, found)
+        try:
+            train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
+                  examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
+        except Stopped:
+            latest = checkpoint.read_pointer(out, "latest")
+            how = "the same command" if settings.resume == "auto" else f"--resume {out}"
+            note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
+            raise
+        if parallel.leads:
+            patiently(lambda: draw(out), out, stop)
+            patiently(lambda: pages.write(out, last=True), out, stop)
+
+
+def _use(settings: Train, run_dir: Path) -> str:
+    """A command that shows what a run has learnt."""
+    prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
+    return f'python -m tidal.infer --checkpoint {run_dir} --prompt "{prompt}"'
 
 
 def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel) -> tuple[Recipe, Path]:
@@ -135,6 +140,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
     from tidal.files import atomic_write
     from tidal.train.disk import patiently, prepare_run_dir
     from tidal.train.loop import make_recipe
+    from tidal.train.records import write_settings
     from tidal.train.resume import with_tokenizer
 
     with stop.anywhere():
@@ -146,6 +152,8 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
 
                 verdict = examine_before_training(settings, recipe).to_dict()
             out = prepare_run_dir(wanted) if found is None else found.run_dir
+            if found is None:  # the first file: by it, reading --data knows a run, and leaves it out
+                patiently(lambda: write_settings(out, settings), out, stop)
             if verdict is not None:
                 text = json.dumps(verdict, indent=1, ensure_ascii=False) + "\n"
                 patiently(lambda: atomic_write(out / "doctor.json", text), out, stop)

@@ -21,7 +21,7 @@ class NotFiniteError(UserError):
 
     def __init__(self, step: int, loss: float, norm: float) -> None:
         super().__init__(f"step {step}: loss {loss} and gradient norm {norm}; weights were left as they were, "
-                         "and so were the checkpoints; try a smaller --lr")  # fmt: skip
+                         "and so were the checkpoints; try a smaller --lr, with --resume never")  # fmt: skip
         self.loss, self.norm = loss, norm
 
 

@@ -104,7 +104,7 @@ class Health:
 
     def _diverging(self, step: int, now: float, against: str, rate: float) -> None:
         self._say("diverging", step, f"the loss has risen to {now:.3g} nats a unit, against {against}; the learning "
-                  f"rate is {rate:.3g}, try a smaller --lr")  # fmt: skip
+                  f"rate is {rate:.3g}, try a smaller --lr, with --resume never")  # fmt: skip
 
     def _probes(self, step: int, values: Mapping[str, float]) -> None:
         if (gain := values.get("typo_gain", 0.0)) > TYPO:

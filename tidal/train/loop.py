@@ -31,7 +31,7 @@ from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memor
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.parallel import Parallel
 from tidal.train.presets import GREEDY
-from tidal.train.records import Metrics, bad_batch, show_samples, write_samples
+from tidal.train.records import Metrics, bad_batch, show_samples, write_samples, write_settings
 from tidal.train.resume import Found, Saved, generators, set_generators
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
@@ -158,8 +158,7 @@ class Run:
             if later := checkpoint.undo(out, saved.step):
                 note(f"what was written later goes: {', '.join(later)}")
         self._write(lambda: self.recipe.tokenizer.save(out / "tokenizer"))
-        config = json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n"
-        self._write(lambda: atomic_write(out / "config.json", config))
+        self._write(lambda: write_settings(out, self.settings))
         self.metrics = self._write(lambda: Metrics(out / "metrics.csv", saved.metrics))
         self.watch = Watch(out, self.settings, self.recipe.tokenizer, self.device, self.metrics.rows)
         first = saved.step + (saved.due is None)  # whose samples are still to come

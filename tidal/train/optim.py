@@ -15,7 +15,7 @@ from tidal.train.parallel import like
 
 class Optimizer:
     """Muon for the matrices, AdamW for tables (faster, without decay) and gains of norms (without decay; those of
-    queries may grow while the rate falls)."""
+    queries may grow while the rate is below its highest: a little in warm-up, mostly while it falls)."""
 
     def __init__(self, model: TidalTransformer, settings: Optim) -> None:
         self.settings = settings

@@ -15,6 +15,7 @@ import torch
 
 from tidal.blocks import NOTHING
 from tidal.cli import note
+from tidal.config import Train
 from tidal.files import atomic_write
 from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
@@ -24,6 +25,11 @@ from tidal.train.disk import append
 from tidal.train.figures import COLUMNS
 
 EXCERPT = 300  # characters of a row that are shown
+
+
+def write_settings(out: Path, settings: Train) -> None:
+    """Write the config.json of a run folder. OSError: nothing was done."""
+    atomic_write(out / "config.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
 
 
 class Metrics:

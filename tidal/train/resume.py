@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 from tidal import checkpoint
 from tidal.cli import UserError, note
 from tidal.config import TidalConfig, Train
-from tidal.train.disk import locked
+from tidal.train.disk import locked, numbered
 from tidal.train.figures import last_step
 
 HARMLESS = {
@@ -101,6 +103,8 @@ class Found:
     trainer: dict[str, Any]
     settings: Train
     saved: Saved
+    newest: Path
+    """The last checkpoint of the run, intact or not, when it was looked into."""
 
     @property
     def run_dir(self) -> Path:
@@ -135,20 +139,21 @@ def look_in(path: Path) -> Found:
     A damaged one is passed over, with a note that names the damage, for the one before; not so where it is named
     itself. Raises UserError where there is none, or none that a run can be continued from.
     """
-    is_checkpoint = path.absolute().parent.name == "checkpoints" and (path / checkpoint.MANIFEST).exists()
-    if not is_checkpoint and not checkpoint.checkpoints(path):
+    inside = Path(os.path.abspath(path))
+    named = inside if inside in checkpoint.checkpoints(inside.parent.parent) else None
+    run_dir = path if named is None else inside.parent.parent
+    if not checkpoint.checkpoints(run_dir):
         raise UserError(f"nothing to resume: {path} has no checkpoints; give a run folder, or a checkpoint in one")
-    with locked(path.absolute().parent.parent if is_checkpoint else path):
-        return _read(path.absolute() if is_checkpoint else path, is_checkpoint)
+    with locked(run_dir):
+        return _read(run_dir, named)
 
 
-def _read(path: Path, is_checkpoint: bool) -> Found:
-    if is_checkpoint:
-        checkpoint.verify(folder := path)
-    else:
-        folder = checkpoint.newest_verified(path)
-        if folder != (newest := checkpoint.checkpoints(path)[-1]):
-            note(f"falling back to {folder.name}: {newest.name} is damaged")
+def _read(run_dir: Path, named: Path | None) -> Found:
+    newest = checkpoint.checkpoints(run_dir)[-1]
+    if named is not None:
+        checkpoint.verify(folder := named)
+    elif (folder := checkpoint.newest_verified(run_dir)) != newest:
+        note(f"falling back to {folder.name}: {newest.name} is damaged")
     try:
         trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         if not isinstance(trainer, dict):
@@ -158,7 +163,34 @@ def _read(path: Path, is_checkpoint: bool) -> Found:
         raise UserError(f"{folder / 'trainer.json'} cannot be resumed from: {error}; {NEW}") from error
     if checkpoint.name_of(saved.step) != folder.name:
         raise UserError(f"{folder} holds step {saved.step}; give it its name back, or {NEW}")
-    return Found(folder, trainer, settings, saved)
+    return Found(folder, trainer, settings, saved, newest)
+
+
+def to_continue(settings: Train, out: Path) -> Found | None:
+    """What `--resume auto` continues: the first of the runs NAME, NAME-2, … that may go on with these settings.
+
+    None where there is none, so that a new one begins. Raises UserError where NAME itself cannot be looked into, or was
+    begun with other settings; those beside it may be in use, or damaged.
+    """
+    for n, path in enumerate(itertools.takewhile(checkpoint.checkpoints, numbered(out))):
+        try:
+            if may_continue(found := look_in(path), settings, path_given=False, named=n == 0):
+                return found
+        except UserError:
+            if n == 0:
+                raise
+    return None
+
+
+def check_unchanged(out: Path, found: Found | None) -> None:
+    """Raise UserError where another process has trained in the folder `out`, which is locked now, since `found` was
+    looked for there: while data were prepared nothing was.
+    """
+    there = checkpoint.checkpoints(out)[-1:]
+    if there != ([] if found is None else [found.newest]):
+        now = there[0].name if there else "no checkpoint"
+        raise UserError(f"{out} has changed while the data were prepared: it holds {now} now; the same command looks "
+                        "again")  # fmt: skip
 
 
 def may_continue(found: Found, settings: Train, path_given: bool, named: bool = True) -> bool:

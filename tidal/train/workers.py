@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tidal.device import n_cores
 from tidal.ranks import OwnError
 from tidal.streams import Batch
 from tidal.train.memory import first_line
@@ -36,7 +36,7 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
     if asked >= 0:
         return asked
     on_gpu = device.type == "cuda"
-    left = (os.cpu_count() or 1) // processes - (1 if on_gpu else torch.get_num_threads())
+    left = n_cores() // processes - (1 if on_gpu else torch.get_num_threads())
     return min(max(0, left), 4 if on_gpu else int(sys.platform == "linux"))
 
 
