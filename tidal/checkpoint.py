@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tidal.cli import UserError, note
-from tidal.files import atomic_write, free_bytes, fsync
+from tidal.files import atomic_write, free_bytes, fsync, newest_run
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -267,21 +267,13 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
         UserError: there is no checkpoint there, or it cannot be read.
     """
     try:
-        return _resolved(_newest_run() if path is None else path, which)
+        return _resolved(newest_run(_last) if path is None else path, which)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}; choose another run") from error
 
 
-def _newest_run() -> Path:
-    runs = []
-    for run in Path("runs").glob("*"):
-        try:
-            runs += [(folder.stat().st_mtime_ns, run) for folder in checkpoints(run)[-1:]]
-        except OSError as error:
-            note(f"passing over {run}: {error.strerror}")
-    if not runs:
-        raise UserError("no runs found under runs/; train one with: python -m tidal.train")
-    return max(runs)[1]
+def _last(run_dir: Path) -> Path | None:
+    return next(reversed(checkpoints(run_dir)), None)
 
 
 def _resolved(path: Path, which: Pointer) -> Path:

@@ -6,6 +6,7 @@ No torch here: `--help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
@@ -302,6 +303,15 @@ class Train:
         had none, has its default. Raises ValueError on unknown keys and on values of another type.
         """
         return _from_json(cls(), values)
+
+
+def flat(values: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """Settings, as `dataclasses.asdict` or JSON gives them, out of their groups, but for the groups in `without`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in without:
+            found |= flat(value, without) if isinstance(value, dict) else {name: value}
+    return found
 
 
 T = TypeVar("T")

@@ -1,11 +1,15 @@
-"""Writing files as a whole, and what a disk has room for."""
+"""Writing files as a whole, what a disk has room for, folders held alone, the newest run."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tidal.cli import UserError, note
 
 
 def existing(path: Path) -> Path:
@@ -19,6 +23,44 @@ def existing(path: Path) -> Path:
 def free_bytes(path: Path) -> int:
     """Bytes that may be written below `path`, which need not exist yet."""
     return shutil.disk_usage(existing(path)).free
+
+
+def newest_run(mark: Callable[[Path], Path | None]) -> Path:
+    """The run under ./runs that has written last, by the time of what `mark` finds in it; None: not a run (yet).
+
+    Raises UserError where there is none.
+    """
+    found = []
+    for run in Path("runs").glob("*"):
+        try:
+            if (path := mark(run)) is not None:
+                found.append((path.stat().st_mtime_ns, run))
+        except OSError as error:
+            note(f"passing over {run}: {error.strerror}")
+    if not found:
+        raise UserError("no runs found under runs/; train one with: python -m tidal.train")
+    return max(found)[1]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold a folder alone; the kernel releases it when the process ends, however it ends.
+
+    The lock is on the folder itself and leaves no file. `busy` is called where another process holds it; if it returns,
+    the other one is waited for. Raises OSError where there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            note(f"{folder} cannot be locked ({error.strerror}); use it in one process only")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

@@ -287,7 +287,7 @@ def no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return to(model, device)
 
-    monkeypatch.setattr(Parallel, "plain", copied)
+    monkeypatch.setattr(Parallel, "unsharded", copied)
     monkeypatch.setattr(TidalTransformer, "to", once)
 
 

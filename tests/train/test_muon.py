@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tidal.train import muon
-from tidal.train.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonal
+from tidal.train.muon import COEFFICIENTS, ITERATIONS, Muon, newton_schulz
 
 SHAPES = [(32, 16), (16, 48), (24, 24), (3, 8), (1, 5), (5, 1)]
 
@@ -25,17 +25,17 @@ def by_svd(g_mn: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_come_near_one_and_nothing_else_changes(shape: tuple[int, int]) -> None:
     g = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonal(g), by_svd(g), rtol=0, atol=1e-11)
-    torch.testing.assert_close(orthogonal(g.float()), by_svd(g).float(), rtol=0, atol=1e-4)
-    assert orthogonal(g.float()).dtype == torch.float32
+    torch.testing.assert_close(newton_schulz(g), by_svd(g), rtol=0, atol=1e-11)
+    torch.testing.assert_close(newton_schulz(g.float()), by_svd(g).float(), rtol=0, atol=1e-4)
+    assert newton_schulz(g.float()).dtype == torch.float32
     if min(shape) != max(shape):  # a square one may have a singular value near zero
-        s = torch.linalg.svdvals(orthogonal(g))
+        s = torch.linalg.svdvals(newton_schulz(g))
         assert s.min() > 0.6
         assert s.max() < 1.25
 
 
 def test_no_gradient_is_no_update() -> None:
-    assert torch.equal(orthogonal(torch.zeros(4, 6)), torch.zeros(4, 6))
+    assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 
 def update_by(optimizer: torch.optim.Optimizer, weight: nn.Parameter, grads: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def test_in_bfloat16_it_is_torchs_own(shape: tuple[int, int], monkeypatch: pytes
     wanted = update_by(torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs,
                        torch.stack(grads))  # fmt: skip
     exact = update_by(Muon([{"params": [float32]}], 0.1, 0.1), float32, torch.stack(grads))
-    real = muon.orthogonal
-    monkeypatch.setattr(muon, "orthogonal", lambda g: real(g, torch.bfloat16))
+    real = muon.newton_schulz
+    monkeypatch.setattr(muon, "newton_schulz", lambda g: real(g, torch.bfloat16))
     found = update_by(Muon([{"params": [ours]}], 0.1, 0.1), ours, torch.stack(grads))
     moved = (wanted - start).norm()
     assert (found - wanted).norm() < 1e-2 * moved  # products are rounded in another order
@@ -68,10 +68,10 @@ def test_planted_bugs_are_noticed(bug: str, monkeypatch: pytest.MonkeyPatch) -> 
     weight, right = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     wanted = update_by(torch.optim.Muon([right], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), right,
                        torch.stack(grads))  # fmt: skip
-    real = muon.orthogonal
+    real = muon.newton_schulz
     if bug == "momentum":
         monkeypatch.setattr(muon, "MOMENTUM", 0.5)
     if bug == "scale":
-        monkeypatch.setattr(muon, "orthogonal", lambda g: real(g) * (16 / 48) ** 0.5)
+        monkeypatch.setattr(muon, "newton_schulz", lambda g: real(g) * (16 / 48) ** 0.5)
     found = update_by(Muon([{"params": [weight]}], 0.1, -0.1 if bug == "decay" else 0.1), weight, torch.stack(grads))
     assert (found - wanted).norm() > 5e-2 * (wanted - start).norm()

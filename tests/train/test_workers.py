@@ -22,7 +22,7 @@ from tidal.train.loop import Run, train
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
-from tidal.train.workers import Ahead, n_workers
+from tidal.train.workers import PrefetchLoader, n_workers
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
 
@@ -48,12 +48,12 @@ def same(one: Batch, other: Batch) -> bool:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_come_in_order_and_out_of_turn(workers: int) -> None:
     recipe, before = AdditionRecipe(SETTINGS), children()
-    ahead = Ahead(recipe, workers)
+    loader = PrefetchLoader(recipe, workers)
     for step in (5, 6, 6, 2, 7, 8, 0, 9):  # 6 again, as in more parts; 2 and 0 as for probes
-        assert same(ahead.batch(step), recipe.batch(step))
-        assert same(ahead.batch(3, (1, 2)), recipe.batch(3, (1, 2)))
+        assert same(loader.batch(step), recipe.batch(step))
+        assert same(loader.batch(3, (1, 2)), recipe.batch(3, (1, 2)))
     assert len(children() - before) == workers
-    ahead.close()
+    loader.close()
     assert children() == before
 
 
@@ -105,12 +105,12 @@ def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pyte
     """Which begins with a validation, and its probes ask for a batch that is not the next one."""
     expected: list[object] = []
 
-    class Noted(Ahead):
+    class Noted(PrefetchLoader):
         def close(self) -> None:
             expected.append(self._next)
             super().close()
 
-    monkeypatch.setattr(loop, "Ahead", Noted)
+    monkeypatch.setattr(loop, "PrefetchLoader", Noted)
     settings, stop = dataclasses.replace(TWICE, workers=1), Stop()
     with pytest.raises(Stopped):
         train(settings, Hooked(settings, stop_at(stop, "samples", 2)), tmp_path, stop=stop)

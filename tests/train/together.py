@@ -31,7 +31,7 @@ from tidal.train.gradient import gradients
 from tidal.train.loop import model_for, train
 from tidal.train.muon import Muon
 from tidal.train.optim import Optimizer
-from tidal.train.parallel import Parallel, joined, like, whole
+from tidal.train.parallel import Parallel, full_tensor, joined, shard_like
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
@@ -131,7 +131,7 @@ def run_jobs(jobs: list[Job], home: Path, others: list[Callable[[Parallel], floa
     """In one of several processes: the jobs, one after the other, and what `others` come to."""
     with joined("ddp", CPU) as parallel, eager_blocks():
         for job in jobs:
-            parallel.meet()
+            parallel.barrier()
             with contextlib.nullcontext() if parallel.leads else writing_nothing():
                 _run(job, home / job.name, Parallel(parallel.rank, parallel.size, job.engine))
         return [other(parallel) for other in others]
@@ -143,7 +143,7 @@ def _run(job: Job, out: Path, parallel: Parallel) -> None:
     if job.until is not None and parallel.rank == parallel.size - 1:
         recipe.hook = stop_at(stop, "batch", job.until - 1)
     before = look_in(out) if job.resume else None
-    parallel.meet()
+    parallel.barrier()
     try:
         train(job.settings, recipe, out, stop=stop, found=before, parallel=parallel)
     except Stopped:
@@ -187,7 +187,7 @@ def gradient(parallel: Parallel, settings: Train) -> list[Tensor]:
     model = model_for(settings, recipe.tokenizer).double()
     wrapped = parallel.wrap(model, settings)
     gradients(wrapped, Optimizer(model, settings.optim), recipe, 1, settings, CPU, settings.parts, parallel)
-    return [whole(p.grad) for p in model.parameters() if p.grad is not None]
+    return [full_tensor(p.grad) for p in model.parameters() if p.grad is not None]
 
 
 def apart(one: list[Tensor], other: list[Tensor]) -> float:
@@ -207,7 +207,7 @@ def fsdp_apart(parallel: Parallel) -> float:
 
 def bug_own_units(parallel: Parallel) -> float:
     """Each process divides by the units of its own rows."""
-    with mock.patch.object(Parallel, "sums", lambda self, values: list(values)):
+    with mock.patch.object(Parallel, "all_reduce_sum", lambda self, values: list(values)):
         return ddp_apart(parallel)
 
 
@@ -241,10 +241,10 @@ def muon_apart(parallel: Parallel, kind: Callable[..., torch.optim.Optimizer] = 
         alone, cut = nn.Parameter(weight.clone()), nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
         updates = [make([{"params": [p]}], lr=0.1, weight_decay=0.1) for make, p in ((Muon, alone), (kind, cut))]
         for grad in grads:
-            alone.grad, cut.grad = grad.clone(), like(cut, grad)
+            alone.grad, cut.grad = grad.clone(), shard_like(cut, grad)
             for update in updates:
                 update.step()
-        most = max(most, apart([whole(cut)], [alone]))
+        most = max(most, apart([full_tensor(cut)], [alone]))
     return most
 
 

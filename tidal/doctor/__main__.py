@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING
 from tidal.cli import UserError, main, note, parse
 
 if TYPE_CHECKING:
+    from tidal.config import Shape
     from tidal.doctor.patient import Document
     from tidal.doctor.report import Report
 
 DESCRIPTION = """Check that training and decoding of a checkpoint agree, or name the first place where they do not.
 Usage: python -m tidal.doctor [CHECKPOINT] [flags]; CHECKPOINT is a run folder (its best checkpoint) or a checkpoint
-folder; without one, a small model is made and examined. Exit code 0: all well, 1: a finding, 2: could not run."""
+folder; without one, two small models are made and examined. Exit code 0: all well, 1: a finding, 2: could not run."""
 MOST_TEXTS = 1000
 """Of --data; the checks look at fewer than a hundred."""
 
@@ -73,16 +75,22 @@ def _of_checkpoint(path: Path, settings: Doctor) -> Report:
 def _of_new_model(settings: Doctor) -> Report:
     from tidal.device import pick_device, set_threads
     from tidal.doctor.examine import run
-    from tidal.doctor.specimen import make
+    from tidal.doctor.registry import CHECKS
+    from tidal.doctor.specimen import OF_SHAPE, OTHER, SHAPE, make
 
     _check_numbers(settings)
-    texts = _data(settings)
-    model, tokenizer = make()
-    set_threads(model.config.shape.d_model)
-    note("no checkpoint given: examining a small model with random weights")
-    return run(model.to(pick_device(settings.device)), tokenizer, texts=texts, quick=settings.quick,
-               checks=settings.checks or None, subject="a small model with random weights",
-               tell=lambda check: note(f"{check.number:>2} {check.title}"))  # fmt: skip
+    device, texts, wanted = pick_device(settings.device), _data(settings), settings.checks or tuple(CHECKS)
+    set_threads(SHAPE.d_model)
+    note("no checkpoint given: examining two small models with random weights")
+
+    def examined(shape: Shape, checks: Sequence[int], quick: bool) -> Report:
+        model, tokenizer = make(shape)
+        return run(model.to(device), tokenizer, texts=texts, quick=quick, checks=checks,
+                   subject="two small models with random weights",
+                   tell=lambda check: note(f"{check.number:>2} {check.title}"))  # fmt: skip
+
+    report, again = examined(SHAPE, wanted, settings.quick), [n for n in wanted if n in OF_SHAPE]
+    return report.merged(examined(OTHER, again, quick=True)) if again else report
 
 
 def _check_numbers(settings: Doctor) -> None:

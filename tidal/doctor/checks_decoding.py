@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import numpy as np
@@ -165,20 +166,20 @@ def _first_difference(patient: Patient, document: Document, where: Where) -> Whe
 def _name_layer(where: Where, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str],
                 patient: Patient | None = None, document: Document | None = None) -> Where:  # fmt: skip
     """The first tensor, in the order in which they are computed, that is not the same on both sides."""
-    for name, value in left.items():
-        if name not in right:
-            continue
-        a, b = (x[: min(len(value), len(right[name]))].double().flatten(1) if x.ndim > 1 else
-                x[: min(len(value), len(right[name])), None].double() for x in (value, right[name]))  # fmt: skip
+    for name in [name for name in left if name in right]:
+        n_rows, n_columns = min(len(left[name]), len(right[name])), math.prod(left[name].shape[1:])
+        a, b = (side[name][:n_rows].double().reshape(n_rows, n_columns) for side in (left, right))
         differs = ~((a - b).abs() <= EXACT * (1 + a.abs()))
-        if bool(differs.any()):
-            index, column = differs.nonzero()[0].tolist()
-            if patient and document:
-                place = (patient.where_read if name.startswith("reader") else patient.where)(document, index)
-                where = dataclasses.replace(where, block=place.block, step=place.step)
-            return dataclasses.replace(where, layer=name if name not in FED else "fed to the model",
-                                       tensor=f"state[{column}]" if name not in FED else name, sides=sides,
-                                       values=(f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"))  # fmt: skip
+        if not bool(differs.any()):
+            continue
+        index, column = differs.nonzero()[0].tolist()
+        if patient and document:
+            find = patient.where_read if name.startswith("reader") else patient.where
+            place = find(document, index)
+            where = dataclasses.replace(where, block=place.block, step=place.step)
+        layer, tensor = ("fed to the model", name) if name in FED else (name, f"state[{column}]")
+        values = f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"
+        return dataclasses.replace(where, layer=layer, tensor=tensor, sides=sides, values=values)
     return where
 
 

@@ -80,6 +80,15 @@ class Report:
         """Time of all checks."""
         return math.fsum(result.seconds for result in self.results)
 
+    def merged(self, other: Report) -> Report:
+        """The checks of this report, each with the graver of its two outcomes, and all that both compared."""
+        also, results = {result.number: result for result in other.results}, []
+        for mine in self.results:
+            both = [mine] + [also[mine.number]] * (mine.number in also)
+            n_compared, seconds = sum(r.compared for r in both), sum(r.seconds for r in both)
+            results.append(replace(max(both, key=_gravity), compared=n_compared, seconds=seconds))
+        return Report(tuple(results), self.subject)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; numbers that JSON does not have become strings."""
         results = [dataclasses.asdict(result) for result in self.results]
@@ -109,6 +118,11 @@ class Report:
         counts += [(sum(r.verdict == v for r in self.results), v) for v in ("well", "skipped")]
         summary = ", ".join(f"{n} {what}" for n, what in counts if n or what != "skipped")
         return "\n".join([*lines, f"{summary}; {self.seconds:.1f} s"])
+
+
+def _gravity(result: Result) -> tuple[int, float]:
+    """Findings, then what came nearest to its limit, then what was skipped."""
+    return ("skipped", "well", "finding").index(result.verdict), result.measured / result.limit if result.limit else 0.0
 
 
 class Found(Exception):  # noqa: N818, not an error: what a check was looking for

@@ -1,6 +1,8 @@
-"""A small model with random weights, for examining the package itself."""
+"""Small models with random weights, for examining the package itself."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
@@ -12,7 +14,12 @@ from tidal.tokenizer.split import find_blocks
 
 SHAPE = Shape(d_model=32, n_heads=4, n_kv_heads=2, reader_layers=2, writer_layers=2, reader_ff=48, writer_ff=48,
               foretell=True, recall=True, suffix_rows=97, place_jitter=3, step_stride=0.5)  # fmt: skip
-"""Everything there is: shared key heads, an MLP, foretelling, recall, suffixes, jitter, steps that stand apart."""
+"""Shared key heads, places that are added, foretelling, recall, suffixes, jitter, steps that stand apart."""
+
+OTHER = dataclasses.replace(SHAPE, rotary_places=True, step_window=3)
+"""The same, where places turn queries and keys, and a step sees the last ones of its block only."""
+OF_SHAPE = range(7, 17)
+"""Checks in which the two could differ: of attention, streams and decoding."""
 
 
 def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTokenizer]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from tidal.blocks import BlockTable
 from tidal.cli import UserError, note, progress
 from tidal.config import Text
 from tidal.device import n_cores
-from tidal.files import atomic_write, existing, free_bytes
+from tidal.files import atomic_write, existing, free_bytes, locked
 from tidal.prepare.corpus import Corpus
 from tidal.prepare.reading import PART, Part
 from tidal.prepare.seams import at_seams
@@ -134,7 +133,7 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
         if not (out / PLAN).exists():
             _check_space(out, data)
             out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out, lambda: note(f"another process is preparing {out}; waiting for it")):
             _begin_folder(out, plan, data)
             if (out / MANIFEST).exists():
                 try:
@@ -268,21 +267,6 @@ def _end_with_parent() -> None:
 
 def _write_one(group: list[Part], folder: Path) -> str:
     return Shard.encode(group, _tables[0]).write(folder)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold a folder alone, waiting for another process that prepares it; the kernel releases it in any case."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(f"another process is preparing {out}; waiting for it")
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def load(folder: Path) -> Prepared:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tidal.cli import UserError, note
+from tidal.config import flat
 from tidal.report.draw import COLOURS, COLOURS_ON_DARK, Curve, Panel, number, svg
-from tidal.report.runs import Run, flat, read
+from tidal.report.runs import Run, read
 from tidal.train.presets import PRESETS
 
 MOST_SAMPLES = 12  # steps whose samples are shown

@@ -12,6 +12,8 @@ from statistics import median
 from typing import Any
 
 from tidal.cli import UserError
+from tidal.config import flat
+from tidal.files import newest_run
 from tidal.train.figures import COLUMNS, JUDGED, read_rows
 from tidal.train.health import Alarm, Health
 
@@ -87,10 +89,7 @@ def read(folder: Path) -> Run:
 
 def newest() -> Path:
     """The run under ./runs that has written last. Raises UserError where there is none."""
-    found = [(path.stat().st_mtime_ns, path.parent) for path in Path("runs").glob("*/metrics.csv")]
-    if not found:
-        raise UserError("no runs found under runs/; train one with: python -m tidal.train")
-    return max(found)[1]
+    return newest_run(lambda run: next(run.glob("metrics.csv"), None))
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
@@ -105,11 +104,3 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     samples = [json.loads(line) for line in lines]
     return [s for s in samples if isinstance(s, dict) and {"step", "prompt", "completion"} <= s.keys()]
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the groups of the flags."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value) if isinstance(value, dict) else {name: value}
-    return found

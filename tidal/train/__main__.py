@@ -159,9 +159,9 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
                 patiently(lambda: atomic_write(out / "doctor.json", text), out, stop)
             if parallel.size > 1 and found is None:
                 patiently(lambda: recipe.tokenizer.save(out / "tokenizer"), out, stop)
-            parallel.told(str(out))
+            parallel.broadcast(str(out))
         else:
-            out = Path(parallel.told(""))
+            out = Path(parallel.broadcast(""))
             recipe = make_recipe(with_tokenizer(settings, out if found is None else found.folder))
         parallel.check_same(f"{recipe.digest} {recipe.tokenizer.fingerprint} {found and found.folder}")
     return recipe, out

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from tidal import files
 from tidal.checkpoint import FULL, DiskFullError, checkpoints
 from tidal.cli import UserError, note
 from tidal.files import atomic_write, existing, free_bytes
@@ -107,26 +107,15 @@ def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder alone; the kernel releases it when the process ends, however it ends.
+    """Hold a run folder alone; of processes that train together the first one holds it.
 
-    The lock is on the folder itself and leaves no file. Of processes that train together the first one holds it.
     Raises UserError where another process does.
     """
-    if not leads():
+    def busy() -> NoReturn:
+        raise UserError(f"{run_dir} is being trained by another process; wait for it, or choose another --out")
+
+    with files.locked(run_dir, busy) if leads() else contextlib.nullcontext():
         yield
-        return
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir} is being trained by another process; wait for it, or choose another "
-                            "--out") from error  # fmt: skip
-        except OSError as error:  # some network file systems have no locks
-            note(f"{run_dir} cannot be locked ({error.strerror}); train it in one process only")
-        yield
-    finally:
-        os.close(folder)
 
 
 def append(path: Path, text: str, *, sync: bool = False) -> None:

@@ -11,7 +11,7 @@ from tidal.blocks import NOTHING
 from tidal.cli import UserError
 from tidal.config import Train
 from tidal.train.optim import Optimizer
-from tidal.train.parallel import Parallel, whole
+from tidal.train.parallel import Parallel, full_tensor
 from tidal.train.records import parts_of
 from tidal.train.workers import Source
 
@@ -38,12 +38,12 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     n = settings.optim.accumulate
     batches = [parallel.batch(recipe, step * n + i) for i in range(n)]
     counts = [(b.n_units, b.n_bytes, int((b.next_tokens != NOTHING).sum())) for b in batches]
-    totals = parallel.sums([number for count in counts for number in count])
+    totals = parallel.all_reduce_sum([number for count in counts for number in count])
     n_units, n_bytes, n_next = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])
     passes = [part for batch in batches for part in parts_of(batch, parts)]
     nats = 0.0
     for number, part in enumerate(passes, start=1):
-        with parallel.adding(model, last=number == len(passes)):
+        with parallel.no_sync(model, last=number == len(passes)):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 losses = model(part.to(device))
             loss = losses.units / n_units
@@ -51,8 +51,8 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
                 loss = loss + settings.optim.aux_weight * losses.next_tokens / max(1, n_next)
             (loss * parallel.size).backward()  # DDP and FSDP take the mean over processes
         nats += losses.units.item()
-    [nats] = parallel.sums([nats])
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)).item()
+    [nats] = parallel.all_reduce_sum([nats])
+    norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)).item()
     loss_per_unit = nats / n_units
     if not (math.isfinite(nats) and math.isfinite(norm)):
         raise NotFiniteError(step, loss_per_unit, norm)

@@ -35,7 +35,7 @@ from tidal.train.records import Metrics, bad_batch, show_samples, write_samples,
 from tidal.train.resume import Found, Saved, generators, set_generators
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
-from tidal.train.workers import Ahead, Source, n_workers, said_if_killed
+from tidal.train.workers import PrefetchLoader, Source, n_workers, said_if_killed
 
 LOG_EVERY = 10
 NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
@@ -119,7 +119,7 @@ class Run:
         set_threads(settings.model.d_model, settings.threads)
         self.device = pick_device(settings.device)
         workers = n_workers(settings.workers, self.device, local_size())
-        self.recipe, self.ahead = recipe, Ahead(recipe, workers) if workers else None
+        self.recipe, self.prefetched = recipe, PrefetchLoader(recipe, workers) if workers else None
         with memory_for("the weights and the optimizer's moments; try a smaller model"):
             self.model = model_for(settings, recipe.tokenizer).to(self.device)
             self.wrapped = self.parallel.wrap(self.model, settings)
@@ -171,8 +171,8 @@ class Run:
 
     def close(self) -> None:
         """End what runs beside it."""
-        if self.ahead:
-            self.ahead.close()
+        if self.prefetched:
+            self.prefetched.close()
         self.watch.close()
 
     def to_the_end(self) -> None:
@@ -203,8 +203,8 @@ class Run:
         saved, rows = self.saved, self.settings.rows // self.parallel.size
         while True:
             try:
-                figures = gradients(self.wrapped, self.optimizer, self.ahead or self.recipe, saved.step, self.settings,
-                                    self.device, saved.parts, self.parallel)  # fmt: skip
+                figures = gradients(self.wrapped, self.optimizer, self.prefetched or self.recipe, saved.step,
+                                    self.settings, self.device, saved.parts, self.parallel)  # fmt: skip
                 break
             except NotFiniteError as error:
                 raise self._explained(error) from error
@@ -234,7 +234,7 @@ class Run:
     def _agree(self, seconds: float = 0.0) -> signal.Signals | None:
         """Let all processes have the clock of the first, which alone waits for a full disk, and know of a signal that
         came to any of them."""
-        seconds, number = self.parallel.most([seconds * self.parallel.leads, self.stop.signal or 0])
+        seconds, number = self.parallel.all_reduce_max([seconds * self.parallel.leads, self.stop.signal or 0])
         self.saved.seconds = seconds or self.saved.seconds
         if not number:
             return None
@@ -252,7 +252,7 @@ class Run:
     def _explained(self, error: NotFiniteError) -> UserError:
         """Write down the batches that gave no finite loss or gradient."""
         step, n = self.saved.step, self.settings.optim.accumulate
-        model = self.parallel.plain(self.model)
+        model = self.parallel.unsharded(self.model)
         if not self.parallel.leads:
             return error
         batches = {i: self.recipe.batch(i) for i in range(step * n, (step + 1) * n)}
@@ -283,7 +283,7 @@ class Run:
         The first process does it, in float32, with a model that it can use alone: its own under DDP (not DDP's wrapper,
         whose `forward` would wait for the others), a whole copy under FSDP, which is moved to the device first.
         """
-        model = self.parallel.plain(self.model)
+        model = self.parallel.unsharded(self.model)
         with self._alone(), eager(self.settings.compile):
             if self.parallel.leads:
                 self._look(model, row)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidal.train.parallel import like, whole
+from tidal.train.parallel import full_tensor, shard_like
 
 MOMENTUM = 0.95
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
@@ -35,12 +35,12 @@ class Muon(torch.optim.Optimizer):
                 if not (state := self.state[p]):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM)
-                update = orthogonal(whole(p.grad.lerp(momentum, MOMENTUM)))
+                update = newton_schulz(full_tensor(p.grad.lerp(momentum, MOMENTUM)))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(shard_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
-def orthogonal(g_mn: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz(g_mn: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """U S Vᵀ [m, n] of g = U D Vᵀ with S near one (0.7 to 1.2), by Newton-Schulz iterations X ← aX + (bA + cA²)X,
     A = XXᵀ, with Jordan's coefficients; in `dtype`, by default bfloat16 on GPUs and the gradient's own on CPUs.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from tidal.config import Optim
 from tidal.model import Layer, TidalTransformer
 from tidal.train.muon import Muon
-from tidal.train.parallel import like
+from tidal.train.parallel import shard_like
 
 
 class Optimizer:
@@ -77,7 +77,7 @@ class Optimizer:
                         shape = "missing" if value is None else list(value.shape)
                         raise ValueError(f"the optimizer's {n}.{i}.{name} is {shape}, not {list(p.shape)}")
                     own = value.clone()  # torch would go on with a mapped file's memory
-                    state.setdefault(i, {})[name] = like(p, own) if like_p else own
+                    state.setdefault(i, {})[name] = shard_like(p, own) if like_p else own
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
         if left:
             raise ValueError(f"the optimizer knows nothing of {', '.join(sorted(left))[:200]}")

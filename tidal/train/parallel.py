@@ -78,7 +78,7 @@ class Parallel:
         """This process's rows of a batch."""
         return recipe.batch(number) if self.size == 1 else recipe.batch(number, (self.rank, self.size))
 
-    def adding(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def no_sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around a forward and a backward pass, whose gradients are added up here until the `last` one.
 
         FSDP reduces them each time: what it would add up here has the size of the whole model.
@@ -89,23 +89,23 @@ class Parallel:
 
     # ---------------------------------------------------------------------------------------- agreeing
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """The sums of `values` over all processes, in float64."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """The highest of each of `values`."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
-        self._reduced([0.0], dist.ReduceOp.SUM)
+        self._all_reduce([0.0], dist.ReduceOp.SUM)
 
-    def told(self, text: str) -> str:
+    def broadcast(self, text: str) -> str:
         """The `text` of the first process."""
         if self.size == 1:
             return text
-        self.meet()
+        self.barrier()
         content = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor(len(content))
         dist.broadcast(length, src=0)
@@ -116,11 +116,11 @@ class Parallel:
 
     def check_same(self, found: str) -> None:
         """Raise UserError in a process that has `found` something else than the first one."""
-        if self.told(found) != found:
+        if self.broadcast(found) != found:
             raise OwnError(f"process {self.rank} finds other data, another tokenizer or another checkpoint than the "
                            "first one; all processes must see the same files")  # fmt: skip
 
-    def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+    def _all_reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -139,7 +139,7 @@ class Parallel:
         """The same with sharded tensors put together, on the CPU, one after the other; {} but in the first process."""
         kept: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            full = whole(tensor)
+            full = full_tensor(tensor)
             if self.leads:
                 kept[name] = full if full is tensor else full.cpu()
         return kept
@@ -153,7 +153,7 @@ class Parallel:
 
         set_model_state_dict(model, {**tensors}, options=StateDictOptions(full_state_dict=True))
 
-    def plain(self, model: TidalTransformer) -> TidalTransformer:
+    def unsharded(self, model: TidalTransformer) -> TidalTransformer:
         """A model that one process alone can use: `model`, or of a sharded one, in the first process, a copy.
 
         The copy is whole, and on the CPU: it is moved where it may turn out that there is no memory for it. To be
@@ -190,7 +190,7 @@ def joined(engine: Literal["ddp", "fsdp"], device: torch.device) -> Iterator[Par
             raise
         raise UserError("another process of this run has ended, so it cannot go on; the same command continues from "
                         "the last checkpoint") from error  # fmt: skip
-    parallel.meet()
+    parallel.barrier()
     dist.destroy_process_group()
 
 
@@ -204,13 +204,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, put together where it is sharded; to be called by all processes."""
     full: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
     return full
 
 
-def like(tensor: Tensor, full: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
     """A whole tensor, cut up as `tensor` is; to be called by all processes with the same values."""
     if not is_sharded(tensor):
         return full

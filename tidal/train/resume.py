@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tidal import checkpoint
 from tidal.cli import UserError, note
-from tidal.config import TidalConfig, Train
+from tidal.config import TidalConfig, Train, flat
 from tidal.train.disk import locked, numbered
 from tidal.train.figures import last_step
 
@@ -222,17 +222,9 @@ def is_finished(found: Found, settings: Train) -> bool:
 def differences(then: Train, now: Train) -> dict[str, str]:
     """Settings that differ, by name, as `--rows 32 (now 64)`; those of another recipe do not count."""
     unused = {"addition", "characters", "text"} - {now.recipe}
-    old, new = (_flat(dataclasses.asdict(s), unused) for s in (then, now))
+    old, new = (flat(dataclasses.asdict(s), unused) for s in (then, now))
     return {name: f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
             for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
-
-
-def _flat(values: Mapping[str, Any], unused: set[str]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in unused:
-            flat |= _flat(value, unused) if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:

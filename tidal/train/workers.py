@@ -54,7 +54,7 @@ def said_if_killed() -> Iterator[None]:
                        "intact; try --workers 0, or more (shared) memory") from error  # fmt: skip
 
 
-class Ahead:
+class PrefetchLoader:
     """Batches of a recipe, built by worker processes, in order.
 
     A batch is a pure function of its number and share, so it makes no difference who builds it: a worker is forked off

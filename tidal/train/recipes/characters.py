@@ -25,6 +25,7 @@ import numpy as np
 from tidal.blocks import BlockTable, passage
 from tidal.config import Train
 from tidal.corpora.code import standard_library
+from tidal.corpora.documents import held_out_by_hash
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
 from tidal.ranks import share_of
@@ -53,7 +54,7 @@ class Question(NamedTuple):
 
 def held_out(word: str) -> bool:
     """Whether a string is kept from training, as the word asked about and as an answer: a function of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % HELD_OUT_OF == 0
+    return held_out_by_hash(word, HELD_OUT_OF)
 
 
 @functools.cache
