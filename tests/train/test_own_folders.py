@@ -42,7 +42,7 @@ def test_a_run_in_the_folder_of_its_data(project: Path, capsys: pytest.CaptureFi
 
 def test_a_run_that_has_only_begun(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed right after its folder was made."""
-    def killed(out: Path) -> Path:
+    def killed(self: object, out: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tidal.tokenizer.MixedTokenizer.save", killed)

@@ -82,9 +82,9 @@ class Report:
 
     def merged(self, other: Report) -> Report:
         """The checks of this report, each with the graver of its two outcomes, and all that both compared."""
-        also, results = {result.number: result for result in other.results}, []
+        results = []
         for mine in self.results:
-            both = [mine] + [also[mine.number]] * (mine.number in also)
+            both = [mine, *(theirs for theirs in other.results if theirs.number == mine.number)]
             n_compared, seconds = sum(r.compared for r in both), sum(r.seconds for r in both)
             results.append(replace(max(both, key=_gravity), compared=n_compared, seconds=seconds))
         return Report(tuple(results), self.subject)
