@@ -10,7 +10,8 @@
     <bob> ▓▓▓▓ ░░░░░▓
 
 What draws (`Panel`, `tile_kinds`, `characters`, `figure`) knows only ranges and labels. `run`, the command, is a leaf
-that nothing imports: it alone reaches up, when it is called, to the tokenizer and the one builder of streams.
+that nothing imports: it alone reaches up, when it is called, to the tokenizer and the one builder of streams
+(tests/test_imports.py declares it).
 """
 
 from __future__ import annotations
