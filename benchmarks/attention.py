@@ -94,11 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tiny:
         args.lengths, args.head_dims, args.tokens, args.repeats, args.dtype = [96, 192], [32], 256, 2, "float32"
         args.heads, args.kv_heads, args.decode_queries, args.decode_contexts, args.decode_batch = 4, 2, [1, 5], [96], 2
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --tiny shows that the benchmark works")
     if args.rivals is None:
         args.rivals = ["sdpa"] if args.tiny else [name for name in RIVALS if name != "flex-max-autotune"]
     args.backend = args.backend or ("cpu" if args.device == "cpu" else "triton")
+    if ":" in args.device:  # events are recorded and awaited on the current device
+        torch.cuda.set_device(args.device)
     args.form = Form(args.heads, args.kv_heads, getattr(torch, args.dtype), args.device)
     torch.manual_seed(0)
 
@@ -196,7 +198,7 @@ Work = TypeVar("Work", bound=Callable[[], object])
 
 
 def alternating(time_of: Callable[[Work], float], works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Times of so many rounds, each contestant once in each, after a round that warms up."""
+    """Milliseconds of every contestant in `repeats` rounds, one run each a round, after a round that warms up."""
     rounds = [{name: time_of(work) for name, work in works.items()} for _ in range(repeats + 1)]
     return {name: [times[name] for times in rounds[1:]] for name in works}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
 FAILURES: tuple[type[BaseException], ...] = (
-    RuntimeError, ValueError, TypeError, LookupError, AssertionError, ImportError, SystemExit,
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError,
+    subprocess.SubprocessError, SystemExit,
 )  # fmt: skip
 """what compilers, launches, rivals and the check of results raise: no reason to lose what others measured"""
 if importlib.util.find_spec("triton"):
@@ -66,7 +68,8 @@ class Problem:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Of a forward pass: two products over the pairs that are seen, and nothing else (a backward: 2.5 times)."""
+        """Floating-point operations of a forward pass: two products over the pairs that are seen, nothing else. A
+        backward pass has 2.5 times as many."""
         (start_0, end_0), (start_1, end_1) = (r.long().clamp(min=0).unbind(-1) for r in self.ranges.unbind(2))
         pairs = (end_0 - start_0).clamp(min=0) + (end_1 - start_1).clamp(min=0)  # they never overlap here
         return 4 * self.q.shape[1] * self.q.shape[3] * int(pairs.sum())
@@ -190,7 +193,7 @@ def flex_attention(p: Problem, mode: str | None = None) -> Attend:
 def build_block_mask(p: Problem, build: Any = flex.create_block_mask) -> flex.BlockMask:
     """FlexAttention's block mask; one for all batch rows where they are alike."""
     n_batch = None if p.mask == "causal" else p.q.shape[0]
-    mask: flex.BlockMask = build(p.sees, n_batch, None, p.q.shape[2], p.k.shape[2], device=p.q.device.type)
+    mask: flex.BlockMask = build(p.sees, n_batch, None, p.q.shape[2], p.k.shape[2], device=p.q.device)
     return mask
 
 
@@ -265,6 +268,11 @@ class Check:
         }
 
 
+def wrong(errors: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """Those of `Check.errors` that are not below what the dtype allows, NaN among them."""
+    return {name: error for name, error in errors.items() if not error < TOLERANCE[dtype]}
+
+
 @dataclass(frozen=True)
 class Ready:
     """Who may be timed."""
@@ -296,11 +304,11 @@ def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = T
                 raise
             failed[name] = said(reason)
             continue
-        wrong = {key: value for key, value in errors.items() if not value < TOLERANCE[p.q.dtype]}
-        if wrong and name == "tidal":
-            raise SystemExit(f"tidal, {p.mask}, keys {list(p.k.shape)}: errors {wrong}; not timing a wrong result")
-        if wrong:
-            failed[name] = f"wrong result: errors {wrong}"
+        bad = wrong(errors, p.q.dtype)
+        if bad and name == "tidal":
+            raise SystemExit(f"tidal, {p.mask}, keys {list(p.k.shape)}: errors {bad}; not timing a wrong result")
+        if bad:
+            failed[name] = f"wrong result: errors {bad}"
             continue
         runs[name] = attend
         error = max(errors.values()) if name == "tidal" else error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,24 @@ def nan_for_one_key(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def nan_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of the keys alone: neither the first nor the last error that is looked at."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
+        k = k.view_as(k)
+        k.register_hook(lambda gradient: gradient * float("nan"))
+        return attend(q, k, v, *rest, **more)
+
+    return run
+
+
 def range_ignored(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda q, k, v, ranges, *rest, **more: attend(
         q, k, v, ranges * torch.tensor([[1], [0]], dtype=torch.int32), *rest, **more
     )
 
 
-@pytest.mark.parametrize("bug", [wrong_output, wrong_gradient, nan_for_one_key, range_ignored])
+@pytest.mark.parametrize("bug", [wrong_output, wrong_gradient, nan_for_one_key, nan_gradient, range_ignored])
 def test_a_wrong_result_is_not_timed(bug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem("two-stream", 64, 1, 32, FORM)
     fine = ready(p, ["sdpa"], "cpu")
@@ -129,6 +142,17 @@ def test_a_rival_that_is_wrong_or_fails_is_reported(monkeypatch: pytest.MonkeyPa
     assert entrants.failed.pop("sdpa").startswith("wrong result: errors {'out': 0.0")
     assert entrants.failed.pop("flash-attention-2").startswith("ModuleNotFoundError: ")
     assert entrants.failed == {"flex": "OutOfMemoryError: too much", "flex-max-autotune": "TritonError: too much"}
+
+
+@pytest.mark.parametrize("reason", [AttributeError("a name of another version"), OSError("no space left"),
+                                    subprocess.CalledProcessError(1, "gcc")])  # fmt: skip
+def test_a_rival_of_another_version_is_reported(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(p: Problem) -> attention_problems.Attend:
+        raise reason
+
+    monkeypatch.setattr(attention_problems, "sdpa", fails)
+    entrants = ready(problem("causal", 64, 1, 32, FORM), ["sdpa"], "cpu")
+    assert entrants.failed == {"sdpa": f"{type(reason).__name__}: {reason}"}
 
 
 # ----------------------------------------------------------------------------------------- the commands
@@ -222,12 +246,35 @@ def test_the_fused_kernels_pass_the_check() -> None:
     assert 0 < ready(p, [], "triton", backward=False).error < 1e-5
 
 
-def test_attention_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_attention_needs_a_gpu(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        attention.main([])
+        attention.main(["--device", device])
     assert stop.value.code == 2
     assert "no GPU here; --device cpu --tiny shows that the benchmark works" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", []), ("cuda:1", [1])])
+def test_attention_takes_the_gpu_it_is_told(device: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and synchronisation are of the current device; the block mask is given its inputs' device."""
+    chosen: list[int] = []
+
+    def clock(device: str) -> None:
+        assert chosen == wanted
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(attention, "Clock", clock)
+    with pytest.raises(KeyboardInterrupt):
+        attention.main(["--device", device])
+    given: list[torch.device] = []
+    elsewhere = problem("causal", 8, 1, 32, replace(FORM, device="meta"))
+    attention_problems.build_block_mask(elsewhere, lambda *_, device: given.append(device))
+    assert given == [elsewhere.q.device]
 
 
 def test_goals_are_against_a_rivals_best_form() -> None:
