@@ -174,7 +174,7 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
             if not active:
                 decoder.recording = None  # which knows the decoder, and its caches
                 break
-            if 2 * len(active) <= len(rows):
+            if not cuda_graphs and 2 * len(active) <= len(rows):  # to record anew takes longer than idle rows do
                 kept = [at for at, i in enumerate(rows) if i in active]
                 decoder.select(kept)
                 rows, ids = [rows[at] for at in kept], [ids[at] for at in kept]
