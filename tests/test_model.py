@@ -217,6 +217,17 @@ def test_a_new_model_knows_nothing(shape: str) -> None:
     assert uniform - 0.5 < float(losses.units) / losses.n_units < uniform + 1.5
 
 
+def test_losses_are_float32_or_better_of_logits_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's autocast hands them over. On a CPU autocast itself would turn them into float32."""
+    model = tiny("english", "memory")[0]
+    batch, head = batch_for(model, TEXT), model.head
+    monkeypatch.setattr(model, "head", lambda states: head(states).bfloat16())
+    with torch.no_grad():
+        units, wanted = model(batch).units, -model.log_probs(batch).sum()
+    assert units.dtype == torch.float32
+    torch.testing.assert_close(units, wanted)
+
+
 def test_suffixes_that_were_never_met_add_nothing() -> None:
     with_table = TidalTransformer(config_of(tokenizers()["english"], SHAPES["memory"])).double()
     without = TidalTransformer(

@@ -303,7 +303,8 @@ class TidalTransformer(nn.Module):
         writer_bsd = self._writer_states(batch, reader_brd, next_nv)
         written, asked = batch.targets != NOTHING, batch.next_tokens != NOTHING
         targets, next_tokens = batch.targets[written], batch.next_tokens[asked]
-        units = F.cross_entropy(self.head(writer_bsd[written]), targets, reduction="sum")
+        # not cross_entropy: on a GPU, autocast would leave it in bfloat16
+        units = F.nll_loss(log_softmax(self.head(writer_bsd[written])), targets, reduction="sum")
         return Losses(units, len(targets), F.nll_loss(next_nv, next_tokens, reduction="sum"), len(next_tokens))
 
     def log_probs(self, batch: Batch) -> Tensor:
