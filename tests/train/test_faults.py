@@ -257,6 +257,16 @@ def test_other_errors_are_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.
     assert out_of_memory(raised.value)
 
 
+@pytest.mark.parametrize("said", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "Triton Error [CUDA]: out of memory",
+])  # fmt: skip
+def test_out_of_memory_outside_of_torchs_allocator(said: str) -> None:
+    """RuntimeErrors of CUDA's libraries, its driver and Triton, as they word them."""
+    assert out_of_memory(RuntimeError(said))
+
+
 def test_validation_without_memory_is_left_out(tmp_path: Path, alone: dict[str, Any],
                                                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     def hook(what: str, step: int) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
 
 from tidal.ranks import OwnError
 
+SAID = re.compile(r"DefaultCPUAllocator|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory"
+                  r"|Triton Error \[CUDA\]: out of memory")  # fmt: skip
+"""Said by the CPU's allocator, and by the CUDA libraries, the driver and Triton for what they allocate themselves."""
+
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory: CUDA has a class for it, the CPU's allocator only words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that there is no memory: torch's allocator of a GPU has a class for it, others words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or SAID.search(str(error)) is not None
 
 
 @contextlib.contextmanager
