@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -119,6 +121,24 @@ def exit_code(run: object) -> int:
         main(run, "tidal.x", [])  # type: ignore[arg-type]
     assert isinstance(stop.value.code, int)
     return stop.value.code
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_triton_without_a_compiler(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What Triton does at the first launch of a kernel on a GPU, in earnest."""
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    if missing == "headers":  # gcc gives up
+        monkeypatch.setenv("CC", shutil.which("false", path="/bin:/usr/bin") or "false")
+    assert exit_code(lambda argv: build.compile_module_from_src(src="#include <Python.h>", name="driver")) == 2
+    assert capfd.readouterr() == ("", (
+        "tidal.x: error: Triton cannot compile C, which it needs on a GPU: install gcc and Python's headers "
+        "(python3-dev), or set TIDAL_ATTENTION_BACKEND=reference, which is slow\n"
+    ))  # fmt: skip
 
 
 def raiser(error: BaseException) -> object:

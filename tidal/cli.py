@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 DASH = "\0"
 """Stands before values that begin with a dash while flags are told from values; no argument can contain it."""
+NO_C_COMPILER = re.compile(r"Failed to find C compiler|'-O3', '-shared', '-fPIC'")
+"""What Triton says where it finds no compiler, and the command that fails where there are no headers."""
 LINE_EVERY_S = 5.0
 """Without a terminal, progress prints at most one line in this many seconds."""
 
@@ -39,8 +41,9 @@ def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] 
     """Run a command and exit: the whole of `if __name__ == "__main__"` in every `python -m tidal.X`.
 
     `run` is given the arguments and returns an exit code or None. A `UserError` becomes one line on stderr
-    and code 2, Ctrl-C one line and code 130, a reader that closed the pipe (`| head`) a silent 141, a full disk or an
-    encoding that lacks a character one line and code 2. Every other exception is a bug and keeps its traceback.
+    and code 2, Ctrl-C one line and code 130, a reader that closed the pipe (`| head`) a silent 141, a full disk, an
+    encoding that lacks a character or a missing C compiler one line and code 2. Every other exception is a bug and
+    keeps its traceback.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this
@@ -64,6 +67,12 @@ def main(run: Callable[[list[str]], int | None], prog: str, argv: Sequence[str] 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         note(f"{prog}: error: cannot write {error.filename or 'the output'}: {error.strerror}")
+        code = 2
+    except Exception as error:
+        if not NO_C_COMPILER.search(str(error)):
+            raise
+        note(f"{prog}: error: Triton cannot compile C, which it needs on a GPU: install gcc and Python's headers "
+             "(python3-dev), or set TIDAL_ATTENTION_BACKEND=reference, which is slow")  # fmt: skip
         code = 2
     try:
         sys.stdout.flush()
