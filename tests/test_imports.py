@@ -19,7 +19,7 @@ ORDER = (
 
 COMMANDS = {
     "infer/__main__.py": {"train"},  # which recipes are decoded greedily
-    "train/__main__.py": {"report", "doctor"},  # the data is examined before a run, curves are drawn beside it
+    "train/__main__.py": {"report", "doctor"},  # a run is examined before it begins, and its curves are drawn
     "kernels/picture.py": {"tokenizer", "blocks", "streams", "infer"},  # of a text, which has to become streams first
 }
 """What each command, which nothing imports, takes from above: exactly that."""
