@@ -18,7 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks.attention import versions, write
-from tidal.kernels.aot import ARCHITECTURES, SHARED_LIMIT, KernelSpec, kernel_specs, resources, score_loops
+from tidal.kernels.aot import KernelSpec, kernel_specs, resources, score_loops
+
+ARCHITECTURES = (80, 90, 100)
+"""compute capabilities (× 10) that are tried: A100, H100 and H200, B200"""
+
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""bytes of shared memory that one block may have (CUDA C++ Programming Guide, "Compute Capabilities")"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def instructions_per_score(spec: KernelSpec, cubin: bytes) -> list[float]:
-    """Of each loop over scores: the instructions of a warp, over the scores of each of its 32 threads."""
+    """How many instructions each loop over scores issues for one score of a thread; none for kernels without."""
     if "×" not in spec.tile:
         return []
     m, n = map(int, spec.tile.split("×"))

@@ -316,9 +316,9 @@ def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torc
     triton = api.BACKENDS["triton"]
 
     def bent(*arguments: Any) -> torch.Tensor:
-        return triton(*arguments) * (1.1 if arguments[0].dtype == wrong else 1.0)
+        return triton.attend(*arguments) * (1.1 if arguments[0].dtype == wrong else 1.0)
 
-    monkeypatch.setitem(api.BACKENDS, "triton", bent)
+    monkeypatch.setitem(api.BACKENDS, "triton", dataclasses.replace(triton, attend=bent))
     monkeypatch.setattr(checks_kernels, "CASES", checks_kernels.CASES[:1])
     monkeypatch.setattr(checks_kernels, "FUSED_ON", "cpu" if INTERPRETED.value else "cuda")
     monkeypatch.setattr(checks_kernels, "available_backends", lambda: ("triton",))

@@ -7,7 +7,7 @@ import torch
 from attention_cases import assert_agrees, make_case, worst_difference
 from torch import Tensor
 
-from tidal.kernels import cpu
+from tidal.kernels import api, cpu
 
 torch.set_num_threads(1)
 
@@ -65,11 +65,9 @@ def dslopes_sign(patch: pytest.MonkeyPatch) -> None:
             return -dx
 
     attend = cpu.attend
-    patch.setitem(
-        __import__("tidal.kernels.api", fromlist=["BACKENDS"]).BACKENDS,
-        "cpu",
-        lambda q, k, v, r, qp, kp, slopes, *rest: attend(q, k, v, r, qp, kp, Flip.apply(slopes), *rest),
-    )
+    patch.setitem(api.BACKENDS, "cpu", api.Backend(
+        lambda q, k, v, r, qp, kp, slopes, *rest: attend(q, k, v, r, qp, kp, Flip.apply(slopes), *rest)
+    ))  # fmt: skip
 
 
 def blind_queries_forgotten(patch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,16 @@ import sys
 import pytest
 import torch
 
-from tidal.kernels.aot import ARCHITECTURES, SHARED_LIMIT, kernel_specs, resources
+from benchmarks.kernel_resources import ARCHITECTURES, SHARED_LIMIT
+from tidal.kernels.aot import kernel_specs, resources
 from tidal.kernels.triton_tiles import INTERPRETED
 
 PROGRAM = """
 import json, sys, torch
 from tidal.kernels import triton_attention
 from tidal.kernels.aot import kernel_specs, resources
-from tidal.kernels.api import DEVICES
-print("devices:", *DEVICES["triton"], file=sys.stderr)
+from tidal.kernels.api import BACKENDS
+print("devices:", *BACKENDS["triton"].devices, file=sys.stderr)
 for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
     if tile:
         triton_attention.configuration = lambda *_: triton_attention.Config(*[triton_attention.Tile(*tile)] * 5)

@@ -16,7 +16,7 @@ from triton_cases import DEVICE, NAMES, SMALL, fused, triton_case
 
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan, interval_attention, triton_attention, triton_plan
-from tidal.kernels.api import BACKEND_VARIABLE, DEVICES, choose_backend
+from tidal.kernels.api import BACKEND_VARIABLE, BACKENDS, choose_backend
 from tidal.kernels.triton_plan import interval_plan
 from tidal.model import TidalTransformer, _planned
 
@@ -131,7 +131,7 @@ def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -
     narrow = replace(case, q=case.q[..., :24], k=case.k[..., :24], v=case.v[..., :24])
     with pytest.raises(ValueError, match=r"has no kernel for torch\.float32 with head dimension 24"):
         interval_attention(*narrow.inputs(), backend="triton")
-    monkeypatch.setitem(DEVICES, "triton", ("tpu",))
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], devices=("tpu",)))
     with pytest.raises(ValueError, match=f"^backend='triton': runs on tpu, the tensors are on {DEVICE}$"):
         interval_attention(*case.inputs(), backend="triton")
 

@@ -76,7 +76,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.syspath_prepend(str(tmp_path))
         attention = importlib.import_module(f"{package}.triton_attention")
         attention.INTERPRETER = SMALL
-        monkeypatch.setitem(api.BACKENDS, "triton", attention.attend)
+        monkeypatch.setitem(api.BACKENDS, "triton", api.Backend(attention.attend))
 
     yield plant
     for name in [name for name in sys.modules if name.startswith("planted_")]:

@@ -16,7 +16,7 @@ from tidal.doctor.report import Meter, Where
 from tidal.infer.engine import generate
 from tidal.infer.score import score
 from tidal.kernels import TilePlan, available_backends, interval_attention
-from tidal.kernels.api import DEVICES, FIXED_SLOPES
+from tidal.kernels.api import BACKENDS
 
 CASES = ((9, 14, "random"), (24, 40, "streams"), (130, 140, "random"), (96, 260, "streams"), (2, 4100, "random"))
 """queries, keys, kind of ranges"""
@@ -38,7 +38,7 @@ def kernels(patient: Patient, meter: Meter) -> None:
     shape = patient.model.config.shape
     heads = shape.n_heads, shape.n_kv_heads, shape.d_model // shape.n_heads
     for name in available_backends():
-        fused = "cuda" in DEVICES.get(name, ())
+        fused = "cuda" in (BACKENDS[name].devices or ())
         device = FUSED_ON if fused else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             meter.note(f"{name} needs a GPU")
@@ -60,7 +60,7 @@ def _agrees(meter: Meter, name: str, device: str, dtype: torch.dtype, limit: flo
     wanted = _gradients(_defined(exact, ranges, at_q, at_k), exact, cotangent.double())
     q, k, v, slopes = moved = [x.to(device).requires_grad_() for x in inputs]
     ranges, at_q, at_k = ranges.to(device), at_q.to(device), at_k.to(device)
-    if name in FIXED_SLOPES:
+    if not BACKENDS[name].learns_slopes:
         slopes, moved = slopes.detach(), moved[:3]
     attend = functools.partial(interval_attention, ranges=ranges, q_position=at_q, k_position=at_k, slopes=slopes,
                                backend=name, plan=TilePlan.build(ranges, case[1]))  # fmt: skip

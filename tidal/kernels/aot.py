@@ -8,23 +8,25 @@ ptxas that ships inside the triton package, and reads registers and spills with 
 instructions. No GPU is needed. Triton's own interpreter must be off (TRITON_INTERPRET unset before triton is imported).
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (80, 90, 100)
-"""compute capabilities (× 10) that are tried: A100, H100 and H200, B200"""
-
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""bytes of shared memory that one block may have (CUDA C++ Programming Guide, "Compute Capabilities")"""
+from tidal.kernels import triton_attention, triton_backward, triton_decode, triton_forward, triton_plan
 
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""what Triton calls the element types that the kernels take"""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,99 @@ def kernel_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpe
         head_dim: 32, 64 or 128.
         arch: compute capability × 10, such as 90.
     """
-    from tidal.kernels import triton_attention, triton_decode, triton_plan
-
     config = triton_attention.configuration(dtype, head_dim, arch)
     sizes = {name: (tile.m, tile.n) for name, tile in config._asdict().items()}
     columns = {size for name, size in sizes.items() if name.startswith("dkdv")}
-    attention, decode = (module.specs(dtype, head_dim, arch) for module in (triton_attention, triton_decode))
-    return [*attention, *triton_plan.specs(sizes.values(), columns), *decode]
+    return [*attention_specs(dtype, head_dim, arch), *plan_specs(sizes.values(), columns),
+            *decode_specs(dtype, head_dim)]  # fmt: skip
+
+
+def attention_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
+    """The kernels of the forward and backward passes."""
+    config = triton_attention.configuration(dtype, head_dim, arch)
+    q = torch.empty(0, head_dim, dtype=dtype)
+    found = []
+    for name, tile, more in (
+        ("forward", config.forward, {}),
+        ("delta", triton_attention.DELTA, {}),
+        ("dq", config.dq, {"SLOPES": False}),
+        ("dq_dslopes", config.dq_slopes, {"SLOPES": True}),
+        ("dkdv", config.dkdv, {"ATOMIC": False}),
+        ("dkdv_grouped", config.dkdv, {"ATOMIC": False}),
+        ("dkdv_atomic", config.dkdv_atomic, {"ATOMIC": True}),
+    ):
+        kernel = getattr(triton_forward if name == "forward" else triton_backward, name.split("_")[0] + "_kernel")
+        chosen = {**triton_attention.constants(q, tile), **more}
+        types = {argument: argument_type(argument, name, TRITON_NAMES[dtype]) for argument in kernel.arg_names}
+        aligned = tuple(x for x, kind in types.items() if kind[0] == "*" or x.startswith("stride"))
+        values = {x: chosen[x] for x in kernel.arg_names if x in chosen}
+        size = f"{tile.m}×{tile.n}" if tile.n else f"{tile.m}"
+        found.append(KernelSpec(name, kernel, types, values, tile.warps, tile.stages, size, aligned))
+    return found
+
+
+def argument_type(argument: str, kernel: str, dtype: str) -> str:
+    """Triton's name for the type of a kernel's argument, told by the argument's name."""
+    if argument.isupper():
+        return "constexpr"
+    if argument.startswith(("n_", "stride_")) or argument == "group":
+        return "i32"
+    if argument in ("dk", "dv"):
+        return "*fp32" if kernel == "dkdv_grouped" else "*" + dtype
+    if argument == "dq" and kernel == "dkdv_atomic":
+        return "*fp32"
+    if argument in ("q", "k", "v", "out", "dout", "dq"):
+        return "*" + dtype
+    if argument in ("ranges", "rows", "order", "columns"):
+        return "*i32"
+    return "fp32" if argument == "scale" else "*fp32"
+
+
+def plan_specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tuple[int, int]]) -> list[KernelSpec]:
+    """The kernels that plan for these (tile_q, tile_k): those of rows, and of columns, which need the rows, too."""
+    row_tiles, column_tiles = set(row_tiles), set(column_tiles)
+    found = []
+    for name, kernel, tiles in (
+        ("rows", triton_plan.rows_kernel, row_tiles | column_tiles),
+        ("columns", triton_plan.columns_kernel, column_tiles),
+    ):
+        for tile_q, tile_k in sorted(tiles):
+            sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
+            types = {x: "*fp32" if x in ("q_position", "k_position", "q_low") else "*i32" for x in kernel.arg_names}
+            types |= {x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS}
+            types |= dict.fromkeys(sizes, "constexpr")
+            pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
+            found.append(KernelSpec(name, kernel, types, sizes, 4, 3, f"{tile_q}×{tile_k}", pointers))
+    return found
+
+
+def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:
+    """The decode kernels for groups of four heads, with one query and with 64; "whole" where the keys are not split, so
+    that the results go into the caller's tensor in its dtype."""
+    name = TRITON_NAMES[dtype]
+    pointers = {"q": name, "k": name, "v": name, "ranges": "i32", "q_position": "fp32", "k_position": "fp32",
+                "slopes": "fp32", "out": "fp32", "lse": "fp32"}  # fmt: skip
+    strides = [f"stride_{axis}" for axis in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "pb")]
+    counts = ["n_queries", "n_keys", "n_splits", "n_kv_heads"]
+    numbers = {**dict.fromkeys(strides + counts, "i32"), "scale_log2e": "fp32"}
+    listed = []
+    for n_rows, whole in itertools.product((4, 256), (False, True)):
+        tile_m, tile_n, num_warps, num_stages = triton_decode.tiles(n_rows, head_dim, dtype)
+        constants = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
+        pointers["out"] = name if whole else "fp32"
+        types = {**{p: f"*{t}" for p, t in pointers.items()}, **numbers, **dict.fromkeys(constants, "constexpr")}
+        aligned = (*pointers, *strides[:-1])
+        label = f"decode {n_rows} {'whole' if whole else 'rows'}"
+        listed.append(KernelSpec(label, triton_decode.partial_kernel, types, constants, num_warps, num_stages,
+                                 f"{tile_m}×{tile_n}", aligned))  # fmt: skip
+    merge = {"part": "*fp32", "lse": "*fp32", "out": f"*{name}", "n_rows": "i32", "n_splits": "i32"}
+    constants = {"HEAD_DIM": head_dim, "CHUNK": 16}
+    types = {**merge, **dict.fromkeys(constants, "constexpr")}
+    aligned = ("part", "lse", "out")
+    return [*listed, KernelSpec("decode merge", triton_decode.merge_kernel, types, constants, 1, 1, "16", aligned)]
+
+
+# ------------------------------------------------------------------------------------------ compiling and reading
 
 
 def resources(spec: KernelSpec, arch: int) -> Resources:
@@ -83,11 +171,6 @@ def resources(spec: KernelSpec, arch: int) -> Resources:
     Raises:
         ValueError: TRITON_INTERPRET was set when triton was imported, so that there is nothing to compile.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
-
     if not isinstance(spec.kernel, JITFunction):
         raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
     names = list(spec.types)
@@ -108,8 +191,8 @@ def resources(spec: KernelSpec, arch: int) -> Resources:
 def score_loops(cubin: bytes) -> list[int]:
     """How many machine instructions a warp issues in one turn of each loop over scores, in the order of the program.
 
-    A loop goes from a label to the first jump back to it; those over scores take exponentials (MUFU.EX2), and lie one
-    after another. Jumps back from behind them, out of waiting for memory, are none.
+    A loop goes from a label to the first jump back to it. Loops over scores take exponentials (MUFU.EX2), and lie one
+    after another. A jump from behind such a loop back into it belongs to waiting for memory, and is not counted.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -128,7 +211,7 @@ def score_loops(cubin: bytes) -> list[int]:
 
 
 def read(text: str, pattern: str) -> str:
-    """The only group of a pattern that must be there."""
+    """What the only group of a pattern matches. Raises ValueError where the pattern does not occur."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"no {pattern!r} in: {text}")
@@ -136,9 +219,7 @@ def read(text: str, pattern: str) -> str:
 
 
 def disassemble(cubin: bytes, tool: str, *flags: str) -> str:
-    """What ``cuobjdump`` or ``nvdisasm`` of the triton package says about a compiled kernel."""
-    import triton
-
+    """The output of ``cuobjdump`` or ``nvdisasm``, which the triton package brings along, for a compiled kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,34 +15,42 @@ from tidal.kernels.plan import TilePlan
 
 BACKEND_VARIABLE = "TIDAL_ATTENTION_BACKEND"
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, TilePlan | None], Tensor]
 
-BACKENDS: dict[str, Backend] = {"reference": reference.attend, "cpu": cpu.attend}
-"""name → function(q, k, v, ranges, q_position, k_position, slopes, scale, plan); a new backend is one more line"""
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute interval attention."""
 
-DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
-"""device types a backend can run on; one that is not listed runs anywhere"""
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, TilePlan | None], Tensor]
+    """function(q, k, v, ranges, q_position, k_position, slopes, scale, plan)"""
+    devices: tuple[str, ...] | None = None
+    """device types it runs on; None: all"""
+    preferred_on: tuple[str, ...] = ()
+    """device types where it is taken when no backend is asked for"""
+    supports: Callable[[torch.dtype, int], bool] = lambda dtype, head_dim: True
+    """function(dtype, head_dim): whether it has a kernel for them"""
+    prepare: Callable[[TilePlan, Tensor, Tensor, Tensor, torch.dtype, int], None] | None = None
+    """function(plan, ranges, q_position, k_position, dtype, head_dim): what :func:`prepare` does; None: nothing"""
+    learns_slopes: bool = True
+    """whether slopes get a gradient"""
 
-SUPPORTS: dict[str, Callable[[torch.dtype, int], bool]] = {}
-"""backend → function(dtype, head_dim), for backends that do not take all of them"""
 
-PREPARE: dict[str, Callable[[TilePlan, Tensor, Tensor, Tensor, torch.dtype, int], None]] = {}
-"""backend → function(plan, ranges, q_position, k_position, dtype, head_dim), for those :func:`prepare` has work for"""
-
-FIXED_SLOPES = ("triton-atomic",)
-"""backends without a gradient of the slopes"""
-
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
-"""device type → backends to try when none is asked for; then the reference"""
+BACKENDS = {
+    "reference": Backend(reference.attend),
+    "cpu": Backend(cpu.attend, devices=("cpu",), preferred_on=("cpu",)),
+}
+"""by name; where several are preferred, the first that supports the tensors, and the reference where none does"""
 
 if importlib.util.find_spec("triton"):  # operators are registered here, before anything is traced
     from tidal.kernels import triton_attention
 
-    BACKENDS["triton"] = triton_attention.attend
-    BACKENDS["triton-atomic"] = functools.partial(triton_attention.attend, atomic=True)
-    for fused in ("triton", "triton-atomic"):
-        DEVICES[fused], SUPPORTS[fused] = triton_attention.DEVICES, triton_attention.supports
-        PREPARE[fused] = functools.partial(triton_attention.prepare, atomic=fused == "triton-atomic")
+    BACKENDS["triton"] = Backend(
+        triton_attention.attend, triton_attention.DEVICES, ("cuda",), triton_attention.supports,
+        triton_attention.prepare,
+    )  # fmt: skip
+    BACKENDS["triton-atomic"] = Backend(
+        functools.partial(triton_attention.attend, atomic=True), triton_attention.DEVICES, (),
+        triton_attention.supports, functools.partial(triton_attention.prepare, atomic=True), learns_slopes=False,
+    )  # fmt: skip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -108,9 +117,9 @@ def interval_attention(
             the head dimension).
         plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
             built inside when missing.
-        rows: of k and v, which may then be more (or fewer) than B, one for each row of q: what a cache holds is
-            attended to where it lies, if that is cheaper than putting these rows together. Row i has its own, i, if
-            missing.
+        rows: for each row of q, the row of k and v that it attends to. k and v may then have any number of rows: those
+            of a cache are attended to where they lie, if that is cheaper than copying them. If missing, row i of q
+            attends to row i.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
@@ -123,7 +132,7 @@ def interval_attention(
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
     name = choose_backend(q, backend)
-    attend = BACKENDS[name]
+    attend = BACKENDS[name].attend
     if rows is not None:
         if name == "cpu" and cpu.in_place(q, k):
             attend = functools.partial(cpu.attend_dense, rows=rows)
@@ -140,19 +149,23 @@ def interval_attention(
 def prepare(
     plan: TilePlan, ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, head_dim: int
 ) -> None:
-    """Work out now what layers share, for layers that are compiled one by one: what their graphs find in the plan they
-    use, but they cannot add to it, and each would work it out for itself.
+    """Fill the plan with what all layers need of the ranges and positions, before layers that are compiled one by one.
+
+    A compiled graph reads what a plan remembers, but cannot add to it: each layer would compute it anew.
 
     Args:
-        plan: of these ranges and positions, which the layers are given with it.
-        dtype: of their q, or autocast's.
+        plan: the plan that the layers will be given.
+        ranges: int32 [B, Lq, 2, 2], what they will be given with it.
+        q_position: float32 [B, Lq], the same.
+        k_position: float32 [B, Lk], the same.
+        dtype: of their q; under autocast, autocast's is taken.
         head_dim: of their q.
     """
     if torch.is_autocast_enabled(ranges.device.type):
         dtype = torch.get_autocast_dtype(ranges.device.type)
-    work = PREPARE.get(choose_backend(ranges.new_empty(1, 1, 1, head_dim, dtype=dtype), None))
-    if work is not None:
-        work(plan, ranges, q_position, k_position, dtype, head_dim)
+    chosen = BACKENDS[choose_backend(ranges.new_empty(1, 1, 1, head_dim, dtype=dtype), None)]
+    if chosen.prepare is not None:
+        chosen.prepare(plan, ranges, q_position, k_position, dtype, head_dim)
 
 
 def choose_backend(q: Tensor, asked: str | None) -> str:
@@ -168,20 +181,16 @@ def choose_backend(q: Tensor, asked: str | None) -> str:
     if asked is None:
         asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE + "="
     if asked is None:
-        usable = (x for x in PREFERRED.get(device, ()) if x in BACKENDS and supports(x, q.dtype, head_dim))
+        usable = (x for x, b in BACKENDS.items() if device in b.preferred_on and b.supports(q.dtype, head_dim))
         return next(usable, "reference")
     if asked not in BACKENDS:
         raise ValueError(f"{source}{asked!r}: no such attention backend, available: {', '.join(BACKENDS)}")
-    if device not in DEVICES.get(asked, (device,)):
-        raise ValueError(f"{source}{asked!r}: runs on {', '.join(DEVICES[asked])}, the tensors are on {device}")
-    if not supports(asked, q.dtype, head_dim):
+    backend = BACKENDS[asked]
+    if backend.devices is not None and device not in backend.devices:
+        raise ValueError(f"{source}{asked!r}: runs on {', '.join(backend.devices)}, the tensors are on {device}")
+    if not backend.supports(q.dtype, head_dim):
         raise ValueError(f"{source}{asked!r}: has no kernel for {q.dtype} with head dimension {head_dim}")
     return asked
-
-
-def supports(backend: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a backend takes such tensors."""
-    return SUPPORTS[backend](dtype, head_dim) if backend in SUPPORTS else True
 
 
 def check_arguments(

@@ -27,11 +27,14 @@ DENSE_LIMIT = 2**14
 """largest Lq · Lk that is computed as one dense tile"""
 
 IN_PLACE = 2**16
-"""elements that a row's keys have at least, where rows of a cache are attended to one by one; docs/decoding.md"""
+"""the least elements of a row's keys for which rows of a cache are attended to one by one (docs/decoding.md)"""
 
 
 def in_place(q: Tensor, k: Tensor) -> bool:
-    """Whether to attend to rows of a cache where they lie: little work, and much that would be copied."""
+    """Whether to attend to rows of a cache where they lie, q [B, Hq, Lq, D] and k [R, Hkv, Lk, D].
+
+    That pays where there is little to compute and much that would be copied.
+    """
     return q.shape[2] * k.shape[2] <= DENSE_LIMIT and k[0].numel() >= IN_PLACE
 
 
@@ -46,7 +49,7 @@ def attend(
     scale: float,
     plan: TilePlan | None,
 ) -> Tensor:
-    """Shapes as in :func:`tidal.kernels.interval_attention`."""
+    """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`."""
     if q.shape[2] * k.shape[2] <= DENSE_LIMIT:
         return attend_dense(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
     if plan is None:
@@ -125,7 +128,7 @@ def attend_dense(
 
 
 def _weighted(bias_zmk: Tensor, q_zmd: Tensor, k_zkd: Tensor, v_zkd: Tensor) -> Tensor:
-    """softmax(bias + q kᵀ) v."""
+    """softmax(bias + q kᵀ) v: [z, m, d]."""
     return torch.bmm(torch.baddbmm(bias_zmk, q_zmd, k_zkd.transpose(1, 2)).softmax(dim=-1), v_zkd)
 
 
@@ -255,7 +258,7 @@ def attend_tiled(
     tile_q: int,
     scale: float,
 ) -> Tensor:
-    """out [B, Hq, Lq, D] in the dtype of q."""
+    """Attention by tiles: out [B, Hq, Lq, D] in the dtype of q. `slices` and `tile_q` are of the TilePlan."""
     tiles = Tiles(q, k, v, ranges, q_position, k_position, slopes, tile_q, scale)
     out = torch.zeros(q.shape, dtype=q.dtype)
     for tile, bounds in enumerate(slices.tolist()):
@@ -283,7 +286,10 @@ def attend_tiled_backward(
     scale: float,
     need_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, slopes (the last stays zero unless needed)."""
+    """Gradients of q, k, v and slopes, in their shapes and dtypes; that of slopes is zeros unless `need_slopes`.
+
+    dout [B, Hq, Lq, D] is the gradient of the output.
+    """
     tiles = Tiles(q, k, v, ranges, q_position, k_position, slopes, tile_q, scale)
     dq = torch.zeros(q.shape, dtype=q.dtype)
     dk_zkd = torch.zeros_like(tiles.k_zkd, memory_format=torch.contiguous_format)

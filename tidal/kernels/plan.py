@@ -26,11 +26,11 @@ class TilePlan:
     """
 
     slices: Tensor
-    """int32 [n_tiles, 2, 3]: (start, end, full) of the one or two disjoint key slices of a tile: the hull of
-    range 0 and of range 1 over the tile's queries in all batch rows, merged when they touch. Empty: (0, 0, 1).
+    """int32 [n_tiles, 2, 3]: (start, end, full) of the one or two disjoint key slices of a tile. They are the hulls of
+    range 0 and of range 1 over the tile's queries in all batch rows, merged where they touch. Empty: (0, 0, 1).
     full = 1 if every query of the tile sees every key of the slice in every batch row.
-    Only on the CPU: elsewhere there are none, and the kernels plan on the device (triton_plan.py), when they first
-    meet this plan, which remembers."""
+    On other devices than the CPU there are none: the kernels make their own tables there (triton_plan.py), and keep
+    them in `memo`."""
     tile_q: int
     """queries per tile; the last tile may be shorter"""
     shape: tuple[int, int, int]

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from tidal.kernels import triton_backward, triton_decode, triton_forward
-from tidal.kernels.aot import TRITON_NAMES, KernelSpec
 from tidal.kernels.plan import TilePlan
 from tidal.kernels.triton_plan import HEAD, tables
-from tidal.kernels.triton_tiles import INTERPRETED
+from tidal.kernels.triton_tiles import DTYPES, HEAD_DIMS, INTERPRETED
 
-HEAD_DIMS = (32, 64, 128)
 DEVICES = ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
 
 
@@ -39,7 +37,7 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tiles of the kernels that matter."""
+    """The tiles of the kernels of both passes, for one dtype, head dimension and architecture."""
 
     forward: Tile
     dq: Tile
@@ -86,8 +84,8 @@ def configuration(dtype: torch.dtype, head_dim: int, arch: int) -> Config:
 
 
 def supports(dtype: torch.dtype, head_dim: int) -> bool:
-    """Is there a kernel for it? float64 is left to the reference, float32 has products in full precision."""
-    return dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim in HEAD_DIMS
+    """Whether there is a kernel for this dtype and head dimension. There is none for float64."""
+    return dtype in DTYPES and head_dim in HEAD_DIMS
 
 
 def architecture(device: torch.device) -> int:
@@ -115,10 +113,12 @@ def attend(
     config: Config | None = None,
     atomic: bool = False,
 ) -> Tensor:
-    """Shapes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
+    """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
 
-    Without gradients, a few queries go to the decode kernel (unless a config asks for the others). Raises ValueError
-    for slopes that need a gradient if `atomic`: their sums are made by the kernel that is left out.
+    Without gradients, up to 64 queries go to the decode kernel, unless a config is given.
+
+    Raises:
+        ValueError: `atomic`, and slopes need a gradient, which is made by the kernel that is left out.
     """
     if atomic and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("backend 'triton-atomic' has no gradient of slopes; take 'triton'")
@@ -140,7 +140,7 @@ def attend(
 
 
 def needed(forward: Tile, dq: Tile, dkdv: Tile, learning: bool) -> list[tuple[int, int, bool]]:
-    """The tables (tile_q, tile_k, transposed) of the plan for these kernels."""
+    """The tables of the plan that these kernels read, each as (tile_q, tile_k, transpose)."""
     wanted = [(forward, False), (dq, False), (dkdv, True)] if learning else [(forward, False)]
     return [(tile.m, tile.n, transpose) for tile, transpose in wanted]
 
@@ -149,14 +149,17 @@ def prepare(
     plan: TilePlan, ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, head_dim: int,
     atomic: bool = False,
 ) -> None:  # fmt: skip
-    """Have the plan remember all that :func:`attend` will ask it for, where slopes are fixed."""
+    """Fill the plan with the tables that :func:`attend` will ask it for if slopes have no gradient.
+
+    `head_dim` and `dtype` are those of the queries to come.
+    """
     config = configuration(dtype, head_dim, architecture(ranges.device))
     kernels = (config.forward, config.dkdv_atomic) if atomic else (config.dq, config.dkdv)
     tables(plan, ranges, q_position, k_position, needed(config.forward, *kernels, torch.is_grad_enabled()))
 
 
 def constants(q: Tensor, tile: Tile) -> dict[str, int]:
-    """What an attention kernel is compiled for, and how it is launched."""
+    """Keyword arguments of a launch: the constants an attention kernel is compiled for, warps and stages."""
     fast = q.dtype != torch.float32
     return {
         "M": tile.m, "N": tile.n, "D": q.shape[-1], "FAST": fast, "num_warps": tile.warps, "num_stages": tile.stages
@@ -164,18 +167,18 @@ def constants(q: Tensor, tile: Tile) -> dict[str, int]:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """The kernels read rows of D elements next to each other."""
+    """x, copied unless its last dimension is contiguous, as the kernels want it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def heads_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor like x [B, H, L, D] that lies in memory as [B, L, H, D], as the model's projections want it."""
+    """An uninitialised tensor shaped like x [B, H, L, D] that lies in memory as [B, L, H, D], as the model wants it."""
     n_batch, n_heads, length, head_dim = x.shape
     return x.new_empty(n_batch, length, n_heads, head_dim, dtype=dtype).transpose(1, 2)
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, head and row of each [B, H, L, D]."""
+    """The strides of batch, head and row of every tensor [B, H, L, D], one after another."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
@@ -195,10 +198,17 @@ def attend_fused(
     tiles: Sequence[int],
     atomic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Lq, D] and log Σ exp(score) [B, Hq, Lq] (base 2 if FAST; +inf without keys).
+    """The forward pass.
 
-    `rows` and `order` are of :func:`interval_plan` for the forward tile; `backward_plan` is the same for dq and, as
-    columns, for dkdv, or empty; `tiles` are the fields of the Tiles for forward, dq and dkdv.
+    Args:
+        rows, order: what :func:`interval_plan` returns for the forward tile.
+        backward_plan: what it returns for dq's tile, and transposed for dkdv's; empty where nothing is learned.
+        tiles: the fields of three :class:`Tile`: forward, dq, dkdv.
+        atomic: whether dkdv will add up dq, too.
+
+    Returns:
+        out [B, Hq, Lq, D] in the dtype of q; lse float32 [B, Hq, Lq], log Σ exp(score), to base 2 unless q is float32;
+        +inf for queries without keys.
     """
     out, lse = heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0:
@@ -233,7 +243,10 @@ def attend_fused_backward(
     atomic: bool,
     need_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, slopes (the last stays zero unless needed)."""
+    """Gradients of q, k, v and slopes, in their shapes and dtypes; that of slopes is zeros unless `need_slopes`.
+
+    dout [B, Hq, Lq, D] is the gradient of `out`; the other arguments are the forward pass's and its results.
+    """
     dq, dk, dv, dslopes = heads_last(q), heads_last(k), heads_last(v), torch.zeros_like(slopes)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dslopes
@@ -303,47 +316,3 @@ def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
 
 
 attend_fused.register_autograd(_backward, setup_context=_setup_context)
-
-
-# ------------------------------------------------------------------------------------- for ahead-of-time compilation
-
-
-def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
-    """The attention kernels as they are launched on an architecture (compute capability × 10)."""
-    config = configuration(dtype, head_dim, arch)
-    q = torch.empty(0, head_dim, dtype=dtype)
-    found = []
-    for name, tile, more in (
-        ("forward", config.forward, {}),
-        ("delta", DELTA, {}),
-        ("dq", config.dq, {"SLOPES": False}),
-        ("dq_dslopes", config.dq_slopes, {"SLOPES": True}),
-        ("dkdv", config.dkdv, {"ATOMIC": False}),
-        ("dkdv_grouped", config.dkdv, {"ATOMIC": False}),
-        ("dkdv_atomic", config.dkdv_atomic, {"ATOMIC": True}),
-    ):
-        kernel = getattr(triton_forward if name == "forward" else triton_backward, name.split("_")[0] + "_kernel")
-        chosen = {**constants(q, tile), **more}
-        types = {argument: argument_type(argument, name, TRITON_NAMES[dtype]) for argument in kernel.arg_names}
-        aligned = tuple(x for x, kind in types.items() if kind[0] == "*" or x.startswith("stride"))
-        values = {x: chosen[x] for x in kernel.arg_names if x in chosen}
-        size = f"{tile.m}×{tile.n}" if tile.n else f"{tile.m}"
-        found.append(KernelSpec(name, kernel, types, values, tile.warps, tile.stages, size, aligned))
-    return found
-
-
-def argument_type(argument: str, kernel: str, dtype: str) -> str:
-    """Triton's name for the type of a kernel's argument, told by the argument's name."""
-    if argument.isupper():
-        return "constexpr"
-    if argument.startswith(("n_", "stride_")) or argument == "group":
-        return "i32"
-    if argument in ("dk", "dv"):
-        return "*fp32" if kernel == "dkdv_grouped" else "*" + dtype
-    if argument == "dq" and kernel == "dkdv_atomic":
-        return "*fp32"
-    if argument in ("q", "k", "v", "out", "dout", "dq"):
-        return "*" + dtype
-    if argument in ("ranges", "rows", "order", "columns"):
-        return "*i32"
-    return "fp32" if argument == "scale" else "*fp32"

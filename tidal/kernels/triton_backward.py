@@ -28,7 +28,7 @@ def delta_kernel(
     out, dout, delta, stride_ob, stride_oh, stride_ol, stride_gb, stride_gh, stride_gl, n_heads, n_queries,
     M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ_d dout · out, float32 [B, H, Lq]. One program per tile of queries, head and batch row."""
+    """delta = Σ_d dout · out, float32 [B, H, Lq], for one tile of queries, head and batch row."""
     first, head, batch = tl.program_id(0) * M, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n_left = n_queries - first
     out_md = load_rows(out + batch * stride_ob + head * stride_oh, first, stride_ol, n_left, M, D, True)
@@ -44,7 +44,10 @@ def dq_tile(
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, SLOPES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. q_position, ranges, lse (shifted as the scores are), delta: [M, 1]."""
+    """Add what one tile of keys contributes to dq [M, D] and, if SLOPES, to three sums [M] for the slopes' gradient.
+
+    q_position, each of the ranges, lse (shifted as the scores are) and delta: [M, 1].
+    """
     dq, slope_sums = state
     k, stride_kl, v, stride_vl, k_position, n_keys = keys
     first = tile * N
@@ -76,7 +79,11 @@ def dq_kernel(
     stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of queries, the longest first, and head. dslopes: float32 [B · n_tiles, H], partial sums."""
+    """dq for one tile of queries and head. Programs start with the tiles that visit most keys (`order`).
+
+    q, dout and dq [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. If SLOPES, also the tile's
+    part of the slopes' gradient, dslopes float32 [B · n_tiles, H].
+    """
     slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
@@ -139,9 +146,11 @@ def dkdv_tile(
     M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries, all of which are there unless MASKED; the score matrix is transposed, [N, M]. key and
-    k_position: [N, 1]. If ATOMIC, dq is added to what lies at `added`: a pointer, its stride, and the factor of q·k in
-    the scores."""
+    """Add what one tile of queries contributes to dk and dv, both [N, D]. The score matrix is transposed: [N, M].
+
+    key and k_position: [N, 1]. Unless MASKED, the tile is full of queries. If ATOMIC, the keys' share of dq is added to
+    memory; `added` is the pointer, the stride of its rows, and the factor of q·k in the scores.
+    """
     dk, dv = state
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
@@ -180,10 +189,12 @@ def dkdv_kernel(
     n_heads, group, n_queries, n_keys, n_tiles, n_query_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of keys, the longest first, and query head; dk and dv [B, H, Lk, D] are of that head.
+    """dk and dv for one tile of keys and query head. Programs start with the tiles that most queries visit (`order`).
 
-    If ATOMIC, it also adds its share to dq, float32 [B, H, Lq, D] that begins as zeros, in whatever order programs
-    come: five products a tile in place of seven, and other last bits in every run.
+    q and dout [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. dk and dv [B, H, Lk, D] are of
+    query heads: where a group shares a key head, they are added up later. If ATOMIC, the program also adds its part
+    to dq, float32 [B, H, Lq, D], which must begin as zeros. That takes five products a tile instead of seven, but
+    programs come in any order, so the last bits differ from run to run.
     """
     slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
     batch, first = slot // n_tiles, slot % n_tiles * N

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Decoding: a few queries a row over long caches, split over the keys (Dao et al. 2023, "Flash-Decoding").
 
-One program reads the keys of one key head once, for all query heads of its group and all queries of the row: they are
-packed into the rows of one tile, row m = query · G + head. Its key tiles are those of the hulls of both ranges; they
-are dealt out among the splits, so a row with a short cache gives every split less to do, not some splits nothing.
+One program reads the keys of one key head once, for all query heads of its group and all queries of the batch row.
+These queries are packed into the rows of one tile: row m = query · G + head. The key tiles to visit are those of the
+hulls of both ranges. They are dealt out evenly among the splits, so that a short cache gives every split less work.
 
     keys         0   ░░░░████████░░░░            ░░░░██████   n          two runs of tiles, or one where they meet
     tiles              0  1  2  3                  4  5
@@ -18,15 +18,13 @@ nothing waits for the device.
 """
 
 import functools
-import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidal.kernels.aot import TRITON_NAMES, KernelSpec
-from tidal.kernels.triton_tiles import LOG2E, dot
+from tidal.kernels.triton_tiles import DTYPES, HEAD_DIMS, LOG2E, dot
 
 MOST_QUERIES = 64
 """queries per row and head that this kernel takes; more of them are not decoding but reading"""
@@ -47,7 +45,11 @@ def partial_kernel(
     n_queries, n_keys, n_splits, n_kv_heads, scale_log2e,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile of a key head of a batch row, split) → out [S, B, Hq, Lq, D], lse [S, B, Hq, Lq]."""
+    """The attention of one tile of rows to one split of the keys.
+
+    Program (tile, split): the tile is one of a key head of a batch row. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D];
+    out [S, B, Hq, Lq, D] in float32, or in the dtype of q where there is one split; lse float32 [S, B, Hq, Lq].
+    """
     n_rows = n_queries * GROUP
     n_row_tiles = tl.cdiv(n_rows, TILE_M)
     batch = (tl.program_id(0) // n_row_tiles // n_kv_heads).to(tl.int64)
@@ -112,7 +114,11 @@ def partial_kernel(
 
 @triton.jit
 def hull(ranges_m, live_m, n_keys, TILE_N: tl.constexpr):
-    """One range of each row: start [M], end [M], and the tiles [first, stop) that hold them all; 0, 0 if none."""
+    """Load one of the two ranges of every row, and find the key tiles that they reach.
+
+    Returns int32 start [M] and end [M], cut to the keys, and first and stop: every range lies within the key tiles
+    [first, stop). Where all ranges are empty, first = stop = 0.
+    """
     start_m = tl.maximum(tl.load(ranges_m, mask=live_m, other=0), 0)
     end_m = tl.minimum(tl.load(ranges_m + 1, mask=live_m, other=0), n_keys)
     some_m = start_m < end_m
@@ -123,7 +129,10 @@ def hull(ranges_m, live_m, n_keys, TILE_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(part, lse, out, n_rows, n_splits, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """One program per row of out [B · Hq · Lq, D]: the splits' outputs, weighted by what their scores sum to."""
+    """Add up the outputs of all splits, each weighted by the sum of its exponentiated scores.
+
+    One program per row. part float32 [S, rows, D], lse float32 [S, rows], out [rows, D], where rows = B · Hq · Lq.
+    """
     row = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, CHUNK), tl.arange(0, HEAD_DIM)
     top = -float("inf")
@@ -149,8 +158,8 @@ def merge_kernel(part, lse, out, n_rows, n_splits, HEAD_DIM: tl.constexpr, CHUNK
 
 
 def fits(q: Tensor, k: Tensor) -> bool:
-    """Whether these shapes and dtypes are this kernel's: [B, Hq, Lq, D] and [B, Hkv, Lk, D] with Lq up to 64."""
-    return q.shape[2] <= MOST_QUERIES and q.shape[3] in (32, 64, 128) and q.dtype in TRITON_NAMES and k.dtype == q.dtype
+    """Whether this kernel takes q [B, Hq, Lq, D] and k [B, Hkv, Lk, D]: Lq up to 64, D and dtype as for the others."""
+    return q.shape[2] <= MOST_QUERIES and q.shape[3] in HEAD_DIMS and q.dtype in DTYPES and k.dtype == q.dtype
 
 
 @torch.library.custom_op("tidal::interval_attention_decode", mutates_args=())
@@ -164,7 +173,7 @@ def decode(
     slopes: Tensor,
     scale: float,
 ) -> Tensor:
-    """Interval attention without gradients, for what :func:`fits`.
+    """Interval attention without gradients, for q and k that pass :func:`fits`.
 
     Shapes and dtypes as in :func:`tidal.kernels.interval_attention`, none of them checked here. Slices of a cache,
     ``k[:, :, :n]``, are read where they are; only the head dimension must be contiguous, else there is a copy.
@@ -202,10 +211,10 @@ def _(q, *_):
 
 
 def tiles(n_rows: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """TILE_M, TILE_N, warps and stages for so many packed rows; 16 rows are the least of a tensor core's product.
+    """TILE_M, TILE_N, warps and stages for `n_rows` packed rows (query heads of a group × queries).
 
-    float32 is multiplied without tensor cores (they would round to tf32), so it needs more threads and smaller tiles
-    for what a product holds in registers.
+    A product of tensor cores has at least 16 rows. float32 is multiplied without tensor cores, which would round to
+    tf32. A product then holds more in registers, so float32 has smaller tiles and more threads.
     """
     tile_m = 16 if n_rows <= 16 else 32 if n_rows <= 32 or dtype == torch.float32 else 64
     if dtype == torch.float32:
@@ -214,7 +223,13 @@ def tiles(n_rows: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int
 
 
 def count_splits(n_programs: int, n_tiles: int, cores: int) -> int:
-    """How many programs share the keys of one row tile: enough of them to keep every core busy."""
+    """How many programs share the keys of one tile of rows, so that all multiprocessors are busy.
+
+    Args:
+        n_programs: tiles of rows, of all heads and batch rows.
+        n_tiles: tiles of keys, if all keys were seen.
+        cores: multiprocessors of the GPU.
+    """
     wanted = -(-PROGRAMS_PER_CORE * cores // n_programs)
     return max(1, min(wanted, n_tiles // LEAST_TILES, MOST_SPLITS))
 
@@ -223,29 +238,3 @@ def count_splits(n_programs: int, n_tiles: int, cores: int) -> int:
 def n_cores(device: torch.device) -> int:
     """Multiprocessors of a GPU; 8 elsewhere, for the interpreter."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 8
-
-
-def specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
-    """What :func:`decode` launches, for :mod:`tidal.kernels.aot`: one query, and 64 queries of four heads; "whole"
-    where the keys are not split, and out is the caller's."""
-    del arch  # one configuration serves all of them
-    name = TRITON_NAMES[dtype]
-    pointers = {"q": name, "k": name, "v": name, "ranges": "i32", "q_position": "fp32", "k_position": "fp32",
-                "slopes": "fp32", "out": "fp32", "lse": "fp32"}  # fmt: skip
-    strides = [f"stride_{axis}" for axis in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "pb")]
-    counts = ["n_queries", "n_keys", "n_splits", "n_kv_heads"]
-    numbers = {**dict.fromkeys(strides + counts, "i32"), "scale_log2e": "fp32"}
-    listed = []
-    for n_rows, whole in itertools.product((4, 256), (False, True)):
-        tile_m, tile_n, num_warps, num_stages = tiles(n_rows, head_dim, dtype)
-        constants = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
-        pointers["out"] = name if whole else "fp32"
-        types = {**{p: f"*{t}" for p, t in pointers.items()}, **numbers, **dict.fromkeys(constants, "constexpr")}
-        aligned = (*pointers, *strides[:-1])
-        label = f"decode {n_rows} {'whole' if whole else 'rows'}"
-        listed.append(KernelSpec(label, partial_kernel, types, constants, num_warps, num_stages,
-                                 f"{tile_m}×{tile_n}", aligned))  # fmt: skip
-    merge = {"part": "*fp32", "lse": "*fp32", "out": f"*{name}", "n_rows": "i32", "n_splits": "i32"}
-    constants = {"HEAD_DIM": head_dim, "CHUNK": 16}
-    types = {**merge, **dict.fromkeys(constants, "constexpr")}
-    return [*listed, KernelSpec("decode merge", merge_kernel, types, constants, 1, 1, "16", ("part", "lse", "out"))]

@@ -28,7 +28,11 @@ def forward_tile(
     state, tile, q_md, keys, q_position, ranges, shift, origin, scale, slope,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax goes on over one tile of keys. q_position and ranges: [M, 1]; shift: [M]."""
+    """Continue the running softmax with one tile of keys.
+
+    state: float32 sums of weighted values [M, D], of weights [M], and the highest score + shift so far [M].
+    q_position and each of the ranges: [M, 1]; shift: [M].
+    """
     acc, total, highest = state
     k, stride_kl, v, stride_vl, k_position, n_keys = keys
     first = tile * N
@@ -58,7 +62,10 @@ def forward_kernel(
     stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of queries, the longest first, and head. lse: float32 [B, H, Lq]."""
+    """The output of one tile of queries and head. Programs start with the tiles that visit most keys (`order`).
+
+    q and out [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse float32 [B, H, Lq]; rows and order are of the plan.
+    """
     slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)

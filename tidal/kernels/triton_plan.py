@@ -18,7 +18,6 @@ no absolute value (tidal/kernels/triton_tiles.py). Memory is O((Lq / tile) · (L
 nothing waits for the device.
 """
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -26,15 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidal.kernels.aot import KernelSpec
 from tidal.kernels.plan import TilePlan
 
 ROW = tl.constexpr(16)
-"""int32 per tile of queries: (start, end) of 4 partial segments, of 2 full ones, flag; the rest is not used"""
+"""int32 numbers per tile of queries: (start, end) of 4 partial segments and of 2 full ones, flag, 3 unused"""
 HEAD = tl.constexpr(4)
-"""int32 per tile of keys before its list: number of partial, number of full, flag; the rest is not used"""
+"""int32 numbers before the list of a tile of keys: how many are partial, how many are full, flag, 1 unused"""
 CHUNK, KEYS = tl.constexpr(64), tl.constexpr(4096)
-"""tiles, and positions of keys, that one step of a planning kernel looks at"""
+"""how many tiles, and how many positions of keys, a planning kernel looks at in one step"""
 LENGTHS = ("n_queries", "n_keys", "n_query_tiles", "n_key_tiles")
 """arguments for whose values no kernel is compiled anew"""
 
@@ -44,7 +42,10 @@ def rows_kernel(
     ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of queries and batch row."""
+    """Plan one tile of queries of a batch row: what to visit, the lowest position, and the number of tiles.
+
+    rows int32 [B, Tq, ROW], q_low float32 [B, Tq], work int32 [B, Tq].
+    """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tile
     # The last tile is filled up with copies of the last query, which change nothing.
@@ -85,7 +86,11 @@ def rows_kernel(
 
 @triton.jit
 def hull_and_core(ranges, n_keys, n_key_tiles, TILE_K: tl.constexpr):
-    """Of one range of some queries: [lo, hi) tiles that any of them sees, [a, b) tiles that all of them see whole."""
+    """Load one of the two ranges of some queries [TILE_Q], and find the key tiles that they reach.
+
+    Returns lo, a, b, hi: no query sees anything outside of the tiles [lo, hi), and all see the tiles [a, b) whole (none
+    where a >= b). Where all ranges are empty, lo = hi = n_key_tiles.
+    """
     start = tl.minimum(tl.maximum(tl.load(ranges), 0), n_keys)
     end = tl.minimum(tl.load(ranges + 1), n_keys)
     seen = start < end
@@ -98,7 +103,7 @@ def hull_and_core(ranges, n_keys, n_key_tiles, TILE_K: tl.constexpr):
 
 @triton.jit
 def highest(position, start, end):
-    """Of some keys; −inf if there are none."""
+    """The highest of position[start:end], float32; −inf where there are none."""
     high = tl.full([KEYS], float("-inf"), dtype=tl.float32)
     for first in range(start, end, KEYS):
         key = first + tl.arange(0, KEYS)
@@ -108,7 +113,7 @@ def highest(position, start, end):
 
 @triton.jit
 def put(pointer, start, end):
-    """Store a segment and return its length."""
+    """Store the segment [start, end) and return its length."""
     tl.store(pointer, start)
     tl.store(pointer + 1, end)
     return end - start
@@ -119,7 +124,10 @@ def columns_kernel(
     rows, q_low, k_position, columns, work, n_queries, n_keys, n_query_tiles,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of keys and batch row."""
+    """List the query tiles that visit one tile of keys of a batch row, as their rows say.
+
+    rows int32 [B, Tq, ROW], q_low float32 [B, Tq]; columns int32 [B, Tk, HEAD + Tq], work int32 [B, Tk].
+    """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tile
     key = tile * TILE_K + tl.arange(0, TILE_K)
@@ -151,7 +159,7 @@ def columns_kernel(
 
 @triton.jit
 def within(segment, tile, inside):
-    """Is the tile in this segment of each of some rows?"""
+    """bool [rows]: whether the key tile lies in the segment stored at each of these pointers; False unless `inside`."""
     start = tl.load(segment, mask=inside, other=0)
     return (start <= tile) & (tile < tl.load(segment + 1, mask=inside, other=0))
 
@@ -224,20 +232,4 @@ def tables(
                 table, order = interval_plan(ranges, q_position, k_position, tile_q, tile_k, transpose)
             known = new[key] = (q_position, k_position, table, order)
         found += known[2:]
-    return found
-
-
-def specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tuple[int, int]]) -> list[KernelSpec]:
-    """What :func:`interval_plan` launches for these (tile_q, tile_k), for :mod:`tidal.kernels.aot`."""
-    row_tiles, column_tiles = set(row_tiles), set(column_tiles)
-    found = []
-    for name, kernel, tiles in (
-        ("rows", rows_kernel, row_tiles | column_tiles), ("columns", columns_kernel, column_tiles),
-    ):  # fmt: skip
-        for tile_q, tile_k in sorted(tiles):
-            sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
-            types = {x: "*fp32" if x in ("q_position", "k_position", "q_low") else "*i32" for x in kernel.arg_names}
-            types |= {x: "i32" for x in kernel.arg_names if x in LENGTHS} | dict.fromkeys(sizes, "constexpr")
-            pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
-            found.append(KernelSpec(name, kernel, types, sizes, 4, 3, f"{tile_q}×{tile_k}", pointers))
     return found

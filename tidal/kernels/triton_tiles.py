@@ -32,9 +32,12 @@ Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D] with any strides but 1 for the 
 lse and delta are contiguous. Offsets of tiles are 64-bit, offsets inside a tile 32-bit.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)
 """below any score, and finite: the maximum of no scores (−inf would give NaN in differences)"""
@@ -59,7 +62,7 @@ def logarithm(x, FAST: tl.constexpr):
 
 @triton.jit
 def in_base(x, FAST: tl.constexpr):
-    """A scale or slope for scores in base 2 or e."""
+    """A scale or slope, times log2(e) where scores are in base 2."""
     return x * LOG2E if FAST else x * 1.0
 
 
@@ -76,7 +79,10 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def partial_tiles(row):
-    """Of a row of the plan: how many tiles need the mask, and where their segments lie (for segment_tile)."""
+    """Read the tiles that need the mask from a row of the plan (ROW numbers, triton_plan.py).
+
+    Returns how many there are, and their four segments in the form that `segment_tile` takes.
+    """
     a_0, a_1, a_2, a_3 = tl.load(row), tl.load(row + 2), tl.load(row + 4), tl.load(row + 6)
     n_0 = tl.load(row + 1) - a_0
     n_1 = n_0 + tl.load(row + 3) - a_1
@@ -87,7 +93,7 @@ def partial_tiles(row):
 
 @triton.jit
 def full_tiles(row):
-    """The same for the tiles that need no mask, of two segments."""
+    """Read the tiles that need no mask from a row of the plan: how many, and their two segments as in partial_tiles."""
     a_0, a_1 = tl.load(row + 8), tl.load(row + 10)
     n_0 = tl.load(row + 9) - a_0
     n_1 = n_0 + tl.load(row + 11) - a_1
@@ -96,7 +102,10 @@ def full_tiles(row):
 
 @triton.jit
 def segment_tile(i, segments):
-    """The i-th tile of up to four segments laid end to end: arithmetic instead of a list in memory."""
+    """The i-th tile of up to four segments that follow one another: arithmetic instead of a list in memory.
+
+    segments: the number of tiles in the first one, two and three, then for every segment what to add to i.
+    """
     n_0, n_1, n_2, a_0, a_1, a_2, a_3 = segments
     return i + tl.where(i < n_0, a_0, tl.where(i < n_1, a_1, tl.where(i < n_2, a_2, a_3)))
 
@@ -106,7 +115,7 @@ def segment_tile(i, segments):
 
 @triton.jit
 def load_rows(pointer, first, stride, n_left, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first … first + N of a matrix, [N, D]; zeros beyond the n_left rows that are there."""
+    """Load the rows first … first + N of a matrix: [N, D] in its dtype. If MASKED, rows from n_left on are zeros."""
     local = tl.arange(0, N)[:, None]
     pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
     if MASKED:
@@ -116,7 +125,7 @@ def load_rows(pointer, first, stride, n_left, N: tl.constexpr, D: tl.constexpr, 
 
 @triton.jit
 def load_some(pointer, local, n_left, other, MASKED: tl.constexpr):
-    """One number a row, [N]; `other` beyond the n_left rows that are there."""
+    """Load one number a row: [N]. If MASKED, those from n_left on are `other`."""
     if MASKED:
         return tl.load(pointer + local, mask=local < n_left, other=other)
     return tl.load(pointer + local)
@@ -124,7 +133,7 @@ def load_some(pointer, local, n_left, other, MASKED: tl.constexpr):
 
 @triton.jit
 def store_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.constexpr):
-    """The way back, in the dtype of the matrix."""
+    """Store value [N, D] into the rows first … first + N of a matrix, in its dtype; not those from n_left on."""
     local = tl.arange(0, N)[:, None]
     pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
     tl.store(pointers, value.to(pointer.dtype.element_ty), mask=local < n_left)
@@ -132,7 +141,7 @@ def store_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.con
 
 @triton.jit
 def add_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.constexpr):
-    """Add to rows of a float32 matrix that other programs add to at the same time."""
+    """Add value [N, D] to the rows of a float32 matrix that other programs add to at the same time, as store_rows."""
     local = tl.arange(0, N)[:, None]
     pointers = pointer + first.to(tl.int64) * stride + (local * stride + tl.arange(0, D)[None, :])
     tl.atomic_add(pointers, value, mask=local < n_left, sem="relaxed")
@@ -140,7 +149,10 @@ def add_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.const
 
 @triton.jit
 def load_ranges(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
-    """Start and end of both ranges of some queries, cut to the keys; empty for queries that are not there."""
+    """Load both ranges of some queries: int32 start_0, end_0, start_1, end_1, ends cut to n_keys.
+
+    Each has a new axis AXIS, so that it broadcasts over keys. Queries from n_left on have empty ranges.
+    """
     inside = local < n_left
     start_0 = tl.load(ranges + local * 4, mask=inside, other=0)
     end_0 = tl.minimum(tl.load(ranges + local * 4 + 1, mask=inside, other=0), n_keys)
@@ -157,7 +169,10 @@ def score_of(
     product, q_position, k_position, key, ranges, origin, scale, slope,
     MASKED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile from its products q·k; with the shift added if SHIFTED. All arguments broadcast."""
+    """Scores of a tile from its products q·k, float32; all arguments broadcast against these.
+
+    If SHIFTED, the shift (see above) is in them, and nothing is masked. If MASKED, keys outside the ranges get −inf.
+    """
     if SHIFTED:
         return product * scale + tl.fma(k_position, slope, -origin)
     score = product * scale - slope * tl.abs(q_position - k_position)
@@ -170,7 +185,10 @@ def score_of(
 
 @triton.jit
 def may_shift(positions, inside, past, slope):
-    """Does a program use the shifted form in its full tiles, and with which origin?"""
+    """Whether a program uses the shifted form in its full tiles, and the origin to use it with.
+
+    positions float32 and inside bool, of the tile's queries or keys; past: the plan's flag.
+    """
     high = tl.max(tl.where(inside, positions, float("-inf")), 0)
     low = tl.min(tl.where(inside, positions, float("inf")), 0)
     return (past != 0) & (tl.abs(slope) * (high - low) < SPREAD), slope * high
