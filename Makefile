@@ -16,7 +16,7 @@ TEXT_STEPS ?= 1000
 text-demo: install  ## learn to write as the King James Bible does
 	$(PY) -m tidal.corpora kjv --out corpora/kjv
 	$(PY) -m tidal.train --recipe text --data corpora/kjv/train --out runs/text-demo --max-steps $(TEXT_STEPS)
-	$(PY) -m tidal.evaluate bits-per-byte --checkpoint runs/text-demo --data corpora/kjv/held-out
+	$(PY) -m tidal.evaluate bits-per-byte --checkpoint runs/text-demo --data corpora/kjv/held-out --context 512
 	$(PY) -m tidal.infer --checkpoint runs/text-demo --prompt "And it came to pass" "The king said"
 
 install: $(VENV)/core  ## the package alone

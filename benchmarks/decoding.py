@@ -243,9 +243,9 @@ class Led:
         self.end = truth[0][-1]
         self.begin, self.start = begin, 0.0
 
-    def __call__(self, logits: Tensor, allowed: Tensor, how: Sampling, generators: Sequence[Any],
+    def __call__(self, logits: Tensor, allowed: Tensor, settings: Sequence[Sampling], generators: Sequence[Any],
                  *rest: Any) -> list[int]:  # fmt: skip
-        choose(logits, allowed, how, generators, *rest)
+        choose(logits, allowed, settings, generators, *rest)
         if not self.start:
             self.begin()
             self.start = time.perf_counter()

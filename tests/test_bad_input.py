@@ -95,7 +95,7 @@ CASES = {
     "infer --prompt a": "no runs found under runs/; train one with: python -m tidal.train",
     "evaluate addition": "no runs found under runs/",
     "evaluate characters": "no runs found under runs/",
-    "evaluate characters --count 0": "--count and --batch-size must be at least 1",
+    "evaluate characters --count 0": "--count is 0; it must be at least 1",
     f"{BITS} --data good.txt": "no runs found under runs/",
     "infer --prompt a --checkpoint nowhere": "nowhere does not exist",
     "infer --prompt a --checkpoint folder": "folder is not a run or checkpoint folder",
@@ -151,15 +151,19 @@ CASES = {
         f"infer --prompt a --trace t.html --{flag}": f"--{flag.split()[0]} does nothing with --trace"
         for flag in ("json", "stream", "num-samples 2")
     },
+    **{
+        f"infer --prompt a --temperature 0 --{flag}": f"--{flag.split()[0]} does nothing with --temperature 0; leave"
+        for flag in ("num-samples 2", "top-k 3", "top-p 0.5", "min-p 0.1", "seed 0")
+    },
     "infer --prompt a --log-probs": "--log-probs does nothing without --json",
     "infer --prompt a b --stream": "--stream does nothing with 2 completions; leave it out, or give --json, too",
     "infer --prompt a --stream --num-samples 3": "--stream does nothing with 3 completions",
     "infer --prompt a --length-penalty 2": "--length-penalty does nothing without --num-beams",
     "infer --prompt a --num-beams 2 --num-samples 3": "--num-samples is 3; of 2 beams there are no more",
     "infer --prompt a --trace notes.md": "--trace is 'notes.md'; give a file that ends in .html",
-    "evaluate addition --count 0": "--digits, --count and --batch-size must be at least 1",
+    "evaluate addition --count 0": "--count is 0; it must be at least 1",
     "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
-    "evaluate samples --count 0": "--count and --prompt-blocks must be at least 1",
+    "evaluate samples --prompt-blocks 0": "--prompt-blocks is 0; it must be at least 1",
     "evaluate samples --seed -1": "--seed is -1; it must be at least 0",
     "evaluate boundary --seed -1": "--seed is -1; it must be at least 0",
     f"{BITS} --data good.txt --context 3": "--context is 3; it must be at least 16",

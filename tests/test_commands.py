@@ -155,8 +155,9 @@ def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
     assert done.err == f"using runs/addition/checkpoints/{best}\n"
     answers = objects(done.lines)
     assert [a["prompt"] for a in answers] == [p for p in prompts for _ in range(2)]
+    assert [(a["index"], a["sample"]) for a in answers] == [(i, k) for i in range(4) for k in range(2)]
     for answer in answers:
-        assert list(answer) == KEYS
+        assert list(answer) == ["index", "sample", *KEYS]
         assert answer["text"] == f"{answer['prompt']}{answer['completion']}"
         assert "".join(answer["blocks"]) == answer["completion"]  # type: ignore[arg-type]
         assert answer["stop_reason"] in ("eos", "length")
@@ -265,11 +266,27 @@ def test_beams_and_streams(home: Path) -> None:
     beams = objects(tidal("infer", "--prompt", "1 + 1 =", "--num-beams", "3", "--num-samples", "2", "--max-new-units",
                           "12", "--json", cwd=home).lines)  # fmt: skip
     assert [b["prompt"] for b in beams] == ["1 + 1 ="] * 2
+    assert [(b["index"], b["sample"], "degenerate" in b) for b in beams] == [(0, 0, True), (0, 1, True)]
     assert beams[0]["score"] >= beams[1]["score"]  # type: ignore[operator]
     streamed = objects(tidal("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--log-probs",
                              "--temperature", "1", "--max-new-blocks", "3", cwd=home).lines)  # fmt: skip
     whole = [line for line in streamed if "completion" in line]
     assert len(whole) == 2
-    for i, completion in enumerate(whole):
-        assert [line["block"] for line in streamed if line.get("index") == i] == completion["blocks"]
+    for completion in whole:
+        mine = [line for line in streamed if line["index"] == completion["index"]]
+        assert [line["block"] for line in mine if "block" in line] == completion["blocks"]
+        assert mine[-1] == completion
         assert len(completion["log_probs"]) == completion["units"]  # type: ignore[arg-type]
+        assert len(completion["unit_names"]) == completion["units"]  # type: ignore[arg-type]
+    samples = objects(tidal("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--num-samples", "2",
+                            "--temperature", "1", "--max-new-blocks", "3", cwd=home).lines)  # fmt: skip
+    for done in (line for line in samples if "completion" in line):
+        mine = [line for line in samples if (line["index"], line["sample"]) == (done["index"], done["sample"])]
+        assert [line["block"] for line in mine if "block" in line] == done["blocks"]
+
+
+def test_a_greedy_recipe_is_not_sampled(home: Path) -> None:
+    done = run([sys.executable, "-m", "tidal.infer", "--prompt", "1 + 1 =", "--seed", "3"], home)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith("error: --seed does nothing with --temperature 0, which this recipe is asked with; "
+                             "leave it out, or give a higher --temperature\n")  # fmt: skip

@@ -48,6 +48,10 @@ def test_evaluate_bits_per_byte(sea: tuple[Path, Ran], tmp_path: Path) -> None:
     assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
     assert values["units"] > values["bytes"]  # every block end is charged
     assert 0.01 < values["bits_per_byte"] < 2
+    as_trained = tidal("evaluate", *flags[:3], "--json", cwd=sea[0])
+    trained = json.loads((sea[0] / "runs/text/config.json").read_text())["text"]["reader_budget"]
+    assert json.loads(as_trained.out)["context"] == trained != 512
+    assert f"windows of {trained} tokens, as in training; choose others with --context\n" in as_trained.err
     plain = figures(tidal("evaluate", *flags, cwd=sea[0]).lines)
     assert list(plain) == list(values)
     assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
@@ -90,7 +94,8 @@ def test_garbage_is_counted(sea: tuple[Path, Ran]) -> None:
     flags = ("--data", "sea.txt", "--count", "6", "--max-new-units", "20", "--json")
     done = tidal("evaluate", "samples", *flags, cwd=sea[0])
     counted = json.loads(done.out)
-    assert list(counted) == ["count", "empty", "ended_at_once", "repeating", "endless", "distinct_blocks", "blocks"]
+    assert list(counted) == ["count", "empty", "ended_at_once", "repeating", "endless", "distinct_blocks", "blocks",
+                             "seconds"]
     assert counted["count"] == 6
     assert all(0 <= counted[name] <= 1 for name in ("empty", "ended_at_once", "repeating", "endless"))
 

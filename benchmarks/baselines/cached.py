@@ -163,7 +163,7 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
         logits, active = decoder.logits, set(rows)
         allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
         while True:
-            ids = choose(logits, allowed[: len(rows)], how, [generators[i] for i in rows])
+            ids = choose(logits, allowed[: len(rows)], [how] * len(rows), [generators[i] for i in rows])
             log_probs = logits.log_softmax(-1)[torch.arange(len(rows)), ids].tolist()
             for i, unit, log_prob in zip(rows, ids, log_probs, strict=True):
                 if i in active:

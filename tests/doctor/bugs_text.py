@@ -149,8 +149,8 @@ def masked_with_zero(choose: Callable[..., list[int]]) -> Callable[..., list[int
 
 
 def grammar_only_when_greedy(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    return lambda logits, allowed, how, *rest: choose(
-        logits, allowed if how.temperature == 0 else torch.ones_like(allowed), how, *rest)  # fmt: skip
+    return lambda logits, allowed, settings, *rest: choose(
+        logits, torch.ones_like(allowed) if settings[0].temperature else allowed, settings, *rest)  # fmt: skip
 
 
 def eob_first(allowed: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.infer.beams import (
 )
 from tests.laws import EXACT, assert_close
 from tests.strategies import SHAPES, TOKENIZERS, short_text, tiny, tiny_copy, tokenizers
-from tidal.infer.beam import beam_search
+from tidal.infer.beam import beam_batches, beam_search
 from tidal.infer.decoder import Decoder
 
 
@@ -150,3 +151,39 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         model.train(training)
         beam_search(model, tokenizer, ["the"], max_new_units=2)
         assert model.training is training
+
+
+def test_batches_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as soon as it is found; what is wrong with a later prompt is said before the first."""
+    model, tokenizer = tiny("english", "memory")
+    wanted, steps = beam_search(model, tokenizer, PROMPTS[:3], num_beams=2, max_new_units=5), list[int]()
+    step = Decoder.step
+
+    def watched(self: Decoder, rows: Sequence[int], written: Sequence[Sequence[int]]) -> torch.Tensor:
+        steps.append(len(rows))
+        return step(self, rows, written)
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    batches = beam_batches(model, tokenizer, PROMPTS[:3], num_beams=2, max_new_units=5, batch_size=2)
+    assert not steps
+    first = next(batches)
+    assert len(first) == 2
+    assert max(steps) == 4
+    after_first = len(steps)
+    second = next(batches)
+    assert len(steps) > after_first
+    assert names([h for best in (*first, *second) for h in best]) == names([h for best in wanted for h in best])
+    with pytest.raises(ValueError, match="surrogate"):
+        beam_batches(model, tokenizer, ["the", "\ud800"], batch_size=1)
+
+
+def test_degenerate_hypotheses_are_named() -> None:
+    model, tokenizer = tiny_copy("english", "memory")
+    with torch.no_grad():  # it only ever writes "a"
+        model.writer_norm.weight.zero_()
+        model.head_mask[:] = -math.inf
+        model.head_mask[[tokenizer.write_units("a")[0], tokenizer.eob_id]] = torch.tensor([0.0, 5.0]).double()
+    for limit, name in ((2, None), (9, "repeats")):
+        (best,), = beam_search(model, tokenizer, [""], num_beams=1, max_new_units=limit)
+        assert best.degenerate == name
+        assert best.to_dict()["degenerate"] == name

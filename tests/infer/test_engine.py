@@ -14,11 +14,12 @@ import torch
 
 from benchmarks import fuzz
 from tests.strategies import tiny, tiny_copy
+from tidal.infer.completion import Completion, degenerate
 from tidal.infer.decoder import Decoder, RaggedView
-from tidal.infer.engine import Completion, generate, stream
+from tidal.infer.engine import generate, stream
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
-from tidal.kernels import cpu
+from tidal.kernels import cpu_rows
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -120,17 +121,17 @@ def test_a_prompt_leaves_room() -> None:
 def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cache attended to where they lie, as those of long contexts are; a wrong one shows."""
     model, tokenizer = tiny("english", "memory")
-    prompts, attend, used = ["the cat", "", "a dog sat", "", "x" * 40] * 2, cpu.attend_dense, list[int]()
+    prompts, attend, used = ["the cat", "", "a dog sat", "", "x" * 40] * 2, cpu_rows.attend_rows, list[int]()
 
-    def watched(*args: Any, rows: Sequence[int] | None = None) -> torch.Tensor:
-        used.extend(rows or ())
+    def watched(*args: Any, rows: Sequence[int]) -> torch.Tensor:
+        used.extend(rows)
         return attend(*args, rows=rows)
 
-    monkeypatch.setattr(cpu, "IN_PLACE", 0)
-    monkeypatch.setattr(cpu, "attend_dense", watched)
+    monkeypatch.setattr(cpu_rows, "IN_PLACE", 0)
+    monkeypatch.setattr(cpu_rows, "attend_rows", watched)
     check_batch(model, tokenizer, prompts, 1e-9, [4, 10], temperature=1.0)
     assert set(used) == set(range(10))
-    monkeypatch.setattr(cpu, "attend_dense", lambda *args, rows=None: attend(*args, rows=rows and [0] * len(rows)))
+    monkeypatch.setattr(cpu_rows, "attend_rows", lambda *args, rows: attend(*args, rows=[0] * len(rows)))
     with pytest.raises(AssertionError):
         check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0)
 
@@ -184,8 +185,33 @@ def test_stop_strings_end_the_text_before_them() -> None:
         assert stopped.stop_reason == "stop_string"
         assert "".join(stopped.blocks) == stopped.completion
         assert all(stopped.blocks)
+        assert stopped.units == len(stopped.log_probs)
+        assert (stopped.log_probs, stopped.unit_names) == (
+            free.log_probs[: stopped.units], free.unit_names[: stopped.units]), "those of whole blocks"  # fmt: skip
+        assert stopped.unit_names[-1] == "<eob>"
         n_stopped += 1
     assert n_stopped >= 5
+
+
+def test_names_and_log_probs_are_of_the_same_units() -> None:
+    model, tokenizer = tiny("english", "memory")
+    for completion in generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_units=30):
+        blocks: list[list[str]] = [[]]
+        for name in completion.unit_names:
+            blocks.append([]) if name in ("<eob>", "<eos>") else blocks[-1].append(name)
+        spelt = [[tokenizer.piece_name(u) for u in tokenizer.write_units(block)] for block in completion.blocks]
+        assert [block for block in blocks if block] == spelt
+        assert len(completion.unit_names) == len(completion.log_probs) == completion.units
+        long = {"log_probs": completion.log_probs, "unit_names": completion.unit_names}
+        assert {**completion.to_dict(per_unit=False), **long} == completion.to_dict()
+
+
+def test_what_is_degenerate() -> None:
+    named: list[tuple[list[str], str | None]] = [
+        ([], "empty"), ([" ", "\n"], "empty"), (["a"] * 3, None), (["a"] * 4, "repeats"), ([" "] * 4, "repeats"),
+        (["a"] * 4 + ["b"], None)]  # fmt: skip
+    for blocks, name in named:
+        assert degenerate(blocks) == name
 
 
 def test_degenerate_output_is_named() -> None:
@@ -214,8 +240,8 @@ def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
     assert seen.units([6]) == set()
     logits, allowed = torch.tensor([[0.0, 1.0, 0.9]]), torch.ones(1, 3, dtype=torch.bool)
     penalized = Sampling(repetition_penalty=1.2)
-    assert choose(logits, allowed, penalized, [], [{1}]) == [2]
-    assert choose(logits, allowed, penalized, [], [set()]) == [1]
+    assert choose(logits, allowed, [penalized], [], [{1}]) == [2]
+    assert choose(logits, allowed, [penalized], [], [set()]) == [1]
     model, tokenizer = tiny_copy("english", "memory")
     with torch.no_grad():  # a model that only ever writes "ba"
         model.writer_norm.weight.zero_()
@@ -231,7 +257,7 @@ def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
 def test_min_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(400, -1)
     generators = [np.random.default_rng(i) for i in range(400)]
-    drawn = choose(logits, torch.ones(400, 4, dtype=torch.bool), Sampling(1.0, min_p=0.25), generators)
+    drawn = choose(logits, torch.ones(400, 4, dtype=torch.bool), [Sampling(1.0, min_p=0.25)] * 400, generators)
     counts = np.bincount(drawn, minlength=4) / 400
     assert counts[3] == 0
     assert np.abs(counts[:3] - np.array([0.5, 0.3, 0.15]) / 0.95).max() < 0.08

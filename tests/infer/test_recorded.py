@@ -5,7 +5,10 @@ to wait for a value."""
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +22,11 @@ from benchmarks import decoding
 from benchmarks.baselines import cached
 from benchmarks.baselines.causal import CausalConfig, CausalTransformer, TokenCoder
 from tests.infer.test_engine import PROMPTS, same
-from tests.strategies import random_model, tiny, tokenizers
+from tests.strategies import random_model, tiny, tiny_copy, tokenizers
 from tidal.config import Shape
 from tidal.infer import recorded, sampling
 from tidal.infer.decoder import Decoder
-from tidal.infer.engine import generate
+from tidal.infer.engine import generate, stream
 from tidal.model import TidalTransformer
 
 FUSED = Shape(d_model=64, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=2, reader_ff=32,
@@ -105,6 +108,37 @@ def keep(decoder: Decoder, new: recorded.Recorded | None) -> None:
     """Set `recording`, but never back to nothing."""
     if new is not None:
         decoder.__dict__["kept"] = new
+
+
+def test_a_recording_ends_with_its_stream(recorder: Recorder) -> None:
+    """Given up, finished or failed: the decoder and its caches go at once, without the garbage collector."""
+    model, tokenizer = tiny_copy("english", "memory")
+    decoders: list[weakref.ref[Decoder]] = []
+    init = Decoder.__init__
+
+    def watched(self: Decoder, *args: Any, **how: Any) -> None:
+        decoders.append(weakref.ref(self))
+        init(self, *args, **how)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "__init__", watched)
+            events = stream(model, tokenizer, PROMPTS, temperature=1.0, cuda_graphs=True)
+            next(events)
+            assert recorder.recordings == 1
+            del events
+            generate(model, tokenizer, PROMPTS[:2], max_new_units=5, cuda_graphs=True)
+            with torch.no_grad():
+                model.writer_norm.weight.fill_(math.nan)
+            with pytest.raises(RuntimeError):
+                generate(model, tokenizer, PROMPTS[:2], max_new_units=5, cuda_graphs=True)
+        recordings = [decoder.recording for ref in decoders if (decoder := ref())]
+        assert len(decoders) == 3
+        assert recordings in ([], [None]), "the last one may live on in the error's frames"
+    finally:
+        gc.enable()
 
 
 def test_what_waits_is_not_recorded(recorder: Recorder) -> None:

@@ -49,7 +49,7 @@ class Fixed:
 
 def draw(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling, value: float) -> int:
     generators: list[Any] = [Fixed(value)]
-    return choose(torch.tensor(logits)[None], torch.tensor(allowed)[None], how, generators)[0]
+    return choose(torch.tensor(logits)[None], torch.tensor(allowed)[None], [how], generators)[0]
 
 
 @settings(max_examples=100)
@@ -89,7 +89,7 @@ def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
 def test_each_row_has_its_own_generator() -> None:
     logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
     generators: list[Any] = [Fixed(0.1), Fixed(0.9)]
-    assert choose(logits, allowed, Sampling(1.0), generators) == [0, 3]
+    assert choose(logits, allowed, [Sampling(1.0)] * 2, generators) == [0, 3]
 
 
 @pytest.mark.parametrize("how", [

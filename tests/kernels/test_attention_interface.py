@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_cases import make_case, out_and_gradients
 
-from tidal.kernels import TilePlan, alibi_slopes, available_backends, cpu, interval_attention
+from tidal.kernels import TilePlan, alibi_slopes, available_backends, cpu, cpu_rows, interval_attention
 from tidal.kernels.api import BACKEND_VARIABLE
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
     name = backend.split(",")[0]
     if name not in available_backends() or (name == "triton" and not os.environ.get("TRITON_INTERPRET")):
         pytest.skip("no Triton here")
-    monkeypatch.setattr(cpu, "IN_PLACE", 0 if "in place" in backend else 2**60)
+    monkeypatch.setattr(cpu_rows, "IN_PLACE", 0 if "in place" in backend else 2**60)
     case = make_case(0, n_batch=3, n_queries=queries, head_dim=32, dtype=torch.float32)
     q, k, _, *others = case.inputs()
     cache = torch.randn(2, 5, k.shape[1], 2 * k.shape[2], k.shape[3])[:, :, :, : k.shape[2]]  # not in one stretch
@@ -76,7 +76,7 @@ def test_rows_in_place_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(0, n_batch=2, n_queries=1, n_keys=4096, head_dim=16, dtype=torch.float32)
     q, k, v, *others = case.inputs()
     for limit, copied in ((0, False), (2**60, True)):
-        monkeypatch.setattr(cpu, "IN_PLACE", limit)
+        monkeypatch.setattr(cpu_rows, "IN_PLACE", limit)
         with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profile:
             interval_attention(q, k, v, *others, rows=[1, 0])
         assert any(event.name == "aten::stack" for event in profile.events()) == copied
@@ -170,3 +170,24 @@ def test_messages_about_heads_plan_and_ranges() -> None:
         interval_attention(*case.inputs(), plan=TilePlan.build(case.ranges, 18))
     with pytest.raises(ValueError, match=r"ranges must lie in \[0, 9\]"):
         TilePlan.build(case.ranges, 9)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_row_ends_at_its_own_end(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of very different lengths each is multiplied with its own keys; what lies behind is not touched."""
+    monkeypatch.setattr(cpu_rows, "IN_PLACE", 0)
+    case = make_case(0, n_batch=4, n_queries=queries, n_keys=400, head_dim=16, dtype=torch.float64)
+    q, k, v, ranges, *others = case.inputs()
+    ends = [400, 7, 1, 0]
+    ranges = torch.zeros_like(ranges)
+    ranges[:, :, 0, 1] = torch.tensor(ends, dtype=torch.int32)[:, None]
+    with torch.inference_mode():
+        wanted = interval_attention(q, k, v, ranges, *others, backend="reference")
+        for row, end in enumerate(ends[:3]):
+            k[row, :, end:] = v[row, :, end:] = math.nan  # which a product with all keys would spread
+        found = interval_attention(q, k, v, ranges, *others, backend="cpu", rows=range(4))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        alike = torch.full_like(ranges[:, :, 0, 1], 400)
+        ranges[:, :, 0, 1] = alike
+        assert not cpu_rows.in_place(q, k, ranges, range(4)), "one product serves rows that are as long as each other"
+        assert cpu_rows.in_place(q, k, ranges, [0, 2, 1, 3]), "unless they would be copied"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,10 @@ from tidal.cli import UserError, finite, main, note, parse
 
 if TYPE_CHECKING:
     from tidal.model import TidalTransformer
+    from tidal.prepare.documents import Document
     from tidal.tokenizer import MixedTokenizer
 
+UNKNOWN_CONTEXT = 512  # of windows, where training had no such length
 USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,characters,samples} [flags]
 
   addition        exact match on random sums          --digits N --count M
@@ -103,150 +107,152 @@ class Bits(Asked):
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs or .jsonl, also gzipped."""
-    context: int = 512
-    """Reader tokens in a window; each has half of them as its context."""
+    context: int | None = None
+    """Reader tokens in a window; each has half of them as its context. None: as many as rows of its training had, or
+    512 where it was not trained on text."""
+
+
+LEAST = {"digits": 1, "count": 1, "batch_size": 1, "prompt_blocks": 1, "context_chars": 1, "continuation_chars": 1,
+         "max_new_units": 1, "context": 16, "seed": 0}  # fmt: skip
+"""of the settings that have these names"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is asked, and what it is asked about."""
+
+    model: TidalTransformer
+    tokenizer: MixedTokenizer
+    training: dict[str, Any]
+    """Settings of its training."""
+    documents: list[Document]
+    """Those of --data, where the figure has that flag."""
+
+
+Figures = tuple[dict[str, Any], list[str]]
+"""Figures by their names, and lines to be noted."""
 
 
 def run(argv: list[str]) -> None:
-    """Choose the figure to measure."""
-    known = {
-        "addition": (addition, Sums, "Exact match on random sums."),
-        "bits-per-byte": (bits_per_byte, Bits, "Bits per byte; every unit is charged."),
-        "boundary": (boundary, Boundary, "The cost of a prompt that ends inside a block."),
-        "characters": (characters, Characters, "Exact match on the letters of words not trained on."),
-        "samples": (samples, Samples, "Shares of empty, repeating and endless output."),
-    }
+    """Choose the figure, measure it, report it."""
     if not argv:
-        raise UserError(f"nothing to evaluate; choose one of {', '.join(known)}, or see --help")
+        raise UserError(f"nothing to evaluate; choose one of {', '.join(EVALUATIONS)}, or see --help")
     if argv[0] in ("-h", "--help"):
         print(USAGE)
         return
-    if argv[0] not in known:
-        raise UserError(f"unknown evaluation {argv[0]!r}; choose one of {', '.join(known)}")
-    measure, settings, description = known[argv[0]]
-    measure(parse(settings, argv[1:], f"tidal.evaluate {argv[0]}", description))  # type: ignore[operator]
+    if argv[0] not in EVALUATIONS:
+        raise UserError(f"unknown evaluation {argv[0]!r}; choose one of {', '.join(EVALUATIONS)}")
+    kind, description, measure = EVALUATIONS[argv[0]]
+    settings = parse(kind, argv[1:], f"tidal.evaluate {argv[0]}", description)
+    for name, least in LEAST.items():
+        if (value := getattr(settings, name, None)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    from tidal import checkpoint  # torch comes with these
+    from tidal.device import pick_device, set_threads
+    from tidal.infer.load import load_with_trainer
+    from tidal.prepare.documents import read_documents
+
+    documents = list(read_documents(settings.data)) if hasattr(settings, "data") else []
+    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
+    model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
+    set_threads(model.config.shape.d_model)
+    began = time.perf_counter()
+    figures, lines = measure(settings, Subject(model, tokenizer, trainer.get("settings", {}), documents))
+    for line in (f"using {folder}", *lines):
+        note(line)
+    _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
 
 
-def addition(settings: Sums) -> None:
+def addition(settings: Sums, asked: Subject) -> Figures:
     """Exact match on sums of two operands with exactly `digits` digits."""
-    if settings.digits < 1 or settings.count < 1 or settings.batch_size < 1:
-        raise UserError("--digits, --count and --batch-size must be at least 1")
-    if settings.seed < 0:
-        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     import numpy as np
 
     from tidal.train.recipes.addition import exact_match, random_sums
 
-    model, tokenizer, folder = _loaded(settings)
-    if settings.digits + 2 > tokenizer.max_block_units:
-        raise UserError(f"--digits is {settings.digits}; this model writes blocks of {tokenizer.max_block_units} units")
-    began = time.perf_counter()
+    if settings.digits + 2 > (longest := asked.tokenizer.max_block_units):
+        raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units")
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
-    share, wrong = exact_match(model, tokenizer, sums, settings.batch_size)
-    note(f"using {folder}")
-    for c in wrong[:5]:
-        note(f"wrong: {c.prompt!r} → {c.completion!r}")
+    share, wrong = exact_match(asked.model, asked.tokenizer, sums, settings.batch_size)
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
-    _report({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share, **counts,
-             "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+    return ({"digits": settings.digits, "count": settings.count, "seed": settings.seed, "exact_match": share, **counts},
+            [f"wrong: {c.prompt!r} → {c.completion!r}" for c in wrong[:5]])  # fmt: skip
 
 
-def bits_per_byte(settings: Bits) -> None:
+def bits_per_byte(settings: Bits, asked: Subject) -> Figures:
     """Bits per byte of documents, in windows that overlap by half."""
-    if settings.context < 16:
-        raise UserError(f"--context is {settings.context}; it must be at least 16")
     from tidal.blocks import BlockTable, passage, windows
     from tidal.infer.score import bits_per_byte as measure
-    from tidal.prepare.documents import read_documents
 
-    documents = list(read_documents(settings.data))
-    model, tokenizer, folder = _loaded(settings)
-    began = time.perf_counter()
-    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
-    whole = (passage(table, d.prompt, d.completion) for d in documents)
-    rows = [[w] for p in whole for w in windows(p, table, settings.context, 1 << 40, overlap=settings.context // 2)]
-    bits, n_units, n_bytes = measure(model, rows, table)
+    context, lines = settings.context, list[str]()
+    if context is None:
+        on_text = asked.training.get("recipe") == "text"
+        trained = asked.training.get("text", {}).get("reader_budget") if on_text else None
+        context = trained or UNKNOWN_CONTEXT
+        lines = [f"windows of {context} tokens" + (", as in training; choose others with --context" if trained else "")]
+    table = BlockTable(asked.tokenizer, suffixes=asked.model.config.shape.suffix_rows > 0)
+    whole = (passage(table, d.prompt, d.completion) for d in asked.documents)
+    rows = [[w] for p in whole for w in windows(p, table, context, 1 << 40, overlap=context // 2)]
+    bits, n_units, n_bytes = measure(asked.model, rows, table)
     if not n_bytes:
         raise UserError("no text to score: every completion is empty; check --data")
-    note(f"using {folder}")
-    _report({"bits_per_byte": bits, "documents": len(documents), "bytes": n_bytes, "units": n_units,
-             "context": settings.context, "seconds": time.perf_counter() - began}, settings.json)  # fmt: skip
+    return {"bits_per_byte": bits, "documents": len(asked.documents), "bytes": n_bytes, "units": n_units,
+            "context": context}, lines  # fmt: skip
 
 
-def boundary(settings: Boundary) -> None:
+def boundary(settings: Boundary, asked: Subject) -> Figures:
     """Mean loss after prompts cut inside a block against prompts cut at a boundary nearby."""
-    if settings.seed < 0:
-        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     from tidal.evaluate.boundary import boundary_gap
-    from tidal.prepare.documents import read_documents
 
-    texts = [d.prompt + d.completion for d in read_documents(settings.data)]
-    model, tokenizer, folder = _loaded(settings)
-    try:
-        figures = boundary_gap(model, tokenizer, texts, count=settings.count, context_chars=settings.context_chars,
-                               continuation_chars=settings.continuation_chars, seed=settings.seed)  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{error}; check --data and the other flags") from error
-    note(f"using {folder}")
-    _report(figures, settings.json)
+    texts = [d.prompt + d.completion for d in asked.documents]
+    with _blamed("--data and the other flags"):
+        return boundary_gap(asked.model, asked.tokenizer, texts, count=settings.count, seed=settings.seed,
+                            context_chars=settings.context_chars,
+                            continuation_chars=settings.continuation_chars), []  # fmt: skip
 
 
-def characters(settings: Characters) -> None:
+def characters(settings: Characters, asked: Subject) -> Figures:
     """Exact match on spelling, editing and searching held-out words."""
-    if settings.count < 1 or settings.batch_size < 1:
-        raise UserError("--count and --batch-size must be at least 1")
-    if settings.seed < 0:
-        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     from tidal.evaluate.characters import characters as measure
 
-    model, tokenizer, folder = _loaded(settings)
-    began = time.perf_counter()
-    try:
-        figures, wrong = measure(model, tokenizer, count=settings.count, seed=settings.seed,
+    with _blamed("--checkpoint"):
+        figures, wrong = measure(asked.model, asked.tokenizer, count=settings.count, seed=settings.seed,
                                  batch_size=settings.batch_size)  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{error}; see --checkpoint") from error
-    note(f"using {folder}")
-    for question, c in {question.task: (question, c) for question, c in wrong}.values():
-        note(f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}")
-    _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
+    of_each_task = {question.task: (question, c) for question, c in wrong}.values()
+    return figures, [f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}" for question, c in of_each_task]
 
 
-def samples(settings: Samples) -> None:
+def samples(settings: Samples, asked: Subject) -> Figures:
     """What a model writes after prompts from `--data`."""
-    if settings.count < 1 or settings.prompt_blocks < 1:
-        raise UserError("--count and --prompt-blocks must be at least 1")
-    if settings.seed < 0:
-        raise UserError(f"--seed is {settings.seed}; it must be at least 0")
     from tidal.evaluate.samples import samples as measure
-    from tidal.prepare.documents import read_documents
 
-    texts = [d.prompt + d.completion for d in read_documents(settings.data)]
-    model, tokenizer, folder = _loaded(settings)
+    texts = [d.prompt + d.completion for d in asked.documents]
+    with _blamed("--data and the other flags"):
+        figures, done = measure(asked.model, asked.tokenizer, texts, count=settings.count, seed=settings.seed,
+                                prompt_blocks=settings.prompt_blocks, max_new_units=settings.max_new_units,
+                                temperature=settings.temperature)  # fmt: skip
+    odd = [c for c in done if c.degenerate][:5]
+    return {"count": settings.count, **figures}, [f"{c.degenerate}: {c.prompt!r} → {c.completion!r}" for c in odd]
+
+
+EVALUATIONS: dict[str, tuple[type[Any], str, Callable[[Any, Subject], Figures]]] = {
+    "addition": (Sums, "Exact match on random sums.", addition),
+    "bits-per-byte": (Bits, "Bits per byte; every unit is charged.", bits_per_byte),
+    "boundary": (Boundary, "The cost of a prompt that ends inside a block.", boundary),
+    "characters": (Characters, "Exact match on the letters of words not trained on.", characters),
+    "samples": (Samples, "Shares of empty, repeating and endless output.", samples),
+}
+"""name: its settings, what it is, and what measures it"""
+
+
+@contextlib.contextmanager
+def _blamed(on: str) -> Iterator[None]:
+    """Turn a ValueError into one line that says what to look at."""
     try:
-        figures, done = measure(model, tokenizer, texts, count=settings.count, prompt_blocks=settings.prompt_blocks,
-                                max_new_units=settings.max_new_units, temperature=settings.temperature,
-                                seed=settings.seed)  # fmt: skip
+        yield
     except ValueError as error:
-        raise UserError(f"{error}; check --data and the other flags") from error
-    note(f"using {folder}")
-    for c in [c for c in done if c.degenerate][:5]:
-        note(f"{c.degenerate}: {c.prompt!r} → {c.completion!r}")
-    _report({"count": settings.count, **figures}, settings.json)
-
-
-def _loaded(settings: Asked) -> tuple[TidalTransformer, MixedTokenizer, Path]:
-    """The model that is asked, its tokenizer, and its checkpoint."""
-    from tidal import checkpoint
-    from tidal.device import pick_device, set_threads
-    from tidal.infer.load import load
-
-    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
-    model, tokenizer = load(folder, device=pick_device(settings.device))
-    set_threads(model.config.shape.d_model)
-    return model, tokenizer, folder
+        raise UserError(f"{error}; check {on}") from error
 
 
 def _report(figures: dict[str, Any], as_json: bool) -> None:

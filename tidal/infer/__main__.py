@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -42,8 +43,8 @@ class Infer:
     """Sample among the units at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Divides the odds of spelling a block of the completion (of two units or more) once more; 1: none."""
-    seed: int = 0
-    """Of the samples."""
+    seed: int | None = None
+    """Of the samples; none: 0."""
     max_new_units: int = 256
     """Stop after this many written units (characters and block ends)."""
     max_new_blocks: int = 0
@@ -57,11 +58,11 @@ class Infer:
     length_penalty: float = 1.0
     """Beams are compared by their log-probability over their units to this power."""
     batch_size: int = 64
-    """Prompts continued side by side."""
+    """Completions, or beams, written side by side."""
     json: bool = False
-    """Print one JSON object a line."""
+    """Print one JSON object a line: `index` numbers the prompts, `sample` the completions of each, if several."""
     log_probs: bool = False
-    """With --json: the log-probability of every unit, too."""
+    """With --json: name and log-probability of every unit, too, in the order of writing."""
     stream: bool = False
     """Print blocks as they are finished, of one completion (on a terminal, always); --json: an object each, of all."""
     trace: str | None = None
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> None:
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
     _check(settings)
     for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
-        if (value := getattr(settings, name)) < least:
+        if (value := getattr(settings, name)) is not None and value < least:
             raise UserError(f"{_flag(name)} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     completions = settings.num_samples * (1 if prompts is None else len(prompts))
@@ -106,6 +107,7 @@ def run(argv: list[str]) -> None:
     greedy = trainer.get("settings", {}).get("recipe") in GREEDY
     temperature = settings.temperature if settings.temperature is not None else 0.0 if greedy else 0.8
     settings = dataclasses.replace(settings, temperature=temperature)
+    _check_greedy(settings, "--temperature 0, which this recipe is asked with")
     if prompts is not None:
         _answer(model, tokenizer, prompts, settings)
         return
@@ -137,6 +139,7 @@ def _check(settings: Infer) -> None:
     for flag, others in alone.items():
         if flag in given and (found := [name for name in others if name in given]):
             raise UserError(f"{_flag(found[0])} does nothing with {_flag(flag)}; leave out one of them")
+    _check_greedy(settings, "--temperature 0")
     if "length_penalty" in given and "num_beams" not in given:
         raise UserError("--length-penalty does nothing without --num-beams")
     if settings.log_probs and not settings.json:
@@ -145,6 +148,15 @@ def _check(settings: Infer) -> None:
         raise UserError(f"--num-samples is {settings.num_samples}; of {settings.num_beams} beams there are no more")
     if settings.trace not in (None, "-") and not str(settings.trace).endswith(".html"):
         raise UserError(f"--trace is {settings.trace!r}; give a file that ends in .html, or - to print it")
+
+
+def _check_greedy(settings: Infer, why: str) -> None:
+    """Raise UserError for flags that shape samples, where the likeliest unit is taken."""
+    if settings.temperature != 0 or settings.num_beams:
+        return
+    for name in ("num_samples", "top_k", "top_p", "min_p", "seed"):
+        if getattr(settings, name) != getattr(Infer(), name):
+            raise UserError(f"{_flag(name)} does nothing with {why}; leave it out, or give a higher --temperature")
 
 
 def _flag(name: str) -> str:
@@ -195,7 +207,7 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
         return
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
              "stop")  # fmt: skip
-    how = {name: getattr(settings, name) for name in names}
+    how = {name: getattr(settings, name) for name in names} | {"seed": settings.seed or 0}
     if settings.trace:
         _trace(model, tokenizer, prompts[0], settings.trace, how)
         return
@@ -218,11 +230,11 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
                     print(text[shown:end], end="", flush=True)
                     shown = end
                 elif by_block and settings.json:
-                    print(json.dumps({"index": i, "block": event}, ensure_ascii=False), flush=True)
+                    print(json.dumps({**_number(i, settings), "block": event}, ensure_ascii=False), flush=True)
                 continue
             done[i], n_units = event, n_units + event.units
             while n_printed in done:
-                _print(done.pop(n_printed), settings, len(asked[0]) + shown if live else 0)
+                _print(done.pop(n_printed), n_printed, settings, len(asked[0]) + shown if live else 0)
                 n_printed += 1
     except UnicodeEncodeError:
         raise  # of the output, not of the prompts
@@ -260,24 +272,31 @@ def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, wher
 
 
 def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
-    """Beam search: print the best hypotheses of each prompt, as many as samples are asked for."""
-    from tidal.infer.beam import beam_search
+    """Beam search: print the best hypotheses of each prompt, as many as samples are asked for, batch by batch."""
+    from tidal.infer.beam import beam_batches
 
     try:
-        found = beam_search(model, tokenizer, prompts, num_beams=settings.num_beams, batch_size=settings.batch_size,
-                            length_penalty=settings.length_penalty, max_new_units=settings.max_new_units)  # fmt: skip
+        batches = beam_batches(model, tokenizer, prompts, num_beams=settings.num_beams,
+                               batch_size=max(1, settings.batch_size // settings.num_beams),
+                               length_penalty=settings.length_penalty,
+                               max_new_units=settings.max_new_units)  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    for hypothesis in (h for best in found for h in best[: settings.num_samples]):
-        _print(hypothesis, settings)
+    for index, best in enumerate(itertools.chain.from_iterable(batches)):
+        for rank, hypothesis in enumerate(best[: settings.num_samples]):
+            _print(hypothesis, settings.num_samples * index + rank, settings)
 
 
-def _print(completion: Completion | Hypothesis, settings: Infer, shown: int = 0) -> None:
-    """A completion; of its text what comes after the characters that are `shown` already, and the end of its line."""
+def _number(i: int, settings: Infer) -> dict[str, int]:
+    """Which prompt the completion number `i` of all is of, and which of its completions it is, if it has several."""
+    index, sample = divmod(i, settings.num_samples)
+    return {"index": index, "sample": sample} if settings.num_samples > 1 else {"index": index}
+
+
+def _print(completion: Completion | Hypothesis, i: int, settings: Infer, shown: int = 0) -> None:
+    """Completion number `i`; of its text what comes after the characters that are `shown`, and the end of its line."""
     if settings.json:
-        values = completion.to_dict()
-        if not settings.log_probs:
-            values.pop("log_probs", None)  # a long list
+        values = {**_number(i, settings), **completion.to_dict(per_unit=settings.log_probs)}
         print(json.dumps(values, ensure_ascii=False), flush=True)
     else:
         text = completion.text

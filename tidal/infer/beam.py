@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,9 +32,11 @@ import torch
 from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage
+from tidal.infer.completion import Degenerate, Limits, StopReason, degenerate
 from tidal.infer.decoder import Decoder, evaluating
-from tidal.infer.engine import Limits, StopReason, read_grouped, refuse_string
+from tidal.infer.engine import read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
+from tidal.infer.sampling import NOTHING_FOLLOWS, whole
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import Block, MixedTokenizer
@@ -61,9 +63,11 @@ class Hypothesis:
     count in both, lest a beam gain by having its last block dropped."""
     units: int
     """Units written, `<eob>` and `<eos>` included; those of a dropped block are not counted."""
+    degenerate: Degenerate
+    """As of a `Completion`."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
+    def to_dict(self, per_unit: bool = False) -> dict[str, Any]:
+        """As JSON-ready values; nothing is kept `per_unit`, as a `Completion` does."""
         return dataclasses.asdict(self)
 
 
@@ -112,7 +116,7 @@ class _Search:
                 beam = replace(beam, total=total, written=(*beam.written, unit))
             self.beams.append(beam)
         if all(total == -math.inf for total in totals):
-            raise RuntimeError("no unit that may follow has a probability above zero: the weights are damaged")
+            raise RuntimeError(NOTHING_FOLLOWS)
         live = sorted((b for b in self.beams if b.total > -math.inf), key=lambda b: -b.total)
         if live and self.n_units == self.max_new_units:
             for beam in live:
@@ -129,7 +133,8 @@ class _Search:
             return
         self.finished = [h for h in self.finished if h.completion != completion]
         self.finished.append(Hypothesis(self.prompt, completion, self.prompt + completion, list(beam.blocks),
-                                        stop_reason, beam.log_prob, score, beam.units))  # fmt: skip
+                                        stop_reason, beam.log_prob, score, beam.units,
+                                        degenerate(beam.blocks)))  # fmt: skip
         self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
 
 
@@ -144,24 +149,38 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     surrogate in a prompt, on numbers below one, on a length penalty outside 0 … 10 and on a tokenizer that is not the
     model's.
     """
+    batches = beam_batches(model, tokenizer, prompts, num_beams=num_beams, length_penalty=length_penalty,
+                           max_new_units=max_new_units, batch_size=batch_size, cached=cached)  # fmt: skip
+    return [found for batch in batches for found in batch]
+
+
+def beam_batches(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
+                 length_penalty: float = 1.0, max_new_units: int = 256, batch_size: int = 16,
+                 cached: bool = True) -> Iterator[list[list[Hypothesis]]]:  # fmt: skip
+    """Like `beam_search`, but yields what was found for each `batch_size` prompts as soon as it is."""
     Limits(max_new_units)
     refuse_string(prompts)
-    for name, value in (("num_beams", num_beams), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    whole("num_beams", num_beams, 1)
+    whole("batch_size", batch_size, 1)
     if not 0 <= length_penalty <= MAX_PENALTY:
         raise ValueError(f"length_penalty is {length_penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
     model.config.check_tokenizer(tokenizer.fingerprint)
     # a lone surrogate is refused here, before anything is written
     searches = [_Search(p, tokenizer.split(p), num_beams, length_penalty, max_new_units) for p in prompts]
-    with evaluating(model):
-        for first in range(0, len(searches), batch_size):
-            _run(model, tokenizer, searches[first : first + batch_size], cached)
-    return [search.finished for search in searches]
+    batches = (searches[first : first + batch_size] for first in range(0, len(searches), batch_size))
+    return (_run(model, tokenizer, batch, cached) for batch in batches)
 
 
 @torch.inference_mode()
-def _run(model: TidalTransformer, tokenizer: MixedTokenizer, active: list[_Search], cached: bool) -> None:
+def _run(model: TidalTransformer, tokenizer: MixedTokenizer, searches: list[_Search],
+         cached: bool) -> list[list[Hypothesis]]:  # fmt: skip
+    """What is found for each of these prompts."""
+    with evaluating(model):
+        _search(model, tokenizer, searches, cached)
+    return [search.finished for search in searches]
+
+
+def _search(model: TidalTransformer, tokenizer: MixedTokenizer, active: list[_Search], cached: bool) -> None:
     grammar, num_beams = Grammar(tokenizer), active[0].num_beams
     rows = _Cached(model, tokenizer, active) if cached else _Recomputed(model, tokenizer)
     while active:

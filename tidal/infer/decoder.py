@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tidal.infer import recorded
@@ -43,12 +44,14 @@ class RaggedView(View):
 @contextlib.contextmanager
 def evaluating(model: TidalTransformer) -> Iterator[None]:
     """With the model in evaluation mode, and afterwards, whatever happened, as it was."""
-    was_training = model.training
+    if not model.training:  # costs nothing, so that it can stand around every step
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train()
 
 
 class KeyValueCache:
@@ -69,27 +72,26 @@ class KeyValueCache:
         k, v = self.data[:, :, :, :end]
         return k, v
 
-    def grow(self, n_slots: int) -> None:
-        """Make room for `n_slots` slots."""
-        size = list(self.data.shape)
-        size[3] = n_slots - size[3]
-        self.data = torch.cat([self.data, self.data.new_zeros(size)], 3)
+    def resize(self, n_slots: int) -> None:
+        """Make room for `n_slots` slots, or cut off those behind them."""
+        self.data = F.pad(self.data, (0, 0, 0, n_slots - self.data.shape[3]))
 
 
 class Decoder:
     """Documents being written side by side, each with its builder and its part of the caches.
 
     A row reads finished blocks with `read` and is asked for the next unit with `step`; `open` starts a new document
-    in it, `select` keeps, drops, reorders and copies rows. The cache of the first writer layer holds the block being
-    written in its first slots and the memory behind them, so that both are one stretch of keys and the memory is
-    never copied:
+    in it, `clear` leaves it free, `select` keeps, drops, reorders and copies rows. The cache of the first writer layer
+    holds the block being written in its first slots and the memory behind them, so that both are one stretch of keys
+    and the memory is never copied:
 
         slot   0 … max_block_units │ n_block …
                own block           │ keys and values of the reader's states
 
-    Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full. To be used
-    without gradients. With `cuda_graphs`, steps of all rows are recorded once and replayed, over all that the caches
-    have room for, until they grow or rows leave; ValueError where there is no CUDA device.
+    Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full; `trim` makes
+    them smaller. To be used without gradients. With `cuda_graphs`, steps of all rows are recorded once and replayed,
+    over all that the caches have room for, until these change their size or rows leave; ValueError where there is no
+    CUDA device.
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256,
@@ -122,6 +124,12 @@ class Decoder:
         for row in rows:
             self.builders[row] = self._new_builder()
             self._unread.add(row)
+
+    def clear(self, rows: Iterable[int]) -> None:
+        """Forget what these rows held. Until they are opened, what their steps give means nothing, and costs little."""
+        for row in rows:
+            self.builders[row] = self._new_builder()
+            self._unread.discard(row)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order; a row named twice is copied."""
@@ -173,7 +181,7 @@ class Decoder:
                 cache.put((row, slot), k, v)
                 return cache.get(end)
 
-            seen = ranges, q_position, k_position, extend, plan, some
+            seen = ranges, q_position, k_position, extend, plan, rows
             return RaggedView(*seen, where=(line, column)) if ragged else View(*seen)
 
         ids, places = (x.view((1, -1) if ragged else (len(rows), width)) for x in (ids, places))
@@ -223,7 +231,8 @@ class Decoder:
                 cache.put(at, k, v)
                 return cache.get(end)
 
-            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend, rows=some)
+            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend,
+                        rows=range(len(data)) if some is None else some)  # fmt: skip
 
         views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
         hints = None
@@ -252,14 +261,19 @@ class Decoder:
         return None if list(rows) == list(range(len(self.builders))) else list(rows)
 
     def _reserve(self, n_tokens: int) -> None:
-        if n_tokens <= self.capacity:
-            return
-        self.recording = None
-        self.capacity = max(n_tokens + self.room, 2 * self.capacity)
+        if n_tokens > self.capacity:
+            self._resize(max(n_tokens + self.room, 2 * self.capacity))
+
+    def trim(self) -> None:
+        """Give memory back where the longest row, and room behind it, fill less than a quarter of the caches."""
+        needed = max(builder.n_read for builder in self.builders) + self.room
+        if 4 * needed < self.capacity:
+            self._resize(needed)
+
+    def _resize(self, capacity: int) -> None:
+        self.recording, self.capacity = None, capacity
         for cache in self.reader_caches:
-            cache.grow(self.capacity)
+            cache.resize(capacity)
         if self.model.has_memory:
-            self.writer_caches[0].grow(self.n_block + self.capacity)
-        positions = torch.zeros(len(self.builders), self.n_block + self.capacity, device=self.device)
-        positions[:, : self.positions.shape[1]] = self.positions
-        self.positions = positions
+            self.writer_caches[0].resize(self.n_block + capacity)
+        self.positions = F.pad(self.positions, (0, self.n_block + capacity - self.positions.shape[1]))

@@ -1,107 +1,232 @@
 """Generation: every active row writes one unit per step; finished blocks are turned round and read back in.
 
-    waiting prompts → │ row │ row │ row │ … → completions
-                        │ step: one unit for every row
-                        │ rows that wrote <eob>: block turned round, re-tokenized, read in one batched pass
-                        │ rows that ended leave, waiting prompts take their places
+    submit → waiting → │ row │ row │ row │ … → completions
+                         │ step: one unit for every row
+                         │ rows that wrote <eob>: block turned round, re-tokenized, read in one batched pass
+                         │ rows that ended leave, waiting requests take their places; the batch grows and shrinks
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tidal.infer.decoder import Decoder
+from tidal.infer import recorded
+from tidal.infer.completion import Completion as Completion
+from tidal.infer.completion import Limits as Limits
+from tidal.infer.completion import Request
+from tidal.infer.completion import StopReason as StopReason
+from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import Repetition, Sampling, choose
+from tidal.infer.sampling import Sampling, choose, whole
 from tidal.model import TidalTransformer
+from tidal.streams import WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
 
-StopReason = Literal["eos", "length", "block_limit", "stop_string"]
 READ_SHARE = 0.75  # of the rows, which a pass of the reader waits for: docs/decoding.md
-REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
+Seed = int | Sequence[int] | np.random.Generator
+Event = tuple[int, str | Completion]
+GREEDY, USUAL = Sampling(), Limits()
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What was written after one prompt."""
+class Chosen(NamedTuple):
+    """A unit that has just been chosen, for whoever watches."""
 
-    prompt: str
-    completion: str
-    text: str
-    """`prompt + completion`"""
-    blocks: list[str]
-    """The completion, block by block; `"".join(blocks) == completion`."""
-    stop_reason: StopReason
-    """The model ended the document; `max_new_units` was reached (a block begun by then is dropped); `max_new_blocks`
-    were written; or a stop string was (the completion ends before it)."""
-    log_prob: float
-    """Log-probability (nats) under the model, before any sampling setting, of all finished blocks and `<eos>`."""
-    log_probs: list[float]
-    """The same unit by unit, in the order of writing."""
-    units: int
-    """Units written, `<eob>` and `<eos>` included; those of a dropped block are not counted."""
-    degenerate: Literal["empty", "repeats"] | None
-    """Nothing but white space was written, or one block over and over."""
-    seconds: float
-    """Wall-clock time from joining the batch to leaving it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return dataclasses.asdict(self)
+    number: int
+    """of the request"""
+    unit: int
+    fed: WriterStep
+    """what the model was given"""
+    logits: Tensor
+    """[n_head], the model's own"""
+    allowed: Tensor
+    """bool [n_head], by the grammar"""
+    foretold: Tensor
+    """running sums of what the reader foretells, as `Decoder.sums` has them for this row"""
 
 
-@dataclass
-class _Row:
-    index: int
-    prompt: str
-    blocks_to_read: list[Block]
-    generator: np.random.Generator
-    start: float = field(default_factory=time.perf_counter)
-    written: list[int] = field(default_factory=list)
-    blocks: list[str] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    n_kept: int = 0
-    stop_reason: StopReason | None = None
-    repetition: Repetition = field(default_factory=Repetition)
+class Engine:
+    """Continues prompts that come at any time, up to `batch_size` of them side by side, each with its own settings.
 
-    def completion(self) -> Completion:
-        """What this row has come to."""
-        assert self.stop_reason is not None
-        completion = "".join(self.blocks)
-        repeats = len(self.blocks) >= REPEATS and len(set(self.blocks)) == 1
-        kept = self.log_probs[: self.n_kept]
-        return Completion(
-            self.prompt, completion, self.prompt + completion, self.blocks, self.stop_reason, math.fsum(kept), kept,
-            self.n_kept, "repeats" if repeats else None if completion.strip() else "empty",
-            time.perf_counter() - self.start,
-        )  # fmt: skip
+        engine = Engine(model, tokenizer)
+        number = engine.submit("Once upon a time", Sampling(temperature=0.8), Limits(max_new_units=100), seed=1)
+        while engine.unfinished:
+            for number, event in engine.step():     # a block (str), or at the end the Completion
+                …
+
+    A request's text and log-probabilities do not depend on the others. `cuda_graphs` replays recorded steps; `watch` is
+    called with every unit that is chosen. Raises ValueError on a batch size below one, on a tokenizer that is not the
+    model's, and on CUDA graphs without CUDA.
+    """
+
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, *, batch_size: int = 64,
+                 cuda_graphs: bool = False, watch: Callable[[Chosen], None] | None = None) -> None:  # fmt: skip
+        model.config.check_tokenizer(tokenizer.fingerprint)
+        if cuda_graphs:
+            recorded.check(model.unit_embedding.weight.device)
+        self.model, self.tokenizer, self.cuda_graphs = model, tokenizer, cuda_graphs
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self._watch, self._grammar = watch, Grammar(tokenizer)
+        self._numbers = itertools.count()
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Request | None] = []
+        """what the rows of the decoder are writing; None: free"""
+        self._decoder: Decoder | None = None
+
+    def submit(self, prompt: str, sampling: Sampling = GREEDY, limits: Limits = USUAL,
+               seed: Seed = 0) -> int:  # fmt: skip
+        """Add a request; its number, which counts from 0.
+
+        It samples from a generator with this seed (or from the generator given). Raises ValueError on a lone surrogate
+        in the prompt, on a seed that is negative or no integer, and on what is of a wrong type.
+        """
+        for name, value, kind in (("prompt", prompt, str), ("sampling", sampling, Sampling),
+                                  ("limits", limits, Limits)):  # fmt: skip
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}")
+        split, generator = self.tokenizer.split(prompt), _generator(seed)
+        self._waiting.append(Request(number := next(self._numbers), prompt, split, sampling, limits, generator))
+        return number
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or are being written."""
+        return len(self._waiting) + len(self._active())
+
+    def step(self) -> list[Event]:
+        """Let requests join, read what was finished, and write one unit in every active row.
+
+        Returns (request number, block) for blocks that are finished now, and (request number, Completion) for
+        requests. A block of a stop string comes out before the string is complete; the Completion has the text
+        without it. An error (of damaged weights, of memory) leaves the engine empty, as `close` does.
+        """
+        if not self.unfinished:
+            return []
+        try:
+            with evaluating(self.model), torch.inference_mode():
+                decoder = self._admit()
+                self._shrink(decoder)
+                self._read_finished(decoder)
+                return self._write_one(decoder)
+        except BaseException:
+            self.close()
+            raise
+
+    def drain(self) -> Iterator[Event]:
+        """What all steps return, until nothing is left; the engine is closed then, and where the rest is not wanted."""
+        try:
+            while self.unfinished:
+                yield from self.step()
+        finally:
+            self.close()
+
+    def cancel(self, number: int) -> bool:
+        """Forget a request; whether it was there, waiting or being written."""
+        for row in self._waiting:
+            if row.number == number:
+                self._waiting.remove(row)
+                return True
+        for i, row in self._active():
+            if row.number == number:
+                self._leave(i)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Forget all requests and give back all memory. More may be submitted afterwards."""
+        if self._decoder:
+            self._decoder.recording = None
+        self._decoder, self._rows = None, []
+        self._waiting.clear()
+
+    def _active(self) -> list[tuple[int, Request]]:
+        return [(i, row) for i, row in enumerate(self._rows) if row]
+
+    def _admit(self) -> Decoder:
+        """Let waiting requests take free rows, after making more of these where they are too few."""
+        n = len(self._rows)
+        wanted = len(self._active()) + len(self._waiting)
+        if wanted > n and n < self.batch_size:
+            # by a quarter at least: else each of many that come one by one would have all caches copied
+            more = min(self.batch_size, max(wanted, n + n // 4)) - n
+            if self._decoder:
+                self._decoder.select([*range(n), *[0] * more])
+                self._decoder.clear(range(n, n + more))
+            else:
+                self._decoder = Decoder(self.model, self.tokenizer, more, cuda_graphs=self.cuda_graphs)
+            self._rows += [None] * more
+        assert self._decoder is not None
+        joined = []
+        for i, row in enumerate(self._rows):
+            if row is None and self._waiting:
+                self._rows[i] = new = self._waiting.popleft()
+                new.to_read = [self.tokenizer.encode_block(text) for text in new.split]
+                new.start = time.perf_counter()
+                joined.append(i)
+        self._decoder.open(joined)
+        return self._decoder
+
+    def _leave(self, i: int) -> None:
+        """Free a row."""
+        assert self._decoder is not None
+        self._rows[i] = None
+        self._decoder.clear([i])
+
+    def _shrink(self, decoder: Decoder) -> None:
+        """Copy the active rows together where half of all are free; give back memory that only longer ones needed."""
+        active = self._active()
+        if 2 * len(active) <= len(self._rows):
+            decoder.select([i for i, _ in active])
+            self._rows = [row for _, row in active]
+        decoder.trim()
+
+    def _read_finished(self, decoder: Decoder) -> None:
+        """Read prompts and finished blocks, once enough rows have some."""
+        active = self._active()
+        waiting = [(i, row) for i, row in active if row.to_read]
+        if len(waiting) >= READ_SHARE * len(active):
+            read_grouped(decoder, {i: row.to_read for i, row in waiting})
+
+    def _write_one(self, decoder: Decoder) -> list[Event]:
+        """Write a unit in every row that has nothing to read; what is finished by that."""
+        going = [(i, row) for i, row in self._active() if not row.to_read]
+        # Rows that wait or are free take the step, too, and what comes out is dropped: leaving them out of the
+        # batch would copy the caches of all others.
+        logits = decoder.step(range(len(self._rows)), [row.written if row else () for row in self._rows])
+        if len(going) < len(self._rows):
+            logits = logits[[i for i, _ in going]]
+        allowed = torch.stack([self._grammar.allowed(row.written) for _, row in going]).to(logits.device)
+        rows = [row for _, row in going]
+        units = choose(logits, allowed, [row.sampling for row in rows], [row.generator for row in rows],
+                       [row.repeated() for row in rows])  # fmt: skip
+        if self._watch:
+            for (i, row), unit, own, may in zip(going, units, logits, allowed, strict=True):
+                fed = decoder.builders[i].step(row.written)
+                self._watch(Chosen(row.number, unit, fed, own, may, decoder.sums[i]))
+        log_probs = logits.double().log_softmax(-1)[torch.arange(len(rows)), units].tolist()
+        events: list[Event] = []
+        for (i, row), unit, log_prob in zip(going, units, log_probs, strict=True):
+            if block := row.write(unit, log_prob, self.tokenizer):
+                events.append((row.number, block))
+            if row.stop_reason:
+                events.append((row.number, row.completion(self.tokenizer)))
+                self._leave(i)
+        return events
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When a completion ends, besides `<eos>`. Raises ValueError on limits below one and on an empty stop string."""
-
-    max_new_units: int = 256
-    max_new_blocks: int = 0
-    """0: no limit"""
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_units < 1:
-            raise ValueError(f"max_new_units is {self.max_new_units}; it must be at least 1")
-        if self.max_new_blocks < 0:
-            raise ValueError(f"max_new_blocks is {self.max_new_blocks}; it must be 0 (no limit) or more")
-        if "" in self.stop:
-            raise ValueError("a stop string is empty; it would stop everything")
+def _generator(seed: Seed) -> np.random.Generator:
+    """Seeded with an integer, or with several; or the generator itself."""
+    if isinstance(seed, np.random.Generator):
+        return seed
+    several = [whole("seed", part, 0) for part in seed] if isinstance(seed, list | tuple) else None
+    return np.random.default_rng(several or whole("seed", seed, 0))
 
 
 def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
@@ -128,85 +253,32 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
            seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
            stop: Sequence[str] = (), batch_size: int = 64,
-           cuda_graphs: bool = False) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
+           cuda_graphs: bool = False) -> Iterator[Event]:  # fmt: skip
     """Like `generate`, but yields (prompt number, block) as blocks are finished, and (prompt number, Completion).
 
     Blocks of a stop string come out before it is complete; the Completion has the text without it.
     """
     refuse_string(prompts)
-    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    limits = Limits(max_new_units, max_new_blocks, (stop,) if isinstance(stop, str) else tuple(stop))
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    seeds = list(seed) if isinstance(seed, Iterable) else [[int(seed), i] for i in range(len(prompts))]
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    limits = Limits(max_new_units, max_new_blocks, stop)
+    engine = Engine(model, tokenizer, batch_size=batch_size, cuda_graphs=cuda_graphs)
+    seeds: list[Seed]
+    if isinstance(seed, Iterable):
+        seeds = list(seed)
+    else:
+        first = whole("seed", seed, 0)
+        seeds = [(first, i) for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")
-    splits = [tokenizer.split(prompt) for prompt in prompts]  # refuses lone surrogates before anything is written
-    requests = deque(enumerate(zip(prompts, splits, seeds, strict=True)))
-    decoder = Decoder(model, tokenizer, min(batch_size, len(requests)), cuda_graphs=cuda_graphs)
-    return _run(decoder, requests, how, limits)
+    for prompt, its_seed in zip(prompts, seeds, strict=True):  # refuses what is wrong before anything is written
+        engine.submit(prompt, sampling, limits, its_seed)
+    return engine.drain()
 
 
 def refuse_string(prompts: Sequence[str]) -> None:
     """Raise ValueError where a string is given for the list of prompts: it would be one prompt a character."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the string {prompts[:60]!r}; give a list of strings")
-
-
-@torch.inference_mode()
-def _run(decoder: Decoder, waiting: deque[Any], how: Sampling,
-         limits: Limits) -> Iterator[tuple[int, str | Completion]]:  # fmt: skip
-    model, tokenizer = decoder.model, decoder.tokenizer
-    was_training = model.training
-    model.eval()
-    grammar = Grammar(tokenizer)
-    rows: list[_Row | None] = [None] * len(decoder.builders)
-    try:
-        while True:
-            decoder.open(_join(rows, waiting, tokenizer))
-            active = [i for i, row in enumerate(rows) if row is not None]
-            if not active:
-                return
-            if not waiting and 2 * len(active) <= len(rows):  # the others have left for good
-                decoder.select(active)
-                rows = [rows[i] for i in active]
-                active = list(range(len(rows)))
-            to_read = {i: row.blocks_to_read for i in active if (row := rows[i]) and row.blocks_to_read}
-            if len(to_read) >= READ_SHARE * len(active):
-                read_grouped(decoder, to_read)
-            going = [(i, row) for i in active if (row := rows[i]) and not row.blocks_to_read]
-            if not going:
-                continue
-            # Rows that wait or are free take the step, too, and what comes out is dropped: leaving them out of the
-            # batch would copy the caches of all others.
-            step = decoder.step(range(len(rows)), [row.written if row else () for row in rows])
-            now = [row for _, row in going]
-            logits = step if len(now) == len(rows) else step[[i for i, _ in going]]
-            allowed = torch.stack([grammar.allowed(row.written) for row in now]).to(logits.device)
-            repeated = [r.repetition.units(r.written) for r in now] if how.repetition_penalty > 1 else ()
-            units = choose(logits, allowed, how, [row.generator for row in now], repeated)
-            log_probs = logits.double().log_softmax(-1)[torch.arange(len(now)), units].tolist()
-            for (i, row), unit, log_prob in zip(going, units, log_probs, strict=True):
-                if block := _take(row, unit, log_prob, tokenizer, limits):
-                    yield row.index, block
-                if row.stop_reason:
-                    yield row.index, row.completion()
-                    rows[i] = None
-    finally:
-        decoder.recording = None
-        model.train(was_training)
-
-
-def _join(rows: list[_Row | None], waiting: deque[Any], tokenizer: MixedTokenizer) -> list[int]:
-    """Let waiting prompts take the free rows; which ones."""
-    joined = []
-    for i, row in enumerate(rows):
-        if row is None and waiting:
-            index, (prompt, split, seed) = waiting.popleft()
-            blocks = [tokenizer.encode_block(text) for text in split]
-            rows[i] = _Row(index, prompt, blocks, np.random.default_rng(seed))
-            joined.append(i)
-    return joined
 
 
 def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
@@ -222,44 +294,3 @@ def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
         decoder.read(group, [blocks[r] for r in group])
     for mine in blocks.values():
         mine.clear()
-
-
-def _take(row: _Row, unit: int, log_prob: float, tokenizer: MixedTokenizer, limits: Limits) -> str | None:
-    """Let a row write a unit; the block that this finishes, if any."""
-    row.log_probs.append(log_prob)
-    block = None
-    if unit == tokenizer.eob_id:
-        turned = tokenizer.retokenize(row.written)
-        row.repetition.add(row.written)
-        row.blocks_to_read.append(turned)
-        row.blocks.append(block := turned.text)
-        row.written = []
-        row.n_kept = len(row.log_probs)
-        _stop_at_string(row, limits.stop)
-    elif unit == tokenizer.eos_id:
-        row.stop_reason, row.n_kept = "eos", len(row.log_probs)
-    else:
-        row.written.append(unit)
-    if not row.stop_reason:
-        if limits.max_new_blocks and len(row.blocks) >= limits.max_new_blocks:
-            row.stop_reason = "block_limit"
-        elif len(row.log_probs) >= limits.max_new_units:
-            row.stop_reason = "length"
-    return block
-
-
-def _stop_at_string(row: _Row, stop: tuple[str, ...]) -> None:
-    """Cut the blocks before the first stop string that the latest block has completed."""
-    if not stop:
-        return
-    text = "".join(row.blocks)
-    latest = len(text) - len(row.blocks[-1])
-    found = [at for s in stop if (at := text.find(s, max(0, latest - len(s) + 1))) >= 0]
-    if found:
-        row.stop_reason = "stop_string"
-        end, kept = min(found), []
-        for block in row.blocks:
-            if end > 0:
-                kept.append(block[:end])
-            end -= len(block)
-        row.blocks = kept

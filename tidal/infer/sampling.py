@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
+NOTHING_FOLLOWS = "no unit that may follow has a probability above zero: the weights are damaged"
+
+
+def whole(name: str, value: object, least: int, means: str = "") -> int:
+    """A setting as an int, also numpy's. Raises ValueError on what is no integer, and on one below `least`, whose
+    meaning can be told."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{name} is {value!r}; it must be an integer") from error
+    if number < least:
+        raise ValueError(f"{name} is {number}; it must be " + (f"{least}{means} or more" if means else
+                         f"at least {least}"))  # fmt: skip
+    return number
+
+
+def real(name: str, value: object) -> float:
+    """A setting as a float, also numpy's. Raises ValueError on what is no number, NaN or infinite."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number")
+    return float(value)
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How units are chosen. Raises ValueError on settings that make no sense."""
+    """How units are chosen. Raises ValueError on settings that make no sense, and on those of a wrong type."""
 
     temperature: float = 0.0
     """0 takes the likeliest unit; 1 samples from the model as it is."""
@@ -27,16 +53,17 @@ class Sampling:
     """Divides the odds of the next unit of a block that this completion has written before; 1: none."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+        object.__setattr__(self, "top_k", whole("top_k", self.top_k, 0, " (all)"))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must be between 0 and 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty >= 1):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a finite number, 1 or more")
+        if self.repetition_penalty < 1:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be 1 or more")
 
 
 class Repetition:
@@ -60,31 +87,46 @@ class Repetition:
         return self._next.get(tuple(written), set())
 
 
-def choose(logits: Tensor, allowed: Tensor, how: Sampling, generators: Sequence[np.random.Generator],
+def choose(logits: Tensor, allowed: Tensor, settings: Sequence[Sampling], generators: Sequence[np.random.Generator],
            repeated: Sequence[set[int]] = ()) -> list[int]:  # fmt: skip
-    """One unit a row: logits [B, n_head], allowed bool [B, n_head], one generator a row.
+    """One unit a row: logits [B, n_head], allowed bool [B, n_head]; settings and a generator for each row.
 
-    `repeated` are the units to penalize in each row. Each row draws one number from its own generator, so its text
-    does not depend on its batch mates.
+    `repeated` are the units to penalize in each row. A row that samples draws one number from its own generator, and
+    nothing looks at other rows, so its text does not depend on its batch mates. Raises RuntimeError where no allowed
+    unit has a finite logit.
     """
     logits = logits.double().masked_fill(~allowed, -math.inf)
     for row, units in enumerate(repeated):
         if units:  # e^(logit) / penalty: the same effect for positive and negative logits
-            logits[row, list(units)] -= math.log(how.repetition_penalty)
-    if how.temperature == 0:
-        return logits.argmax(-1).tolist()
+            logits[row, list(units)] -= math.log(settings[row].repetition_penalty)
+    best, chosen = logits.max(-1)  # the first of equal ones
+    if drawn := [row for row, how in enumerate(settings) if how.temperature > 0]:
+        some = logits if len(drawn) == len(settings) else logits[drawn]
+        units_drawn = _draw(some, [settings[row] for row in drawn], [generators[row].random() for row in drawn])
+        chosen = units_drawn if some is logits else chosen.index_copy(0, chosen.new_tensor(drawn), units_drawn)
+    found = torch.stack([best, chosen.double()]).tolist()  # the host waits once for both
+    if -math.inf in found[0]:
+        raise RuntimeError(NOTHING_FOLLOWS)
+    return [int(unit) for unit in found[1]]
+
+
+def _draw(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """Units int64 [B], by the inverse of the cumulative distribution at `draws`, of float64 logits [B, n_head]."""
+    n_units = logits.shape[1]
+    table = [[how.temperature, how.top_k or n_units, how.top_p if how.top_p < 1 else math.inf,
+                 math.log(how.min_p) if how.min_p else -math.inf, draw]
+                for how, draw in zip(settings, draws, strict=True)]  # fmt: skip
+    temperature, top_k, top_p, least, draw = logits.new_tensor(table)[:, :, None].unbind(1)
     values, order = logits.sort(dim=-1, descending=True, stable=True)
-    values = (values - values[:, :1]) / how.temperature  # the highest is 0, so that no temperature overflows it
-    if how.top_k:
-        values[:, how.top_k :] = -math.inf
-    if how.min_p:
-        values = values.masked_fill(values < math.log(how.min_p), -math.inf)
+    values = (values - values[:, :1]) / temperature  # the highest is 0, so that no temperature overflows it
+    if any(how.top_k or how.min_p for how in settings):
+        rank = torch.arange(n_units, device=logits.device)
+        values = values.masked_fill((rank >= top_k) | (values < least), -math.inf)
     probabilities = values.softmax(-1)
-    if how.top_p < 1:
+    if any(how.top_p < 1 for how in settings):
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= how.top_p, 0)
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
     edges = probabilities.cumsum(-1)
-    draws = torch.tensor([g.random() for g in generators], dtype=torch.float64, device=logits.device)
-    rank = torch.searchsorted(edges, (draws * edges[:, -1])[:, None], right=True)
+    at = torch.searchsorted(edges, draw * edges[:, -1:], right=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not reach a unit of probability zero
-    return order.gather(-1, torch.minimum(rank, last))[:, 0].tolist()
+    return order.gather(-1, torch.minimum(at, last.clamp(min=0)))[:, 0]

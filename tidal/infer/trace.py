@@ -2,7 +2,7 @@
 
     trace(model, tokenizer, "54663 + 132 =")  →  Trace  →  trace_text.render_text, trace_page.write_html
 
-It drives the decoder, the grammar and `choose` as `generate` does, one row of them, and writes down what it sees.
+It watches the engine write, so it shows what `generate` does.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from tidal.blocks import NOTHING
-from tidal.infer.decoder import Decoder, evaluating
-from tidal.infer.engine import Limits, StopReason
-from tidal.infer.grammar import FIRST_BYTE, Grammar
-from tidal.infer.sampling import Repetition, Sampling, choose
+from tidal.infer.completion import Completion, Limits, StopReason
+from tidal.infer.engine import Chosen, Engine
+from tidal.infer.grammar import FIRST_BYTE
+from tidal.infer.sampling import Sampling, whole
 from tidal.linear import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
-from tidal.tokenizer import Block, MixedTokenizer
+from tidal.tokenizer import MixedTokenizer
 
 
 class Runner(NamedTuple):
@@ -127,7 +124,6 @@ class Trace:
         return abs(self.log_prob) / math.log(2) / n_bytes if n_bytes else math.nan
 
 
-@torch.inference_mode()
 def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, temperature: float = 0.0,
           top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
           max_new_units: int = 256, max_new_blocks: int = 0, stop: Sequence[str] = (),
@@ -137,91 +133,72 @@ def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, te
     Raises ValueError on a lone surrogate in the prompt or on settings that make no sense.
     """
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    limits = Limits(max_new_units, max_new_blocks, (stop,) if isinstance(stop, str) else tuple(stop))
-    if runners_up < 0:
-        raise ValueError(f"runners_up is {runners_up}; it must be 0 or more")
-    settings = {**vars(how), "seed": seed, **vars(limits)}
+    limits = Limits(max_new_units, max_new_blocks, stop)
+    seed = whole("seed", seed, 0)
+    watcher = _Watcher(model, tokenizer, whole("runners_up", runners_up, 0))
+    engine = Engine(model, tokenizer, batch_size=1, watch=watcher)
+    engine.submit(prompt, how, limits, (seed, 0))
+    *_, (_, done) = engine.drain()
+    assert isinstance(done, Completion)
     read = [tokenizer.encode_block(text) for text in tokenizer.split(prompt)]
-    with evaluating(model):
-        writing = _Writing(model, tokenizer, how, np.random.default_rng([seed, 0]), runners_up)
-        writing.decoder.read([0], [read])
-        blocks: list[TracedBlock] = []
-        steps: list[TracedStep] = []
-        completion, n_units = "", 0
-        reason: StopReason | None = None
-        while not reason:
-            steps.append(step := writing.step([s.unit for s in steps]))
-            n_units += 1
-            if step.unit in (tokenizer.eob_id, tokenizer.eos_id):
-                blocks.append(writing.finish(steps))
-                completion, steps = completion + blocks[-1].text, []
-            found = [at for s in limits.stop if (at := completion.find(s)) >= 0]
-            if found:
-                completion, reason = completion[: min(found)], "stop_string"
-            elif step.unit == tokenizer.eos_id:
-                reason = "eos"
-            elif 0 < max_new_blocks <= len(blocks):
-                reason = "block_limit"
-            elif n_units >= max_new_units:
-                reason = "length"
     prompt_blocks = tuple((block.text, tuple(unit_name(tokenizer, i) for i in block.tokens)) for block in read)
-    return Trace(prompt, prompt_blocks, tuple(blocks), tuple(steps), completion, reason, settings)
+    return Trace(prompt, prompt_blocks, tuple(watcher.blocks), tuple(watcher.steps), done.completion, done.stop_reason,
+                 {**vars(how), "seed": seed, **vars(limits)})  # fmt: skip
 
 
-class _Writing:
-    """One row of the decoder, and all that chooses its units."""
+class _Watcher:
+    """Writes down what the engine does with its one request."""
 
-    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, how: Sampling,
-                 generator: np.random.Generator, runners_up: int) -> None:  # fmt: skip
-        self.tokenizer, self.how, self.generator, self.runners_up = tokenizer, how, generator, runners_up
-        self.decoder, self.grammar = Decoder(model, tokenizer, 1), Grammar(tokenizer)
-        self.repetition = Repetition()
+    def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, runners_up: int) -> None:
+        self.model, self.tokenizer, self.runners_up = model, tokenizer, runners_up
+        self.blocks: list[TracedBlock] = []
+        self.steps: list[TracedStep] = []
+        """of the block being written"""
         self.foretold: tuple[Runner, ...] = ()
 
-    def step(self, written: list[int]) -> TracedStep:
-        fed = self.decoder.builders[0].step(written)
-        logits = self.decoder.step([0], [written])
-        if not written:
-            self.foretold = self._foretold()
-        allowed = self.grammar.allowed(written).to(logits.device)
-        repeated = [self.repetition.units(written)] if self.how.repetition_penalty > 1 else ()
-        unit = choose(logits, allowed[None], self.how, [self.generator], repeated)[0]
-        log_probs = log_softmax(logits)[0, : self.tokenizer.n_writable].cpu()
-        probabilities, allowed = log_probs.double().exp(), allowed.cpu()[: self.tokenizer.n_writable]
+    def __call__(self, chosen: Chosen) -> None:
+        if not self.steps:
+            self.foretold = self._foretold(chosen)
+        self.steps.append(self._step(chosen))
+        if chosen.unit in (self.tokenizer.eob_id, self.tokenizer.eos_id):
+            self.blocks.append(self._block())
+            self.steps = []
+
+    def _step(self, chosen: Chosen) -> TracedStep:
+        fed, unit = chosen.fed, chosen.unit
+        log_probs = log_softmax(chosen.logits)[: self.tokenizer.n_writable].cpu()
+        probabilities, allowed = log_probs.double().exp(), chosen.allowed.cpu()[: self.tokenizer.n_writable]
         order = log_probs.sort(descending=True, stable=True).indices[: self.runners_up + 1].tolist()
         runners = [Runner(unit_name(self.tokenizer, i), probabilities[i].item(), bool(allowed[i])) for i in order
                    if i != unit]  # fmt: skip
         return TracedStep(
-            len(written), fed.place, fed.position, unit_name(self.tokenizer, fed.id), unit,
+            len(self.steps), fed.place, fed.position, unit_name(self.tokenizer, fed.id), unit,
             unit_name(self.tokenizer, unit), self._recalled(fed), log_probs[unit].item(),
             1 + int((log_probs > log_probs[unit]).sum()),
             tuple(runners[: self.runners_up]), probabilities[~allowed].sum().item(), int(allowed.sum()) == 1,
         )  # fmt: skip
 
     def _recalled(self, fed: WriterStep) -> tuple[str, ...]:
-        if not self.decoder.model.config.shape.recall:
+        if not self.model.config.shape.recall:
             return ()
         return tuple("" if unit == NOTHING else unit_name(self.tokenizer, unit) for unit in fed.recalled)
 
-    def _foretold(self) -> tuple[Runner, ...]:
-        if not self.decoder.model.foretold:
+    def _foretold(self, chosen: Chosen) -> tuple[Runner, ...]:
+        if not self.model.foretold:
             return ()
-        shares = self.decoder.sums[0].sum(0).diff()
+        shares = chosen.foretold.sum(0).diff()
         top = shares.topk(min(self.runners_up, len(shares)))
         tokens = self.tokenizer.spelling.order[top.indices.cpu().numpy()].tolist()
         likely = zip([unit_name(self.tokenizer, token) for token in tokens], top.values.tolist(), strict=True)
         unspelled = max(0.0, 1 - shares.sum().item())
         return tuple(Runner(name, p, True) for name, p in (*likely, ("a single byte", unspelled)))
 
-    def finish(self, steps: list[TracedStep]) -> TracedBlock:
-        written = [step.unit for step in steps[:-1]]
-        if not written:
-            return TracedBlock(tuple(steps), "", foretold=self.foretold)
-        self.repetition.add(written)
-        block: Block = self.tokenizer.retokenize(written)
-        self.decoder.read([0], [[block]])
+    def _block(self) -> TracedBlock:
+        if len(self.steps) == 1:  # <eos>
+            return TracedBlock(tuple(self.steps), "", foretold=self.foretold)
+        block = self.tokenizer.retokenize([step.unit for step in self.steps[:-1]])
         names = tuple(unit_name(self.tokenizer, i) for i in block.tokens)
-        return TracedBlock(tuple(steps), block.text, block.tokens, names, block.places, self.foretold)
+        return TracedBlock(tuple(self.steps), block.text, block.tokens, names, block.places, self.foretold)
 
 
 # ------------------------------------------------------------------------------------------------------- names

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidal.kernels import cpu, reference
+from tidal.kernels import cpu, cpu_rows, reference
 from tidal.kernels.plan import TilePlan
 
 BACKEND_VARIABLE = "TIDAL_ATTENTION_BACKEND"
@@ -120,6 +120,7 @@ def interval_attention(
         rows: for each row of q, the row of k and v that it attends to. k and v may then have any number of rows: those
             of a cache are attended to where they lie, if that is cheaper than copying them. If missing, row i of q
             attends to row i.
+            On a CPU each row then ends at the last key that it sees, where rows are of very different lengths.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
@@ -134,9 +135,9 @@ def interval_attention(
     name = choose_backend(q, backend)
     attend = BACKENDS[name].attend
     if rows is not None:
-        if name == "cpu" and cpu.in_place(q, k):
-            attend = functools.partial(cpu.attend_dense, rows=rows)
-        else:  # whole stretches of memory, in half to a quarter of the time that indexing takes
+        if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows):
+            attend = functools.partial(cpu_rows.attend_rows, rows=rows)
+        elif not cpu_rows.all_in_order(rows, k):  # whole stretches: a half to a quarter of the time of indexing
             k, v = (torch.stack([x[row] for row in rows]) for x in (k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5

@@ -14,8 +14,6 @@ Shape letters: b batch, g key head, r query head within its group, h = g·r, q q
 z = b·g, m = r·q rows of one batched matrix product.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,17 +23,6 @@ softmax_backward = torch.ops.aten._softmax_backward_data.default  # weight · (d
 
 DENSE_LIMIT = 2**14
 """largest Lq · Lk that is computed as one dense tile"""
-
-IN_PLACE = 2**16
-"""the least elements of a row's keys for which rows of a cache are attended to one by one (docs/decoding.md)"""
-
-
-def in_place(q: Tensor, k: Tensor) -> bool:
-    """Whether to attend to rows of a cache where they lie, q [B, Hq, Lq, D] and k [R, Hkv, Lk, D].
-
-    That pays where there is little to compute and much that would be copied.
-    """
-    return q.shape[2] * k.shape[2] <= DENSE_LIMIT and k[0].numel() >= IN_PLACE
 
 
 def attend(
@@ -101,12 +88,8 @@ def attend_dense(
     slopes: Tensor,
     scale: float,
     plan: TilePlan | None,
-    rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """The whole score matrix as one tile; distances and mask are kept in the plan for the next layer.
-
-    With `rows` of k and v, one tile for each row of the batch, and nothing of these is copied.
-    """
+    """The whole score matrix as one tile; distances and mask are kept in the plan for the next layer."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     (n_batch, n_heads, n_queries, head_dim), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
     n_products, n_rows = n_batch * n_kv_heads, n_heads // n_kv_heads * n_queries
@@ -114,20 +97,14 @@ def attend_dense(
     slopes_gr11 = slopes.to(dtype).view(n_kv_heads, -1, 1, 1)
     bias_zmk = torch.addcmul(mask, distance, slopes_gr11, value=-1).view(n_products, n_rows, n_keys)
     q_zmd = (q.to(dtype) * scale).reshape(n_products, n_rows, head_dim)
-    if rows is None:
-        k_zkd, v_zkd = (x.to(dtype).reshape(n_products, n_keys, head_dim) for x in (k, v))
-        out = _weighted(bias_zmk, q_zmd, k_zkd, v_zkd)
-    else:
-        bias_bgmk, q_bgmd = (x.view(n_batch, n_kv_heads, n_rows, -1) for x in (bias_zmk, q_zmd))
-        parts = zip(bias_bgmk, q_bgmd, rows, strict=True)
-        out = torch.cat([_weighted(bias, q_gmd, k[row].to(dtype), v[row].to(dtype)) for bias, q_gmd, row in parts])
-    out = out.view(n_batch, n_heads, n_queries, head_dim)
+    k_zkd, v_zkd = (x.to(dtype).reshape(n_products, n_keys, head_dim) for x in (k, v))
+    out = weighted(bias_zmk, q_zmd, k_zkd, v_zkd).view(n_batch, n_heads, n_queries, head_dim)
     if sighted.numel():
         out = out * sighted
     return out.to(q.dtype)
 
 
-def _weighted(bias_zmk: Tensor, q_zmd: Tensor, k_zkd: Tensor, v_zkd: Tensor) -> Tensor:
+def weighted(bias_zmk: Tensor, q_zmd: Tensor, k_zkd: Tensor, v_zkd: Tensor) -> Tensor:
     """softmax(bias + q kᵀ) v: [z, m, d]."""
     return torch.bmm(torch.baddbmm(bias_zmk, q_zmd, k_zkd.transpose(1, 2)).softmax(dim=-1), v_zkd)
 

@@ -76,8 +76,7 @@ def write_samples(path: Path, step: int, completions: Iterable[Completion]) -> N
     """Store what the model writes after `step` steps. OSError: nothing was done."""
     lines = []
     for c in completions:
-        values = {"step": step, **c.to_dict()}
-        del values["log_probs"]  # a long list
+        values = {"step": step, **c.to_dict(per_unit=False)}
         lines.append(json.dumps(values, ensure_ascii=False) + "\n")
     append(path, "".join(lines), sync=True)  # the next checkpoint takes them for granted
 

@@ -1,0 +1,282 @@
+"""The engine from outside: requests that come at any time, each with its own settings, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.infer.test_engine import PROMPTS, same
+from tests.strategies import tiny, tiny_copy
+from tidal.infer import engine as module
+from tidal.infer.completion import Limits
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import Completion, Engine, generate, stream
+from tidal.infer.sampling import Sampling, choose
+
+SETTINGS = (Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.8), Sampling(1.0, min_p=0.2),
+            Sampling(1.0, repetition_penalty=2.0), Sampling(repetition_penalty=3.0),
+            Sampling(2.0, top_k=9, top_p=0.9, min_p=0.01))  # fmt: skip
+LIMITS = (Limits(12), Limits(25), Limits(40, max_new_blocks=2), Limits(20, stop="a"))
+
+
+def alone(prompt: str, sampling: Sampling, limits: Limits, seed: int) -> Completion:
+    return generate(*tiny("english", "memory"), [prompt], **vars(sampling), **vars(limits), seed=[seed])[0]
+
+
+def check_requests(batch_size: int, every: int) -> list[int]:
+    """Some come at once, others every few steps, each with other settings; each is as alone. Sizes of the batch."""
+    engine, sizes = Engine(*tiny("english", "memory"), batch_size=batch_size), []
+    asked = [(PROMPTS[i % len(PROMPTS)], SETTINGS[i % len(SETTINGS)], LIMITS[i % len(LIMITS)], i) for i in range(24)]
+    coming = list(asked)
+    blocks: dict[int, list[str]] = {}
+    done: dict[int, Completion] = {}
+    rounds = 0
+    while coming or engine.unfinished:
+        for request in coming[: 3 if rounds % every == 0 else 0]:
+            assert engine.submit(*request) == asked.index(request)
+            coming.pop(0)
+        rounds += 1
+        for number, event in engine.step():
+            assert number not in done
+            if isinstance(event, str):
+                blocks.setdefault(number, []).append(event)
+            else:
+                done[number] = event
+        sizes.append(len(engine._rows))
+        assert len(asked) == len(coming) + len(done) + engine.unfinished
+    for number, request in enumerate(asked):
+        same(done[number], alone(*request), 1e-9)
+        if done[number].stop_reason != "stop_string":
+            assert blocks.get(number, []) == done[number].blocks
+    return sizes
+
+
+@pytest.mark.parametrize(("batch_size", "every"), [(1, 1), (4, 3), (64, 1), (64, 13), (64, 60)])
+def test_requests_come_at_any_time(batch_size: int, every: int) -> None:
+    sizes = check_requests(batch_size, every)
+    assert max(sizes) <= batch_size
+    if batch_size == 64:
+        assert any(b > a for a, b in itertools.pairwise(sizes)), "it grows while others are written"
+        assert any(b < a for a, b in itertools.pairwise(sizes)), "and shrinks"
+
+
+def settings_of_a_neighbour(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "choose", lambda logits, allowed, settings, *rest: choose(
+        logits, allowed, [*settings[1:], settings[0]], *rest))  # fmt: skip
+
+
+def generator_of_a_neighbour(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "choose", lambda logits, allowed, settings, generators, *rest: choose(
+        logits, allowed, settings, [*generators[1:], generators[0]], *rest))  # fmt: skip
+
+
+def joins_what_left(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Decoder, "open", lambda self, rows: None)
+
+
+def all_are_cleared(patch: pytest.MonkeyPatch) -> None:
+    clear = Decoder.clear
+    patch.setattr(Decoder, "clear", lambda self, rows: clear(self, range(len(self.builders))))
+
+
+@pytest.mark.parametrize("bug", [settings_of_a_neighbour, generator_of_a_neighbour, joins_what_left, all_are_cleared])
+def test_planted_bugs_show(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {i: alone(PROMPTS[i % len(PROMPTS)], SETTINGS[i % len(SETTINGS)], LIMITS[i % len(LIMITS)], i)
+             for i in range(24)}  # fmt: skip
+    monkeypatch.setitem(globals(), "alone", lambda prompt, sampling, limits, seed: expected[seed])
+    bug(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check_requests(64, 5)
+
+
+def test_requests_are_cancelled() -> None:
+    engine = Engine(*tiny("english", "memory"), batch_size=2)
+    numbers = [engine.submit(prompt, Sampling(1.0), Limits(15), seed) for seed, prompt in enumerate(PROMPTS[:5])]
+    assert engine.cancel(numbers[3])  # waits
+    events = engine.step()
+    assert engine.cancel(numbers[0])  # is being written
+    assert not engine.cancel(numbers[0])
+    assert not engine.cancel(99)
+    assert engine.unfinished == 3
+    while engine.unfinished:
+        events += engine.step()
+    done = {number: event for number, event in events if isinstance(event, Completion)}
+    assert sorted(done) == [numbers[1], numbers[2], numbers[4]]
+    for number, completion in done.items():
+        same(completion, alone(PROMPTS[number], Sampling(1.0), Limits(15), number), 1e-9)
+    assert not engine.cancel(numbers[1])
+    assert engine.step() == []
+    same(finish(engine, engine.submit("the cat", Sampling(), Limits(9))), alone("the cat", Sampling(), Limits(9), 0),
+         1e-9)  # fmt: skip
+
+
+def finish(engine: Engine, number: int) -> Completion:
+    completion = dict(engine.drain())[number]
+    assert isinstance(completion, Completion)
+    return completion
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    (("\ud800",), "surrogate"), ((b"a",), "prompt is b'a'; it must be a str"), ((None,), "prompt is None"),
+    (("a", {"temperature": 1}), "sampling is {'temperature': 1}; it must be a Sampling"),
+    (("a", Sampling(), 5), "limits is 5; it must be a Limits"),
+    *((("a", Sampling(), Limits(), seed), f"seed is {seed}; it must be") for seed in (1.7, -1, math.nan, None)),
+    (("a", Sampling(), Limits(), [3, -1]), "seed is -1; it must be at least 0"),
+])  # fmt: skip
+def test_requests_that_make_no_sense(request_: Any, message: str) -> None:
+    engine = Engine(*tiny("english", "memory"))
+    with pytest.raises(ValueError, match=message) as caught:
+        engine.submit(*request_)
+    assert "\n" not in str(caught.value)
+    assert not engine.unfinished
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"max_new_units": math.nan}, "max_new_units is nan; it must be an integer"),
+    ({"max_new_units": math.inf}, "max_new_units is inf"), ({"max_new_units": 2.5}, "max_new_units is 2.5"),
+    ({"max_new_blocks": 1.5}, "max_new_blocks is 1.5"), ({"top_k": 5.0}, "top_k is 5.0; it must be an integer"),
+    ({"temperature": "1"}, "temperature is '1'; it must be a number"), ({"top_p": None}, "top_p is None"),
+    ({"seed": 1.7}, "seed is 1.7"), ({"seed": -1}, "seed is -1"), ({"seed": [5, -1]}, "seed is -1"),
+    ({"seed": [1, 2.5]}, "seed is 2.5"), ({"batch_size": 2.0}, "batch_size is 2.0"), ({"stop": [3]}, "string is 3"),
+    ({"stop": 3}, "stop is 3"),
+])  # fmt: skip
+def test_settings_of_a_wrong_type(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream(*tiny("english", "memory"), ["a", "b"], **how)  # at once, before anything is asked of it
+
+
+def test_settings_of_numpy() -> None:
+    how: dict[str, Any] = {"temperature": 1, "top_k": 5, "seed": 3, "max_new_units": 9}
+    of_numpy = {"temperature": np.float32(1), **{name: np.int64(how[name]) for name in ("top_k", "seed",
+                "max_new_units")}}  # fmt: skip
+    one, two = (generate(*tiny("english", "memory"), ["a"], **h)[0] for h in (how, of_numpy))
+    assert one.blocks == two.blocks
+    assert type(Sampling(top_k=np.int64(5)).top_k) is int
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(1.0), Sampling(1.0, 3, 0.5, 0.1)])
+def test_nothing_can_follow(how: Sampling) -> None:
+    logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    logits[1, :2], allowed[1, 2:] = -math.inf, False
+    generators = [np.random.default_rng(0)] * 2
+    assert len(choose(logits[:1], allowed[:1], [how], generators[:1])) == 1
+    with pytest.raises(RuntimeError, match="no unit that may follow has a probability above zero"):
+        choose(logits, allowed, [how, how], generators)
+
+
+def test_rows_of_a_choice_do_not_look_at_each_other() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        logits = torch.tensor(rng.normal(0, 3, (len(SETTINGS), 40)))
+        allowed = torch.tensor(rng.random((len(SETTINGS), 40)) < 0.8)
+        repeated = [set(np.flatnonzero(rng.random(40) < 0.2).tolist()) for _ in SETTINGS]
+        order = rng.permutation(len(SETTINGS)).tolist()
+
+        def units(rows: list[int], logits: torch.Tensor = logits, allowed: torch.Tensor = allowed,
+                  repeated: list[set[int]] = repeated) -> list[int]:  # fmt: skip
+            return choose(logits[rows], allowed[rows], [SETTINGS[i] for i in rows],
+                          [np.random.default_rng(i) for i in rows], [repeated[i] for i in rows])  # fmt: skip
+
+        assert units(order) == [units([i])[0] for i in order]
+
+
+def test_the_mode_of_the_model_is_its_own() -> None:
+    """Also with streams that take turns, and with one that is given up."""
+    model, tokenizer = tiny_copy("english", "memory")
+    model.train()
+    streams = [stream(model, tokenizer, PROMPTS[:4], temperature=1.0, max_new_units=20, seed=i) for i in range(2)]
+    texts: list[dict[int, Any]] = [{}, {}]
+    while any(len(t) < 4 for t in texts):
+        for events, done in zip(streams, texts, strict=True):
+            for number, event in events:
+                if isinstance(event, Completion):
+                    done[number] = event.text
+                break
+            assert model.training
+    for i, done in enumerate(texts):
+        wanted = generate(model, tokenizer, PROMPTS[:4], temperature=1.0, max_new_units=20, seed=i)
+        assert [done[n] for n in range(4)] == [c.text for c in wanted]
+    given_up = stream(model, tokenizer, PROMPTS, temperature=1.0)
+    next(given_up)
+    assert model.training
+    model.eval()
+    del given_up
+    assert not model.training
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    model, tokenizer = tiny_copy("english", "memory")
+    model.train()
+    engine = Engine(model, tokenizer)
+    for seed, prompt in enumerate(PROMPTS):
+        engine.submit(prompt, Sampling(1.0), Limits(30), seed)
+    engine.step()
+    assert engine.unfinished
+    assert engine._decoder
+    decoder = weakref.ref(engine._decoder)
+    with torch.no_grad():
+        norm = model.writer_norm.weight.clone()
+        model.writer_norm.weight.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="NaN or infinite: the weights are damaged"):
+        engine.step()
+    assert model.training
+    assert engine.unfinished == 0
+    gc.collect()  # the traceback's frames
+    assert decoder() is None
+    with torch.no_grad():
+        model.writer_norm.weight.copy_(norm)
+    same(finish(engine, engine.submit("the cat", limits=Limits(9))), generate(
+        model, tokenizer, ["the cat"], max_new_units=9)[0], 1e-9)  # fmt: skip
+
+
+def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:
+    """Its memory is given back once it has left, its row costs nothing until another joins; nothing else changes."""
+    model, tokenizer = tiny("english", "memory")
+    engine = Engine(model, tokenizer, batch_size=4)
+    long = engine.submit("the cat sat on the mat " * 300, limits=Limits(3))
+    asked = [(prompt, Sampling(1.0), Limits(60), seed) for seed, prompt in enumerate(("the cat", "a", "sat"))]
+    numbers = [engine.submit(*request) for request in asked]
+    events, sizes, longest = [], [], []
+    while engine.unfinished:
+        events += engine.step()
+        assert engine._decoder
+        sizes.append((engine._decoder.capacity, *(cache.data.untyped_storage().nbytes()
+                                                  for cache in engine._decoder.reader_caches)))  # fmt: skip
+        longest.append(max(builder.n_read for builder in engine._decoder.builders))
+    done = dict(events)
+    assert isinstance(done[long], Completion)
+    for number, request in zip(numbers, asked, strict=True):
+        completion = done[number]
+        assert isinstance(completion, Completion)
+        same(completion, alone(*request), 1e-9)
+    assert longest[-1] < 100
+    assert sizes[0][0] > 2000 > 400 > sizes[-1][0]
+    assert sizes[0][1] > 4 * sizes[-1][1], "not only a smaller view of the same memory"
+
+
+def memory_cut_short(patch: pytest.MonkeyPatch) -> None:
+    def trim(self: Decoder) -> None:
+        self._resize(max(1, max(builder.n_read for builder in self.builders) - 5))
+
+    patch.setattr(Decoder, "trim", trim)
+
+
+def test_memory_cut_short_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [(prompt, Sampling(1.0), Limits(60), seed) for seed, prompt in enumerate(PROMPTS)]
+    expected = [alone(*request) for request in asked]
+    memory_cut_short(monkeypatch)
+
+    def check() -> None:
+        for request, wanted in zip(asked, expected, strict=True):
+            same(alone(*request), wanted, 1e-9)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        check()
