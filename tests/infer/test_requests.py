@@ -6,7 +6,7 @@ import gc
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Completion, Engine, generate, stream
 from tidal.infer.sampling import Sampling, choose
+from tidal.streams import ReaderToken
 
 SETTINGS = (Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.8), Sampling(1.0, min_p=0.2),
             Sampling(1.0, repetition_penalty=2.0), Sampling(repetition_penalty=3.0),
@@ -280,3 +281,17 @@ def test_memory_cut_short_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises((AssertionError, RuntimeError)):
         check()
+
+
+def test_a_prompt_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that joins others and has to wait for them: a pass over its `<bos>` alone costs as much."""
+    first, append = list[int](), Decoder._append
+
+    def watched(self: Decoder, rows: Sequence[int], news: list[list[ReaderToken]]) -> None:
+        first.extend(len(new) for row, new in zip(rows, news, strict=True) if self.builders[row].n_read == len(new))
+        append(self, rows, news)
+
+    monkeypatch.setattr(Decoder, "_append", watched)
+    generate(*tiny("english", "memory"), ["the cat sat"] * 12, temperature=1.0, max_new_units=20, batch_size=4)
+    assert len(first) == 12
+    assert set(first) == {first[0]} != {1}

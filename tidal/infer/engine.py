@@ -163,14 +163,15 @@ class Engine:
                 self._decoder = Decoder(self.model, self.tokenizer, more, cuda_graphs=self.cuda_graphs)
             self._rows += [None] * more
         assert self._decoder is not None
-        joined = []
+        empty = []
         for i, row in enumerate(self._rows):
             if row is None and self._waiting:
                 self._rows[i] = new = self._waiting.popleft()
                 new.to_read = [self.tokenizer.encode_block(text) for text in new.split]
                 new.start = time.perf_counter()
-                joined.append(i)
-        self._decoder.open(joined)
+                if not new.to_read:
+                    empty.append(i)
+        self._decoder.open(empty)  # others when they are read: until then a step would read their <bos> alone
         return self._decoder
 
     def _leave(self, i: int) -> None:
@@ -192,6 +193,7 @@ class Engine:
         active = self._active()
         waiting = [(i, row) for i, row in active if row.to_read]
         if len(waiting) >= READ_SHARE * len(active):
+            decoder.open([i for i, row in waiting if not row.units])
             read_grouped(decoder, {i: row.to_read for i, row in waiting})
 
     def _write_one(self, decoder: Decoder) -> list[Event]:
