@@ -13,6 +13,7 @@ from tests.laws import EXACT, assert_close, packed_log_probs, passage_of, table_
 from tests.strategies import SHAPES, random_model, tokenizers
 from tidal.infer import engine
 from tidal.infer.beam import Hypothesis, beam_search
+from tidal.infer.completion import degenerate
 from tidal.infer.decoder import Decoder
 from tidal.infer.grammar import FIRST_BYTE, Grammar
 from tidal.model import TidalTransformer
@@ -50,7 +51,8 @@ def oracle(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, num_
 
     def hypothesis(blocks: tuple[str, ...], reason: Any, kept: float, total: float, units: int) -> Hypothesis:
         text = "".join(blocks)
-        return Hypothesis(prompt, text, prompt + text, list(blocks), reason, kept, total / n**length_penalty, units)
+        return Hypothesis(prompt, text, prompt + text, list(blocks), reason, kept, total / n**length_penalty, units,
+                          degenerate(blocks))  # fmt: skip
 
     live: list[Any] = [(0.0, (), (), 0.0, 0)]  # total, blocks, written, log_prob and units of the blocks
     found: list[Hypothesis] = []
