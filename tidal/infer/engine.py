@@ -183,7 +183,7 @@ class Engine:
     def _shrink(self, decoder: Decoder) -> None:
         """Copy the active rows together where half of all are free; give back memory that only longer ones needed."""
         active = self._active()
-        if 2 * len(active) <= len(self._rows):
+        if not self.cuda_graphs and 2 * len(active) <= len(self._rows):  # to record anew takes longer than idle rows do
             decoder.select([i for i, _ in active])
             self._rows = [row for _, row in active]
         decoder.trim()
