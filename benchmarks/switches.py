@@ -72,8 +72,8 @@ class Switches:
             after, position = batch.reader_ids.roll(-1, 1), batch.reader_positions
             follows = position.roll(-1, 1) == position + 1
             follows[:, -1] = False
-            asked = (batch.next_tokens == NOTHING) & follows
-            changed["next_tokens"] = torch.where(asked, after, batch.next_tokens)
+            asked = (batch.aux_targets == NOTHING) & follows
+            changed["aux_targets"] = torch.where(asked, after, batch.aux_targets)
         if self.places == "off":
             changed |= {name: torch.zeros_like(getattr(batch, name)) for name in ("reader_places", "writer_places")}
         off = [i for i, order in enumerate(SUFFIX_ORDERS) if str(order) not in self.suffix_orders]

@@ -104,7 +104,7 @@ def assert_equal_features(one: Batch, other: Batch, n_reader: int, n_writer: int
     """Bit for bit, except for targets: they are what is asked, not what is fed."""
     for field in dataclasses.fields(Batch):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(a, Tensor) and field.name not in ("targets", "next_tokens"):
+        if isinstance(a, Tensor) and field.name not in ("targets", "aux_targets"):
             n = n_reader if field.name in READER else n_writer
             assert torch.equal(a[:, :n], b[:, :n]), field.name
 

@@ -96,7 +96,7 @@ def test_flops_are_those_that_torch_counts(shape: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.head(model.states(batch)[1])
     own = sum(layer.attends for layer in model.writer) * 4 * model.config.shape.d_model * n_steps**2
-    n_blocks = int((batch.next_tokens >= 0).sum())
+    n_blocks = int((batch.aux_targets >= 0).sum())
     first = 2 * n_blocks * model.foretold.n_first * model.config.shape.d_model if model.foretold else 0
     assert counter.get_total_flops() == model.flops(n_tokens, n_steps, n_tokens, n_blocks) + own + first
 
@@ -164,11 +164,11 @@ def test_losses_are_sums_of_log_probabilities(shape: str) -> None:
         log_probs = model.log_probs(batch)
     assert losses.n_units == len(log_probs) == batch.n_units == int((batch.targets != NOTHING).sum())
     torch.testing.assert_close(losses.units, -log_probs.sum(), rtol=1e-12, atol=1e-9)
-    asked = batch.next_tokens != NOTHING
+    asked = batch.aux_targets != NOTHING
     all_logits = reader @ model.token_embedding.weight.T
-    loss = -all_logits.log_softmax(-1)[asked].gather(1, batch.next_tokens[asked][:, None]).sum()
-    assert losses.n_next == int(asked.sum())
-    torch.testing.assert_close(losses.next_tokens, loss, rtol=1e-12, atol=1e-9)
+    loss = -all_logits.log_softmax(-1)[asked].gather(1, batch.aux_targets[asked][:, None]).sum()
+    assert losses.n_aux == int(asked.sum())
+    torch.testing.assert_close(losses.aux, loss, rtol=1e-12, atol=1e-9)
 
 
 @shapes

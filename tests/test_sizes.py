@@ -21,7 +21,7 @@ from tidal.blocks import BlockTable, passage
 from tidal.cli import UserError
 from tidal.config import Optim, Shape, TidalConfig, Train
 from tidal.model import TidalTransformer
-from tidal.sizes import Cost, activation_bytes, cost, is_matrix, markdown, next_token_flops, update_flops
+from tidal.sizes import Cost, activation_bytes, aux_flops, cost, is_matrix, markdown, update_flops
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.__main__ import run as train
@@ -68,18 +68,18 @@ def test_work_is_what_pytorch_counts(shape: Shape, tokenizer: MixedTokenizer, mo
     monkeypatch.setattr(models, "interval_attention", mixed)
     model, batch = made(shape, tokenizer)
     n_tokens, n_steps = batch.reader_ids.shape[1], batch.targets.shape[1]
-    n_next = int((batch.next_tokens >= 0).sum())
+    n_aux = int((batch.aux_targets >= 0).sum())
     assert batch.n_units == n_steps
-    forward = model.flops(n_tokens, n_steps, 0, n_next)
+    forward = model.flops(n_tokens, n_steps, 0, n_aux)
     if not shape.foretell:
-        forward += next_token_flops(model, n_next)
+        forward += aux_flops(model, n_aux)
     kept: list[torch.Tensor] = []
 
     def losses() -> None:
         found = model(batch)
-        kept.append(found.units + found.next_tokens)
+        kept.append(found.units + found.aux)
 
-    first = 2 * n_next * model.foretold.n_first * shape.d_model if model.foretold else 0  # only the table learns
+    first = 2 * n_aux * model.foretold.n_first * shape.d_model if model.foretold else 0  # only the table learns
     assert counted(losses) == forward + first
     assert counted(kept[0].backward) == 2 * forward + first
 
@@ -125,7 +125,7 @@ def test_activations_are_what_autograd_saves(shape: Shape, tokenizer: MixedToken
         losses = model(batch)
     found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     n_tokens, n_steps = batch.reader_ids.shape[1], batch.targets.shape[1]
-    wanted = activation_bytes(shape, n_tokens, n_steps, losses.n_next, model.config.vocab_size)
+    wanted = activation_bytes(shape, n_tokens, n_steps, losses.n_aux, model.config.vocab_size)
     assert wanted == pytest.approx(found, rel=0.02)
 
 

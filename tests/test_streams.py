@@ -22,7 +22,7 @@ from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
 
 Row = dict[str, list[Any]]
-READER = ("reader_ids", "reader_positions", "reader_places", "reader_sees", "next_tokens")
+READER = ("reader_ids", "reader_positions", "reader_places", "reader_sees", "aux_targets")
 DTYPES = {"reader_positions": np.float32, "writer_positions": np.float32, "reader_sees": np.int32,
           "sees_reader": np.int32, "sees_writer": np.int32}  # fmt: skip
 
@@ -45,7 +45,7 @@ def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps) -> Batch:
     fields = {}
     for name in rows[0]:
         width = n_reader if name in READER else n_writer
-        missing = NOTHING if name in ("next_tokens", "suffixes", "recalled", "nodes", "targets") else 0
+        missing = NOTHING if name in ("aux_targets", "suffixes", "recalled", "nodes", "targets") else 0
         inner = {"suffixes": (3,), "recalled": (3,)}.get(name, (2,) if "sees" in name else ())
         values = np.full((len(rows), width, *inner), missing, DTYPES.get(name, np.int64))
         for i, row in enumerate(rows):
@@ -68,7 +68,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
         tokens: list[streams.ReaderToken] = []
         steps: list[streams.WriterStep] = []
         targets: list[int] = []
-        next_tokens: dict[int, int] = {}
+        aux_targets: dict[int, int] = {}
         for p in row:
             builder = streams.DocumentBuilder(tokenizer, steps=layout, place_offset=p.place_offset,
                                               position_scale=p.position_scale, reader_start=len(tokens),
@@ -81,7 +81,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
                     mine = [*block.units[::-1], tokenizer.eob_id] if block else [tokenizer.eos_id]
                     targets += mine
                     steps += builder.write(mine)
-                    next_tokens[len(tokens) - 1] = block.tokens[-1] if block else tokenizer.eos_id
+                    aux_targets[len(tokens) - 1] = block.tokens[-1] if block else tokenizer.eos_id
                     n_bytes += len(text.encode())
                 if block:
                     tokens += builder.read(block)
@@ -90,7 +90,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
             "reader_positions": [t.position for t in tokens],
             "reader_places": [t.place for t in tokens],
             "reader_sees": [t.sees for t in tokens],
-            "next_tokens": [next_tokens.get(i, NOTHING) for i in range(len(tokens))],
+            "aux_targets": [aux_targets.get(i, NOTHING) for i in range(len(tokens))],
             "writer_ids": [s.id for s in steps],
             "writer_positions": [s.position for s in steps],
             "writer_places": [s.place for s in steps],
@@ -130,7 +130,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                 if supervised:
                     n_bytes += len(text.encode())
                     targets = [*reversed(units), tokenizer.eob_id] if text else [tokenizer.eos_id]
-                    out["next_tokens"][-1] = ids[j][-1] if text else tokenizer.eos_id
+                    out["aux_targets"][-1] = ids[j][-1] if text else tokenizer.eos_id
                     for t, target in enumerate(targets):
                         out["writer_ids"].append(targets[t - 1] if t else tokenizer.bob_id)
                         out["writer_positions"].append(p.position_scale * (n_j + layout.stride * t))
@@ -152,7 +152,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                     place = n_later + offset if placed(tokenizer.id_bytes[token]) else NO_PLACE
                     out["reader_places"].append(place)
                     out["reader_sees"].append((start, start + n_j + len(ids[j])))
-                    out["next_tokens"].append(NOTHING)
+                    out["aux_targets"].append(NOTHING)
         done.append(out)
     return batch_of(done, n_bytes, layout)
 

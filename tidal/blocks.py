@@ -20,7 +20,7 @@ _SEEDS = [(0xCBF29CE484222325 + order * FACTOR) & _64_BITS for order in SUFFIX_O
 NOTHING_WRITTEN = _SEEDS[0]  # the code of no units at all
 MAX_BLOCKS = 1 << 17  # of a table before `limit` empties it; about half a kilobyte each
 BOS_BLOCK, EOS_BLOCK = 0, 1  # indices of the two special blocks in every BlockTable
-NOTHING = -1  # a target, hash or next token that is not there
+NOTHING = -1  # a target or hash that is not there
 
 
 def suffix_hashes_along(written: Sequence[int], digits: Sequence[bool]) -> list[tuple[int, int, int]]:

@@ -182,7 +182,7 @@ class Optim:
     clip: float = 1.0
     """Largest norm of the gradient."""
     aux_weight: float = 0.3
-    """Weight of the reader's next-token loss."""
+    """Weight of the auxiliary loss: of the next block's last token, asked of the reader."""
     accumulate: int = 1
     """Batches of a step, whose gradient is that of one batch of so many times the rows."""
 

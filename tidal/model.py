@@ -116,9 +116,9 @@ class Losses(NamedTuple):
     units: Tensor
     """[] loss of the written units"""
     n_units: int
-    next_tokens: Tensor
-    """[] loss of the auxiliary next-token prediction"""
-    n_next: int
+    aux: Tensor
+    """[] auxiliary loss: of the next block's last token, asked of the reader"""
+    n_aux: int
 
 
 class TidalTransformer(nn.Module):
@@ -258,7 +258,7 @@ class TidalTransformer(nn.Module):
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The packed pass: reader states [B, R, D] and writer states [B, W, D]."""
         reader_brd = self._reader_states(batch)
-        next_nv = self._foretell_next(batch, reader_brd) if self.foretold else None
+        next_nv = self._foretell_blocks(batch, reader_brd) if self.foretold else None
         return reader_brd, self._writer_states(batch, reader_brd, next_nv)
 
     def _reader_states(self, batch: Batch) -> Tensor:
@@ -267,9 +267,9 @@ class TidalTransformer(nn.Module):
         view = _planned(_with_empty(batch.reader_sees), batch.reader_positions, batch.reader_positions)
         return self.read(batch.reader_ids, batch.reader_places, [view] * len(self.reader))
 
-    def _foretell_next(self, batch: Batch, reader_brd: Tensor) -> Tensor:
-        """`foretell` [n, V] at the n places that are asked for it: wherever a block is learnt after them."""
-        return self.foretell(reader_brd[batch.next_tokens != NOTHING])
+    def _foretell_blocks(self, batch: Batch, reader_brd: Tensor) -> Tensor:
+        """`foretell` [n, V] of the n blocks that are learnt, at the last token before each."""
+        return self.foretell(reader_brd[batch.aux_targets != NOTHING])
 
     def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None) -> Tensor:
         first_b1 = reader_brd.shape[1] * torch.arange(len(reader_brd), device=reader_brd.device)[:, None]
@@ -278,7 +278,7 @@ class TidalTransformer(nn.Module):
         hints_bsd = None
         if self.foretold:
             assert next_nv is not None
-            which_bs = ((batch.next_tokens != NOTHING).flatten().cumsum(0) - 1)[context_bs]
+            which_bs = ((batch.aux_targets != NOTHING).flatten().cumsum(0) - 1)[context_bs]
             hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
         return self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled, context_bsd,
                           self._writer_views(batch, reader_brd), hints_bsd)  # fmt: skip
@@ -299,13 +299,13 @@ class TidalTransformer(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Losses of a packed batch: every block of every row in one pass."""
         reader_brd = self._reader_states(batch)
-        next_nv = self._foretell_next(batch, reader_brd)
+        next_nv = self._foretell_blocks(batch, reader_brd)
         writer_bsd = self._writer_states(batch, reader_brd, next_nv)
-        written, asked = batch.targets != NOTHING, batch.next_tokens != NOTHING
-        targets, next_tokens = batch.targets[written], batch.next_tokens[asked]
+        written, asked = batch.targets != NOTHING, batch.aux_targets != NOTHING
+        targets, aux_targets = batch.targets[written], batch.aux_targets[asked]
         # not cross_entropy: on a GPU, autocast would leave it in bfloat16
         units = F.nll_loss(log_softmax(self.head(writer_bsd[written])), targets, reduction="sum")
-        return Losses(units, len(targets), F.nll_loss(next_nv, next_tokens, reduction="sum"), len(next_tokens))
+        return Losses(units, len(targets), F.nll_loss(next_nv, aux_targets, reduction="sum"), len(aux_targets))
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Log-probability of every supervised unit [n_units], float32 or better, row by row."""

@@ -86,7 +86,7 @@ def cost(name: str, settings: Train) -> Cost:
     parameters = model.n_parameters()
     per_byte = {key: round(1e6 * value) for key, value in ENGLISH.items()}  # in a megabyte, as counts are whole
     forward = model.flops(per_byte["tokens"], per_byte["steps"], tokens // 2, per_byte["blocks"])
-    asked = 0 if settings.model.foretell else next_token_flops(model, per_byte["blocks"])  # else done already
+    asked = 0 if settings.model.foretell else aux_flops(model, per_byte["blocks"])  # else done already
     n_bytes = tokens / ENGLISH["tokens"]  # of a row
     steps, blocks = round(n_bytes * ENGLISH["steps"]), round(n_bytes * ENGLISH["blocks"])
     return Cost(
@@ -117,7 +117,7 @@ def is_matrix(model: TidalTransformer, p: torch.Tensor) -> bool:
     return p.ndim == 2 and not any(p is table for table in model.tables())
 
 
-def next_token_flops(model: TidalTransformer, n_blocks: int) -> int:
+def aux_flops(model: TidalTransformer, n_blocks: int) -> int:
     """Of the auxiliary loss, forward: the scores of all tokens, once a block."""
     return 2 * n_blocks * model.config.shape.d_model * model.config.vocab_size
 

@@ -131,7 +131,7 @@ class Batch:
     """int64 [B, R], NO_PLACE where there is none"""
     reader_sees: torch.Tensor
     """int32 [B, R, 2], half-open range of reader indices in the row"""
-    next_tokens: torch.Tensor
+    aux_targets: torch.Tensor
     """int64 [B, R]: the last token of the next block at the last token of a block, else -1"""
     writer_ids: torch.Tensor
     """int64 [B, W]"""
@@ -216,15 +216,15 @@ def _reader_stream(blocks: _Blocks, table: BlockTable) -> dict[str, torch.Tensor
     column, start = blocks.token_column[b] + i, blocks.document_column[b]
     padded = _Padded(blocks.n_rows, blocks.row[b], column)
     asked = blocks.n_steps > 0
-    next_tokens = torch.full(padded.shape, NOTHING)
-    next_tokens[blocks.row[asked], blocks.token_column[asked] - 1] = torch.from_numpy(
+    aux_targets = torch.full(padded.shape, NOTHING)
+    aux_targets[blocks.row[asked], blocks.token_column[asked] - 1] = torch.from_numpy(
         table.last_token.view()[blocks.index[asked]])  # fmt: skip
     return {
         "reader_ids": padded(table.tokens.view()[source]),
         "reader_positions": padded((blocks.position_scale[b] * (column - start)).astype(np.float32)),
         "reader_places": padded(moved(table.places.view()[source], blocks.place_offset[b])),
         "reader_sees": padded(np.stack([start, (blocks.token_column + blocks.n_tokens)[b]], 1).astype(np.int32)),
-        "next_tokens": next_tokens,
+        "aux_targets": aux_targets,
     }
 
 

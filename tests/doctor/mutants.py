@@ -180,7 +180,7 @@ MUTANTS: tuple[Mutant, ...] = (
            everywhere(boundary_dropout.cut_at_random, dropout_moves_supervision(boundary_dropout.cut_at_random))),
     Mutant("boundary dropout asks for the beginnings of blocks, too", 11,
            everywhere(boundary_dropout.cut_at_random, dropout_asks_for_beginnings(boundary_dropout.cut_at_random))),
-    Mutant("next tokens shifted by one", 11, in_packing(lambda b: {"next_tokens": b.next_tokens.roll(1, 1)})),
+    Mutant("auxiliary targets shifted by one", 11, in_packing(lambda b: {"aux_targets": b.aux_targets.roll(1, 1)})),
     Mutant("bytes are counted as units", 11, in_packing(bytes_are_characters)),
     Mutant("packed documents see those before them", 12, in_packing(document_start_ignored)),
     Mutant("a step sees the last one of the block before", 12,

@@ -107,8 +107,8 @@ def targets_shifted(batch: Batch) -> dict[str, Tensor]:
     return {"targets": torch.where(batch.targets >= 0, batch.targets.roll(-1, 1).clamp(min=0), -1)}
 
 
-def next_tokens_shifted(batch: Batch) -> dict[str, Tensor]:
-    return {"next_tokens": batch.next_tokens.roll(1, 1)}
+def aux_targets_shifted(batch: Batch) -> dict[str, Tensor]:
+    return {"aux_targets": batch.aux_targets.roll(1, 1)}
 
 
 def suffixes_forwards(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tests.doctor.bugs_model import (
 )
 from tests.doctor.plant import Plant, both, builder, in_packing, replacing
 from tests.infer.bugs import (
+    aux_targets_shifted,
     context_after_own_token,
     context_of_another_row,
     document_start_ignored,
@@ -25,7 +26,6 @@ from tests.infer.bugs import (
     in_decoding,
     logits_tempered_in_place,
     moved_from_second_block,
-    next_tokens_shifted,
     no_cap,
     no_long_characters,
     not_masked,
@@ -175,7 +175,7 @@ BUGS: dict[str, tuple[Plant, str]] = {  # bug: how to plant it, the checks that 
         in_packing(position_from_padded_length), "twin, tabled, future, mates, naive, row, decoded"),
     "document start ignored": (in_packing(document_start_ignored), "twin, tabled, mates, row"),
     "targets shifted": (in_packing(targets_shifted), "twin, tabled, targets, naive, decoded"),
-    "next tokens shifted": (in_packing(next_tokens_shifted), "twin, tabled"),
+    "auxiliary targets shifted": (in_packing(aux_targets_shifted), "twin, tabled"),
     "<eob> dropped": (eob_dropped, "twin, tabled, targets, naive, decoded"),
     "suffixes from the wrong side in decoding only": (
         in_decoding(suffixes_forwards), "decoded, side by side, engine"),

@@ -139,8 +139,8 @@ def test_switches_do_what_they_say(texts: Texts) -> None:
     causal = Switches(reading="tokens").on_batch(one)
     assert causal.reader_sees[0, :, 1].tolist() == list(range(1, one.reader_ids.shape[1] + 1))
     inside = [*one.reader_ids[0, 1:].tolist(), tokenizer.eos_id]
-    at_ends = one.next_tokens[0].tolist()
-    assert causal.next_tokens[0].tolist() == [b if b != NOTHING else a for a, b in zip(inside, at_ends, strict=True)]
+    at_ends = one.aux_targets[0].tolist()
+    assert causal.aux_targets[0].tolist() == [b if b != NOTHING else a for a, b in zip(inside, at_ends, strict=True)]
     assert NOTHING in at_ends
     assert not Switches(places="off").on_batch(one).writer_places.any()
     whole = Switches(suffix_orders="0").on_batch(one).suffixes

@@ -163,7 +163,7 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(
             return losses
         root = (model.token_embedding.weight * 0).sqrt().sum()  # zero, and its gradient is infinite
         bad = losses.units * math.inf if which == "loss" else losses.units + root
-        return Losses(bad, losses.n_units, losses.next_tokens, losses.n_next)
+        return Losses(bad, losses.n_units, losses.aux, losses.n_aux)
 
     monkeypatch.setattr(TidalTransformer, "forward", forward)
     recipe = Hooked()

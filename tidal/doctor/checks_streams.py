@@ -141,7 +141,7 @@ def supervision(patient: Patient, meter: Meter) -> None:
         for block in dict.fromkeys(step.block for step in layout.steps):
             read = [tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)]
             asked[sum(token.block < block for token in layout.tokens) - 1] = read[-1]
-        meter.same("next tokens", asked, batch.next_tokens[0],
+        meter.same("auxiliary targets", asked, batch.aux_targets[0],
                    partial(patient.where_read, document), sides)  # fmt: skip
         with torch.inference_mode():
             losses = patient.exact(batch)

@@ -37,9 +37,9 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     optimizer.zero_grad()
     n = settings.optim.accumulate
     batches = [parallel.batch(recipe, step * n + i) for i in range(n)]
-    counts = [(b.n_units, b.n_bytes, int((b.next_tokens != NOTHING).sum())) for b in batches]
+    counts = [(b.n_units, b.n_bytes, int((b.aux_targets != NOTHING).sum())) for b in batches]
     totals = parallel.all_reduce_sum([number for count in counts for number in count])
-    n_units, n_bytes, n_next = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])
+    n_units, n_bytes, n_aux = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])
     passes = [part for batch in batches for part in parts_of(batch, parts)]
     nats = 0.0
     for number, part in enumerate(passes, start=1):
@@ -48,7 +48,7 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
                 losses = model(part.to(device))
             loss = losses.units / n_units
             if settings.optim.aux_weight:
-                loss = loss + settings.optim.aux_weight * losses.next_tokens / max(1, n_next)
+                loss = loss + settings.optim.aux_weight * losses.aux / max(1, n_aux)
             (loss * parallel.size).backward()  # DDP and FSDP take the mean over processes
         nats += losses.units.item()
     [nats] = parallel.all_reduce_sum([nats])
