@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.dense import dense_log_probs
 from tests.test_streams import READER
 from tidal import streams
-from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage
-from tidal.infer import decoder as decoding
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
+from tidal.doctor import patient
+from tidal.doctor.oracle import Oracle, dense_block
 from tidal.infer import engine, score
 from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
@@ -26,10 +26,6 @@ CAUSAL = 1e-12
 
 Document = tuple[list[str], list[str | None]]
 """Blocks of the prompt; blocks to be written, None for the end of the document."""
-
-
-def document_of(tokenizer: MixedTokenizer, prompt: str, completion: str) -> Document:
-    return tokenizer.split(prompt), [*tokenizer.split(completion), None]
 
 
 def passage_of(table: BlockTable, document: Document) -> Passage:
@@ -141,12 +137,10 @@ def check_packed_is_naive(model: TidalTransformer, tokenizer: MixedTokenizer, pr
     text, offset = prompt + completion, len(prompt)
     packed = score.score(model, tokenizer, text, supervise_from=offset)
     assert_close(packed, score.score(model, tokenizer, text, "naive", supervise_from=offset), EXACT)
-    before, blocks = document_of(tokenizer, prompt, completion)
-    dense = []
-    for block in blocks:
-        dense.append(dense_log_probs(model, tokenizer, before, block))
-        before = [*before, block] if block else before
-    assert_close(packed, torch.cat(dense), EXACT)
+    read, written = tokenizer.split(prompt), tokenizer.split(completion)
+    layout = Oracle(tokenizer, model.config.shape).lay_out(read, written, ends=True)
+    blocks = range(1 + len(read), len(layout.blocks))
+    assert_close(packed, torch.cat([dense_block(model, layout, j, torch.float64)[0] for j in blocks]), EXACT)
 
 
 def check_row_is_documents(model: TidalTransformer, table: BlockTable, rows: Sequence[Sequence[Passage]]) -> None:
@@ -166,42 +160,14 @@ def check_decoded(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: st
     assert_close(score.score(model, tokenizer, text, "decode", supervise_from=offset), packed, tolerance)
 
 
-@torch.inference_mode()
-def forced(model: TidalTransformer, tokenizer: MixedTokenizer, documents: Sequence[Document],
-           capacity: int) -> list[list[Tensor]]:  # fmt: skip
-    """Documents written side by side in one decoder; each goes on at its own pace, as in generation."""
-    decoder = decoding.Decoder(model, tokenizer, len(documents), capacity)
-    prompted = [i for i, (prompt, _) in enumerate(documents) if prompt]
-    if prompted:
-        decoder.read(prompted, [[tokenizer.encode_block(text) for text in documents[i][0]] for i in prompted])
-    waiting = [list(blocks) for _, blocks in documents]
-    written: list[list[int]] = [[] for _ in documents]
-    log_probs: list[list[Tensor]] = [[] for _ in documents]
-    while active := [i for i, blocks in enumerate(waiting) if blocks]:
-        logits = decoder.step(active, [written[i] for i in active])
-        finished = []
-        for i, row in zip(active, logits, strict=True):
-            text = waiting[i][0]
-            targets = [*tokenizer.write_units(text), tokenizer.eob_id] if text else [tokenizer.eos_id]
-            written[i] = [*written[i], targets[len(written[i])]]
-            log_probs[i].append(row.log_softmax(-1)[written[i][-1]])
-            if len(written[i]) == len(targets):
-                finished.append(i)
-        read = [(i, text) for i in finished if (text := waiting[i].pop(0))]
-        for i in finished:
-            written[i] = []
-        if read:
-            decoder.read([i for i, _ in read], [[tokenizer.encode_block(text)] for _, text in read])
-    return log_probs
-
-
-def check_decoded_side_by_side(model: TidalTransformer, tokenizer: MixedTokenizer, documents: Sequence[Document],
-                               capacity: int = 256, tolerance: float = EXACT) -> None:  # fmt: skip
-    """In any batch, and however small the caches begin."""
+def check_decoded_side_by_side(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequence[tuple[str, str]],
+                               capacity: int = 256) -> None:  # fmt: skip
+    """In any batch, each at its own pace, and however small the caches begin."""
     table = table_for(model, tokenizer)
-    for document, log_probs in zip(documents, forced(model, tokenizer, documents, capacity), strict=True):
-        packed = packed_log_probs(model, table, [[passage_of(table, document)]])
-        assert_close(torch.stack(log_probs), packed, tolerance)
+    documents = [patient.Document(prompt, completion) for prompt, completion in texts]
+    decoded = patient.Patient(model, tokenizer, documents, trained=True).decode(model, documents, capacity)
+    for text, log_probs in zip(texts, decoded, strict=True):
+        assert_close(log_probs, packed_log_probs(model, table, [[passage(table, *text)]]), EXACT)
 
 
 def check_generation(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str],

@@ -22,7 +22,6 @@ from tests.laws import (
     check_packed_is_naive,
     check_rest_of_block,
     check_row_is_documents,
-    document_of,
     packed_log_probs,
     table_for,
 )
@@ -126,8 +125,7 @@ def test_trained_is_decoded_in_float32(name: str, shape: str) -> None:
        st.sampled_from((1, 7, 256)))  # fmt: skip
 @example("english", "memory deep", [("", "the light"), ("and the fox,", ""), ("", "dogs and god"), ("'", "a")], 1)
 def test_decoded_side_by_side(name: str, shape: str, texts: list[tuple[str, str]], capacity: int) -> None:
-    model, tokenizer = tiny(name, shape)
-    check_decoded_side_by_side(model, tokenizer, [document_of(tokenizer, *text) for text in texts], capacity)
+    check_decoded_side_by_side(*tiny(name, shape), texts, capacity)
 
 
 @settings(max_examples=20)

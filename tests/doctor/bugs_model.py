@@ -179,6 +179,11 @@ def slot_off_by_one(put: Callable[..., None]) -> Callable[..., None]:
     return lambda self, at, *rest: put(self, (at[0], (at[1] - 1).clamp(min=0)), *rest)
 
 
+def stale_slots(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
+    start, end = step.sees_writer
+    return {"sees_writer": (start, min(end + 1, self.tokenizer.max_block_units + 1))}
+
+
 def memory_of_first_block_only(put: Callable[..., None]) -> Callable[..., None]:
     def bugged(self: Any, at: Any, k: Tensor, v: Tensor) -> None:
         put(self, at, k, v * 0 if int(at[1].min()) > 24 else v)

@@ -111,10 +111,10 @@ def builder(*args: Any, **kwargs: Any) -> Plant:
 def with_block(change: Callable[[MixedTokenizer, Block], dict[str, Any]]) -> Plant:
     """Blocks come out of the tokenizer changed, for training and decoding alike."""
 
-    def wrap(make: Callable[..., Block]) -> Callable[..., Block]:
-        return lambda self, text: dataclasses.replace(right := make(self, text), **change(self, right))
+    def wrap(encode: Callable[..., Block]) -> Callable[..., Block]:
+        return lambda self, text: dataclasses.replace(right := encode(self, text), **change(self, right))
 
-    return replacing(MixedTokenizer, "_make_block", wrap)
+    return replacing(MixedTokenizer, "encode_block", wrap)
 
 
 def geometry(change: Callable[..., tuple[Tensor, Tensor | None]]) -> Plant:
