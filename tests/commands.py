@@ -9,7 +9,6 @@ import json
 import os
 import pty
 import re
-import resource
 import select
 import struct
 import subprocess
@@ -40,7 +39,6 @@ class Ran:
     code: int
     out: str
     err: str
-    cpu_seconds: float
 
     @property
     def lines(self) -> list[str]:
@@ -49,11 +47,9 @@ class Ran:
 
 def run(command: Sequence[str | bytes], cwd: Path, stdin: str = "", env: Mapping[str, str] | None = None) -> Ran:
     """Run any command to its end, neither input nor outputs being a terminal."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(command, cwd=cwd, input=stdin.encode(), capture_output=True, check=False,
                           env={**ENVIRONMENT, **(env or {})})  # fmt: skip
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode(), used)
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def tidal(module: str, *arguments: str | bytes, cwd: Path, stdin: str = "", fails: bool = False) -> Ran:

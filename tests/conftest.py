@@ -32,7 +32,7 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_readme", "test_parallel", "test_commands", "test_adder")
+LONGEST = ("test_readme", "test_parallel", "test_triton_attention", "test_doctor", "test_mutants", "test_own_text", "test_commands")
 """Files that take minutes. They come first: a process that began one last would be the only one at work."""
 
 
@@ -58,6 +58,6 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         with pytest.raises(SystemExit) as stop:
             cli.main(importlib.import_module(f"tidal.{module}.__main__").run, f"tidal.{module}", arguments)
         assert isinstance(stop.value.code, int)
-        return Ran(stop.value.code, *capfd.readouterr(), cpu_seconds=0.0)
+        return Ran(stop.value.code, *capfd.readouterr())
 
     return run_here

@@ -1,25 +1,28 @@
-"""The commands end to end, in real processes: what they print, what they write, and that they agree."""
+"""The commands end to end, each once in a real process: what they print, what they write, and that they agree."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import tidal as package
-from tests.commands import ROOT, SMALL, Ran, Terminal, figures, objects, run, tidal, tree
+from benchmarks import packing
+from tests.commands import SMALL, Ran, Terminal, figures, objects, run, tidal, tree
 from tests.laws import check_scores
 from tidal import checkpoint
 from tidal.config import Optim
 from tidal.train.optim import learning_rate
 
+Command = Callable[..., Ran]
 KEYS = ["prompt", "completion", "text", "blocks", "stop_reason", "log_prob", "units", "degenerate", "seconds"]
 TRAIN = ("--max-steps", "30", "--validate-every", "15", "--rows", "8", "--lr", "1e-2", "--warmup-steps", "5", *SMALL)
 
@@ -133,8 +136,9 @@ def test_a_second_run_on_a_terminal(
     assert checkpoint.resolve(None).parts[:2] == ("runs", "addition-2")
 
 
-def test_training_needs_no_flags_and_can_be_interrupted(tmp_path: Path) -> None:
-    with Terminal([sys.executable, "-m", "tidal.train"], tmp_path) as terminal:
+def test_training_of_the_default_size_can_be_interrupted(tmp_path: Path) -> None:
+    """With no flags at all it is run by tests/test_readme.py."""
+    with Terminal([sys.executable, "-m", "tidal.train", "--no-doctor"], tmp_path) as terminal:
         terminal.read_until("| 0/")
         terminal.process.send_signal(signal.SIGINT)
         code, shown = terminal.end()
@@ -146,7 +150,8 @@ def test_training_needs_no_flags_and_can_be_interrupted(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ inference
 
 
-def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
+def test_infer_takes_the_newest_run_and_documents_its_json(home: Path, command: Command,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     prompts = ["1 + 1 =", "😀 今天天气很好 é", "", "1 + 1 ="]
     flags = ("--prompt", prompts[0], prompts[1], "--json", "--prompt", *prompts[2:], "--num-samples", "2",
              "--temperature", "1", "--seed", "3", "--max-new-units", "40")  # fmt: skip
@@ -168,7 +173,8 @@ def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
         assert isinstance(answer["seconds"], float)
     assert len({a["log_prob"] for a in answers}) > 4  # samples differ, and so do equal prompts
 
-    again = tidal("infer", *flags, cwd=home)
+    monkeypatch.chdir(home)
+    again = command("infer", *flags)
     assert without_seconds(again.lines) == without_seconds(done.lines)
     model, tokenizer = package.load(home / "runs/addition")
     asked = [p for p in prompts for _ in range(2)]
@@ -180,15 +186,19 @@ def test_infer_takes_the_newest_run_and_documents_its_json(home: Path) -> None:
     assert [c.log_prob for c in others] != [c.log_prob for c in here]
 
 
-def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path) -> None:
+def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path, command: Command,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     (tmp_path / "prompts.txt").write_bytes("\ufeff1 + 1 =\r\n\n今天 2 =".encode())  # some editors put it first
     prompts = ["1 + 1 =", "", "今天 2 ="]
     flags = ("--json", "--max-new-units", "12")
-    by_file = tidal("infer", "--prompt-file", str(tmp_path / "prompts.txt"), *flags, cwd=home)
+    monkeypatch.chdir(home)
+    by_file = command("infer", "--prompt-file", str(tmp_path / "prompts.txt"), *flags)
     assert [a["prompt"] for a in objects(by_file.lines)] == prompts
-    for extra in ((), ("--prompt-file", "-")):
-        piped = tidal("infer", *extra, *flags, cwd=home, stdin="1 + 1 =\n\n今天 2 =\n")
-        assert without_seconds(piped.lines) == without_seconds(by_file.lines)
+    piped = "1 + 1 =\n\n今天 2 =\n"
+    in_a_process = tidal("infer", *flags, cwd=home, stdin=piped)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode()), encoding="utf-8"))
+    for done in (in_a_process, command("infer", "--prompt-file", "-", *flags)):
+        assert without_seconds(done.lines) == without_seconds(by_file.lines)
 
 
 def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
@@ -212,7 +222,7 @@ def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluate_addition(home: Path) -> None:
+def test_evaluate_addition(home: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("addition", "--digits", "2", "--count", "20", "--batch-size", "7")
     done = tidal("evaluate", *flags, "--json", cwd=home)
     (line,) = done.lines
@@ -223,7 +233,8 @@ def test_evaluate_addition(home: Path) -> None:
     assert values["wrong"] == round(20 * (1 - values["exact_match"])) >= max(values[kind] for kind in kinds[1:])
     assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)
     assert 0 <= values["exact_match"] <= 1
-    plain = figures(tidal("evaluate", *flags, cwd=home).lines)
+    monkeypatch.chdir(home)
+    plain = figures(command("evaluate", *flags).lines)
     assert list(plain) == list(values)
     assert plain["exact_match"] == pytest.approx(values["exact_match"], abs=1e-4)
 
@@ -238,38 +249,40 @@ def test_three_ways_to_score_agree_on_a_trained_run(home: Path) -> None:
 # ----------------------------------------------------------------------------------------- help, bench
 
 
-@pytest.mark.parametrize("command", ["train", "infer", "evaluate", "evaluate addition", "evaluate bits-per-byte",
-                                     "evaluate samples"])  # fmt: skip
-def test_help_is_quick_and_imports_no_torch(command: str, tmp_path: Path) -> None:
-    module, *subcommand = command.split()
+@pytest.mark.parametrize("arguments", ["train", "infer", "doctor", "prepare", "evaluate", "evaluate addition",
+                                       "evaluate bits-per-byte", "evaluate samples"])  # fmt: skip
+def test_help_imports_no_torch(arguments: str, tmp_path: Path) -> None:
+    """Which takes seconds; help is there at once."""
+    module, *subcommand = arguments.split()
     done = run([sys.executable, "-X", "importtime", "-m", f"tidal.{module}", *subcommand, "--help"], tmp_path)
     assert done.code == 0
-    assert done.cpu_seconds < 2  # about 0.2; of this process alone, however busy the machine is
     assert f"python -m tidal.{module}" in done.out
     imported = re.findall(r"\|\s*([\w.]+)$", done.err, re.MULTILINE)
     assert "tidal.cli" in imported
-    assert not {"torch", "sentencepiece", "matplotlib"} & {name.split(".")[0] for name in imported}
+    assert not {"torch", "numpy", "sentencepiece", "matplotlib"} & {name.split(".")[0] for name in imported}
     assert not tree(tmp_path)
 
 
-def test_the_packing_benchmark_ends_in_json(tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "benchmarks.packing", "--tokens", "64", "--repeats", "1"], ROOT)
-    assert done.code == 0, done.err
-    values = json.loads(done.lines[-1])
+def test_the_packing_benchmark_ends_in_json(monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["packing", "--tokens", "64", "--repeats", "1"])
+    packing.main()
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (values["benchmark"], values["tokens"]) == ("packing", 64)
-    assert values["ratio"] > 2  # far more, but machines are shared
+    assert values["ratio"] > 0
     assert values["max_difference"] < 1e-9
     assert values["units"] > 100
 
 
-def test_beams_and_streams(home: Path) -> None:
-    beams = objects(tidal("infer", "--prompt", "1 + 1 =", "--num-beams", "3", "--num-samples", "2", "--max-new-units",
-                          "12", "--json", cwd=home).lines)  # fmt: skip
+def test_beams_and_streams(home: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    beams = objects(command("infer", "--prompt", "1 + 1 =", "--num-beams", "3", "--num-samples", "2",
+                            "--max-new-units", "12", "--json").lines)  # fmt: skip
     assert [b["prompt"] for b in beams] == ["1 + 1 ="] * 2
     assert [(b["index"], b["sample"], "degenerate" in b) for b in beams] == [(0, 0, True), (0, 1, True)]
     assert beams[0]["score"] >= beams[1]["score"]  # type: ignore[operator]
-    streamed = objects(tidal("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--log-probs",
-                             "--temperature", "1", "--max-new-blocks", "3", cwd=home).lines)  # fmt: skip
+    streamed = objects(command("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--log-probs",
+                               "--temperature", "1", "--max-new-blocks", "3").lines)  # fmt: skip
     whole = [line for line in streamed if "completion" in line]
     assert len(whole) == 2
     for completion in whole:
