@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,8 +180,7 @@ def test_closed_streams_are_empty_ones() -> None:
 
 
 SCRIPT = """
-import sys, time
-began = time.perf_counter()
+import sys
 from tidal.cli import main, parse
 from tidal.config import Train
 def run(argv):
@@ -190,16 +188,14 @@ def run(argv):
 try:
     main(run, "tidal.train")
 finally:
-    print(sorted({"torch", "numpy"} & sys.modules.keys()), time.perf_counter() - began, file=sys.stderr)
+    print(sorted({"torch", "numpy"} & sys.modules.keys()), file=sys.stderr)
 """
 
 
-def test_help_is_fast_and_readable_and_imports_no_torch() -> None:
-    began = time.perf_counter()
+def test_help_is_readable_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, "--help"], capture_output=True, text=True, check=False)
-    assert time.perf_counter() - began < 5  # about 0.25 s; generous for a busy machine
     assert done.returncode == 0
-    assert done.stderr.startswith("[] ")
+    assert done.stderr == "[]\n"
     assert "usage: python -m tidal.train" in done.stdout
     assert "Train a model." in done.stdout
     assert "--max-steps INT" in done.stdout

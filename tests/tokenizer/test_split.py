@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import unicodedata
 
 import pytest
@@ -68,8 +67,6 @@ def test_combining_marks_lie_where_the_pattern_looks_for_them() -> None:
     "pattern", ["a", "a'", "a\u0301", "\u0301", "\n", " ", "  \n", "-_", "1", "中a", "\u2581", "\0"]
 )
 def test_no_run_is_slow(pattern: str) -> None:
-    """Generous: a quadratic rule would need hours, not seconds."""
-    text = pattern * 100_000
-    start = time.process_time()
+    """A quadratic rule would need hours, and pytest's timeout would end it."""
+    text = pattern * 200_000
     assert "".join(laws.tokenizer("mixed").split(text)) == text
-    assert time.process_time() - start < 10
