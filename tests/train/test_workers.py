@@ -17,6 +17,7 @@ from tests.commands import ENVIRONMENT, SMALL
 from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
 from tidal.cli import UserError
 from tidal.streams import Batch
+from tidal.train import __main__ as training
 from tidal.train import loop
 from tidal.train.loop import Run, train
 from tidal.train.recipes.addition import AdditionRecipe
@@ -146,23 +147,23 @@ def test_how_many(asked: int, device: str, threads: int, processes: int, wanted:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a killed parent takes along")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path) -> None:
+def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
-    command = [sys.executable, "-m", "tidal.train", *SMALL, "--out", "run", "--validate-every", "2", "--workers", "2"]
-    run = subprocess.Popen([*command, "--max-steps", "5000"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    command = [*SMALL, "--digits", "1", "--max-block-units", "8", "--rows", "4", "--max-steps", "5000", "--out", "run",
+               "--validate-every", "2", "--workers", "2"]  # fmt: skip
+    run = subprocess.Popen([sys.executable, "-m", "tidal.train", *command], cwd=tmp_path, env=ENVIRONMENT,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(number)
     assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
-    again = subprocess.run([*command, "--max-steps", "5000", "--max-seconds", "0.01"], cwd=tmp_path, env=ENVIRONMENT,
-                           capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "continuing at step" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    assert training.run([*command, "--max-seconds", "0.01"]) == 0
+    assert "continuing at step" in capsys.readouterr().err
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    from tidal.train.__main__ import run
-
     with pytest.raises(UserError, match="--workers is -2; it must be between -1 and 64"):
-        run(["--workers", "-2"])
+        training.run(["--workers", "-2"])
