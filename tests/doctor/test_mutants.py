@@ -44,13 +44,12 @@ def test_the_bug_of_a_trained_model_is_found(spoilt: Spoilt, runs: dict[bool, Pa
 
 
 def test_without_a_bug_nothing_is_found(runs: dict[bool, Path]) -> None:
-    untrained = examine_mutant(Mutant("none", 0))
-    trained = examine_checkpoint(checkpoint.resolve(runs[False]), quick=True)
-    for report, skipped in ((untrained, [20, 21, 22]), (trained, [])):
-        assert report.ok, report.table()
-        assert [r.number for r in report.results if r.verdict == "skipped"] == skipped
-        assert [r.number for r in report.results] == sorted(CHECKS)
-        assert all(r.compared for r in report.results if r.verdict == "well")
+    """Of a trained run; tests/doctor/test_doctor.py examines the small model that mutants are made of."""
+    report = examine_checkpoint(checkpoint.resolve(runs[False]), quick=True)
+    assert report.ok, report.table()
+    assert [r.number for r in report.results] == sorted(CHECKS)
+    assert all(r.compared for r in report.results if r.verdict == "well")
+    assert not any(r.verdict == "skipped" for r in report.results)
 
 
 def test_every_check_has_its_bugs() -> None:
