@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.train.runs import whole
+from tests.train.runs import short_samples, whole
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_samples() -> Iterator[None]:
+    with short_samples():
+        yield
 
 
 @pytest.fixture
