@@ -285,11 +285,11 @@ def test_validation_without_memory_is_left_out(tmp_path: Path, alone: dict[str, 
 @pytest.fixture
 def no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop examines a whole copy, as under FSDP, which the device has no memory for."""
-    plain, to, moved = Parallel.plain, TidalTransformer.to, [0]
+    unsharded, to, moved = Parallel.unsharded, TidalTransformer.to, [0]
 
     def copied(parallel: Parallel, model: TidalTransformer) -> TidalTransformer:
         with mock.patch.object(parallel_module, "is_sharded", return_value=True):
-            return plain(parallel, model)
+            return unsharded(parallel, model)
 
     def once(model: TidalTransformer, device: torch.device) -> TidalTransformer:
         moved[0] += 1
