@@ -32,7 +32,8 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_readme", "test_parallel", "test_triton_attention", "test_doctor", "test_mutants", "test_own_text", "test_commands")
+LONGEST = ("test_readme", "test_parallel", "test_triton_attention", "test_doctor", "test_mutants", "test_own_text",
+           "test_commands")  # fmt: skip
 """Files that take minutes. They come first: a process that began one last would be the only one at work."""
 
 

@@ -61,8 +61,7 @@ def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
     as_trained = command("evaluate", *flags[:3], "--json")
     trained = json.loads(Path("runs/text/config.json").read_text())["text"]["reader_budget"]
     assert json.loads(as_trained.out)["context"] == trained != 512
-    assert f"windows of {trained} tokens, as in training; choose others with --context
-" in as_trained.err
+    assert f"windows of {trained} tokens, as in training; choose others with --context\n" in as_trained.err
     plain = figures(command("evaluate", *flags).lines)
     assert list(plain) == list(values)
     assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
