@@ -187,8 +187,7 @@ def bits_per_byte(settings: Bits, asked: Subject) -> Figures:
 
     context, lines = settings.context, list[str]()
     if context is None:
-        on_text = asked.training.get("recipe") == "text"
-        trained = asked.training.get("text", {}).get("reader_budget") if on_text else None
+        trained = _trained_context(asked.training)
         context = trained or UNKNOWN_CONTEXT
         lines = [f"windows of {context} tokens" + (", as in training; choose others with --context" if trained else "")]
     table = BlockTable(asked.tokenizer, suffixes=asked.model.config.shape.suffix_rows > 0)
@@ -199,6 +198,13 @@ def bits_per_byte(settings: Bits, asked: Subject) -> Figures:
         raise UserError("no text to score: every completion is empty; check --data")
     return {"bits_per_byte": bits, "documents": len(asked.documents), "bytes": n_bytes, "units": n_units,
             "context": context}, lines  # fmt: skip
+
+
+def _trained_context(training: dict[str, Any]) -> int | None:
+    """Reader tokens in a row of its training; None where it was not trained on text, or nobody knows."""
+    text = training.get("text") if training.get("recipe") == "text" else None
+    budget = text.get("reader_budget") if isinstance(text, dict) else None
+    return budget if isinstance(budget, int) and budget >= LEAST["context"] else None
 
 
 def boundary(settings: Boundary, asked: Subject) -> Figures:
