@@ -45,13 +45,13 @@ def test_random_problems(
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_structures(structure: str, dtype: torch.dtype) -> None:
-    assert_right(triton_case(1, structure, dtype))
+    assert_right(triton_case(1, structure, dtype, q_tiles=1.3, k_tiles=2.7))  # as in the search for planted bugs
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
-    assert_right(triton_case(2, "blocks", dtype, q_tiles=1.2, k_tiles=3.2, head_dim=head_dim))
+    assert_right(triton_case(2, "blocks", dtype, q_tiles=1.2, k_tiles=2.2, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("structure", ["packed", "streams"])
@@ -68,7 +68,7 @@ def test_low_precision_error(structure: str, dtype: torch.dtype) -> None:
     """
     error, allowed = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
     for seed in range(8 if dtype == torch.float32 else 2):
-        case = triton_case(seed, structure, dtype, 1, 4, 2, q_tiles=0.9, k_tiles=2.4)
+        case = triton_case(seed, structure, dtype, 1, 2, 1, q_tiles=0.9, k_tiles=2.4)
         wanted, got, eager = exact(case), fused(case), eager_in_same_dtype(case)
         for name in NAMES:
             assert got[name].dtype == eager[name].dtype
