@@ -32,9 +32,9 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_readme", "test_parallel", "test_triton_attention", "test_doctor", "test_mutants", "test_own_text",
-           "test_commands")  # fmt: skip
-"""Files that take minutes. They come first: a process that began one last would be the only one at work."""
+LONGEST = ("test_parallel", "test_readme", "test_triton_attention", "test_doctor", "test_own_text", "test_mutants",
+           "test_commands", "test_engine", "test_resume")  # fmt: skip
+"""Files that take half a minute or more, longest first: a process that began one last would be the only one at work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
