@@ -118,9 +118,8 @@ def interval_attention(
         plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
             built inside when missing.
         rows: for each row of q, the row of k and v that it attends to. k and v may then have any number of rows: those
-            of a cache are attended to where they lie, if that is cheaper than copying them. If missing, row i of q
-            attends to row i.
-            On a CPU each row then ends at the last key that it sees, where rows are of very different lengths.
+            of a cache are attended to where they lie, if that is cheaper than copying them. On a CPU each row
+            ends at the last key that it sees, where lengths differ much. If missing, row i of q attends to row i.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
