@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -158,12 +159,45 @@ def supervision(patient: Patient, meter: Meter) -> None:
         dropped = cut_at_random(whole, table, np.random.default_rng(1), 0.7)
         text = "".join(table.texts[i] for i in dropped.blocks)
         meter.same("text after boundary dropout", document.text, text, here, ("text", TRAINED))
-        blocks, written = tokenizer.split(document.completion), _written(patient, [dropped])
-        ends = [block[max(0, len(block) - len(end)) :] for block, end in zip(blocks, written, strict=False)]
-        meter.same("blocks, or their ends, after boundary dropout", ends + blocks[len(ends) :], written, here,
-                   ("text", TRAINED))  # fmt: skip
+        _cuts(patient, meter, document, whole)
     if patient.batch is not None:
         _batch_spells_itself(patient, meter, patient.batch)
+
+
+class _OneCut(np.random.Generator):
+    """Boundary dropout's random numbers for a cut in the middle of one block."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.block = block
+
+    def random(self, n: int) -> npt.NDArray[np.float64]:  # type: ignore[override]
+        return np.where(np.arange(n) == self.block, 0.0, 1.0)
+
+    def integers(self, low: int, high: int) -> int:  # type: ignore[override]
+        return (low + high) // 2
+
+
+def _cuts(patient: Patient, meter: Meter, document: Document, whole: Passage) -> None:
+    """Around one cut at a time: what is before it is read as a prompt, and asked for only where it is as it was."""
+    split, table = patient.tokenizer.split, patient.table
+    prompt, completion = split(document.prompt), split(document.completion)
+    here, sides = Where(document.text), ("text", TRAINED)
+    for i, block in enumerate([*prompt, *completion]):
+        if len(block) < 2 or (patient.quick and i % 3):
+            continue
+        cut = cut_at_random(whole, table, _OneCut(1 + i), 0.5)
+        at = len("".join([*prompt, *completion][:i])) + (1 + len(block)) // 2
+        in_prompt = i < len(prompt)
+        of, start = (document.prompt, 0) if in_prompt else (document.completion, len(document.prompt))
+        before, after = split(of[: at - start]), split(of[at - start :])
+        read = [*before, *after, *completion] if in_prompt else [*prompt, *before, *after]
+        same = [a == b for a, b in zip(before, completion, strict=False)]
+        kept = completion[: [*same, False].index(False)]
+        fed = [text for index in cut.blocks if (text := table.texts[index])]
+        meter.same("blocks read around a cut", read, fed, here, sides)
+        meter.same("blocks asked for around a cut", completion if in_prompt else [*kept, *after],
+                   _written(patient, [cut]), here, sides)  # fmt: skip
 
 
 def _same_targets(patient: Patient, meter: Meter, document: Document, cut: Sequence[Passage], side: str) -> None:
