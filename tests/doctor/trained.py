@@ -156,8 +156,9 @@ def always_the_first(right: Callable[..., list[int]]) -> Callable[..., list[int]
 
 
 def far_too_hot(right: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    return lambda logits, allowed, how, *rest: right(
-        logits, allowed, dataclasses.replace(how, temperature=50.0 if how.temperature else 0.0), *rest)  # fmt: skip
+    return lambda logits, allowed, settings, *rest: right(
+        logits, allowed, [dataclasses.replace(how, temperature=50.0 if how.temperature else 0.0) for how in settings],
+        *rest)  # fmt: skip
 
 
 SPOILT: tuple[Spoilt, ...] = (
