@@ -1,4 +1,5 @@
-"""Which of the processes that torchrun started this one is. No torch here: `--help` must answer at once."""
+"""Which of the processes that torchrun started this one is, and which cores it has. No torch here: `--help` and workers
+must start at once."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ from tidal.cli import UserError
 
 PATIENCE_S = 10.0
 """Seconds that the first process is given to say an error that all of them meet."""
+
+
+def n_cores() -> int:
+    """Cores that this process may use (where the system tells, else those there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def size() -> int:

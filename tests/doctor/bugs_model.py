@@ -306,7 +306,7 @@ def half_gradient(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def rows_in_order(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, rows=None: right(*args, rows=rows and sorted(rows))
+    return lambda *args, rows: right(*args, rows=sorted(rows))
 
 
 def first_slice_only(right: Callable[..., Any]) -> Callable[..., Any]:

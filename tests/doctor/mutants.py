@@ -90,7 +90,7 @@ from tidal.foretold import Foretold
 from tidal.infer import beam, engine, sampling
 from tidal.infer import decoder as decoding
 from tidal.infer.grammar import Grammar
-from tidal.kernels import api, cpu
+from tidal.kernels import api, cpu, cpu_rows
 from tidal.model import Layer, TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -234,7 +234,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("gradients through tiles are halved", 17, replacing(cpu, "softmax_backward", half_gradient)),
     Mutant("tiles use their first slice of keys only", 17, replacing(cpu, "key_slices", first_slice_only)),
     Mutant("tiles are taken to be full", 17, replacing(cpu, "key_slices", every_tile_full)),
-    Mutant("rows of a cache are taken in order", 17, replacing(cpu, "attend_dense", rows_in_order)),
+    Mutant("rows of a cache are taken in order", 17, replacing(cpu_rows, "attend_rows", rows_in_order)),
     Mutant("queries without keys take the mean", 17,
            lambda patch: patch.setattr(cpu, "blind_queries", lambda r, n: torch.zeros(r.shape[:2], dtype=torch.bool))),
     Mutant("dropout is left on", 18, replacing(Layer, "forward", dropout_left_on)),

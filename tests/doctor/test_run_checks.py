@@ -49,8 +49,7 @@ def written(monkeypatch: pytest.MonkeyPatch, completion: str, ends: bool) -> Non
     """What sampling gives for every prompt."""
     def generate(model: object, tokenizer: object, prompts: Sequence[str], **how: Any) -> list[Completion]:
         blocks, reason = TOKENIZER.split(completion), "eos" if ends else "length"
-        return [Completion(prompt, completion, prompt + completion, blocks, reason, -9.0, [], 9, None, 0.1)  # type: ignore[arg-type]
-                for prompt in prompts]  # fmt: skip
+        return [Completion.of(prompt, blocks, reason, [], [], 0.1) for prompt in prompts]  # type: ignore[arg-type]
 
     monkeypatch.setattr(checks_run, "generate", generate)
 

@@ -202,8 +202,8 @@ def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:
 
 
 def test_batches_hold_the_rows_with_some_blocks_cut(recipe: TextRecipe) -> None:
-    """Boundary dropout changes the blocks, never the text, and of a cut one only the end is learnt; about as often as
-    asked; and not when validating."""
+    """Boundary dropout changes the blocks, never the text, and of a cut one only the end is learnt, split as a text of
+    its own; about as often as asked; and not when validating."""
     cut, expected = 0, 0.0
     for step in range(8):
         batch = recipe.batch(step)
@@ -213,9 +213,12 @@ def test_batches_hold_the_rows_with_some_blocks_cut(recipe: TextRecipe) -> None:
             assert read_text(batch, i, recipe.tokenizer) == texts
             blocks = [recipe.table.texts[j] if j != EOS_BLOCK else "<eos>" for p in row for j in p.blocks[1:]]
             written = written_blocks(batch, i, recipe.tokenizer)
-            assert all(map(str.endswith, blocks, written))
-            assert len(blocks) == len(written)
-            cut += sum(map(str.__ne__, blocks, written))
+            for block in blocks:
+                rest = written.pop(0)
+                while not block.endswith(rest):
+                    rest += written.pop(0)
+                cut += rest != block
+            assert not written
             expected += sum(1 - 0.9 ** (len(block) - 1) for block in blocks if block != "<eos>")
     assert expected > 100
     assert 0.8 < cut / expected < 1.2

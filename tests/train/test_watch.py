@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -168,12 +169,12 @@ def test_a_rate_that_does_not_learn(rate: float, kind: str, tmp_path: Path, monk
 def test_a_target_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """The shift by one that everybody forgets once: the writer is fed what it shall write."""
-    honest = TidalTransformer._states
+    honest = TidalTransformer._writer_states
 
-    def states(self: TidalTransformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return honest(self, dataclasses.replace(batch, writer_ids=batch.targets.clamp(min=0)))
+    def states(self: TidalTransformer, batch: Batch, *rest: Any) -> torch.Tensor:
+        return honest(self, dataclasses.replace(batch, writer_ids=batch.targets.clamp(min=0)), *rest)
 
-    monkeypatch.setattr(TidalTransformer, "_states", states)
+    monkeypatch.setattr(TidalTransformer, "_writer_states", states)
     out = trained(tmp_path / "run", monkeypatch, steps=60)
     assert "implausibly low" in warned(capsys.readouterr().err)
     assert float(metrics(out)[-1]["typo_gain"]) > 0.5

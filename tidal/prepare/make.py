@@ -21,13 +21,13 @@ from typing import Any
 from tidal.blocks import BlockTable
 from tidal.cli import UserError, note, progress
 from tidal.config import Text
-from tidal.device import n_cores
 from tidal.files import atomic_write, existing, free_bytes, locked
 from tidal.prepare.corpus import Corpus
 from tidal.prepare.reading import PART, Part
 from tidal.prepare.seams import at_seams
 from tidal.prepare.shards import BYTES_PER_BYTE, SHARD, Shard, verify
 from tidal.prepare.survey import Survey, survey
+from tidal.ranks import n_cores
 from tidal.tokenizer import MixedTokenizer
 
 VERSION = 1

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tidal.device import n_cores
-from tidal.ranks import OwnError
+from tidal.ranks import OwnError, n_cores
 from tidal.streams import Batch
 from tidal.train.memory import first_line
 
