@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 from tests.commands import ENVIRONMENT, SMALL
 from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
 from tidal.cli import UserError
+from tidal.ranks import OwnError
 from tidal.streams import Batch
 from tidal.train import __main__ as training
-from tidal.train import loop
+from tidal.train import loop, workers
 from tidal.train.loop import Run, train
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
@@ -100,6 +102,22 @@ def test_a_worker_that_is_killed_is_said_in_one_line(tmp_path: Path) -> None:
     assert said.startswith("a worker, which builds batches, was killed (DataLoader worker (pid")
     assert said.endswith("; try --workers 0, or more (shared) memory")
     assert children() == before
+
+
+def test_a_worker_that_dies_while_it_hands_over_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the signal is heard of: what it was sending cannot be received."""
+    class Dying:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __iter__(self) -> Iterator[Batch]:
+            raise ConnectionResetError(104, "Connection reset by peer")
+            yield
+
+    monkeypatch.setattr(workers, "DataLoader", Dying)
+    said = r"^a worker, which builds batches, was killed \(while it handed over a batch\)"
+    with pytest.raises(OwnError, match=said), workers.said_if_killed():
+        PrefetchLoader(Hooked(SETTINGS), 1).batch(0)
 
 
 def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

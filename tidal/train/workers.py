@@ -42,15 +42,19 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
 @contextlib.contextmanager
 def said_if_killed() -> Iterator[None]:
     """Around all that is done beside workers. One that dies is heard of by a signal, anywhere, as a RuntimeError of
-    torch, which becomes one line.
+    torch, which becomes one line; or as a `HandOverError`.
     """
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+        if not (isinstance(error, HandOverError) or str(error).startswith("DataLoader worker (pid")):
             raise
         raise OwnError(f"a worker, which builds batches, was killed ({first_line(error)}); the last checkpoint is "
                        "intact; try --workers 0, or more (shared) memory") from error  # fmt: skip
+
+
+class HandOverError(RuntimeError):
+    """A worker died while it handed over a batch, whose tensors come through a socket of their own."""
 
 
 class PrefetchLoader:
@@ -77,7 +81,10 @@ class PrefetchLoader:
         if self._next != (step, share):
             return self.recipe.batch(step, share)
         self._next = step + 1, share
-        return next(self._coming)
+        try:
+            return next(self._coming)
+        except (ConnectionError, EOFError) as error:
+            raise HandOverError("while it handed over a batch") from error
 
     def close(self) -> None:
         """End the workers. (Torch ends them with their iterator, but the traceback of an error may hold on to that.)"""
