@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import _HAN, tokenizer_names, tokenizers
+from tests.test_blocks import texts_of
 from tests.tokenizer.strategies import hostile_text
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
 from tidal.boundary_dropout import cut_at_random, cut_blocks
@@ -45,10 +46,6 @@ def parts_of(text: str, split: list[str], chosen: list[bool], offsets: list[int]
     cut = [start for start, block, yes in zip(starts, split, chosen, strict=False) if yes and len(block) > 1]
     places = [0, *(start + offset for start, offset in zip(cut, offsets, strict=True)), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(places)]
-
-
-def texts_of(p: Passage, table: BlockTable) -> list[str]:
-    return [table.texts[index] for index in p.blocks]
 
 
 def check_dropout(cut_at_random: Cut, table: BlockTable, prompt: str, completion: str, chance: float,

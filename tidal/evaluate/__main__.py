@@ -163,16 +163,16 @@ def run(argv: list[str]) -> None:
     _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
 
 
-def addition(settings: Sums, asked: Subject) -> Figures:
+def addition(settings: Sums, subject: Subject) -> Figures:
     """Exact match on sums of two operands with exactly `digits` digits."""
     import numpy as np
 
     from tidal.train.recipes.addition import exact_match, random_sums
 
-    if settings.digits + 2 > (longest := asked.tokenizer.max_block_units):
+    if settings.digits + 2 > (longest := subject.tokenizer.max_block_units):
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units")
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
-    share, wrong = exact_match(asked.model, asked.tokenizer, sums, settings.batch_size)
+    share, wrong = exact_match(subject.model, subject.tokenizer, sums, settings.batch_size)
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
@@ -180,23 +180,23 @@ def addition(settings: Sums, asked: Subject) -> Figures:
             [f"wrong: {c.prompt!r} → {c.completion!r}" for c in wrong[:5]])  # fmt: skip
 
 
-def bits_per_byte(settings: Bits, asked: Subject) -> Figures:
+def bits_per_byte(settings: Bits, subject: Subject) -> Figures:
     """Bits per byte of documents, in windows that overlap by half."""
     from tidal.blocks import BlockTable, passage, windows
     from tidal.infer.score import bits_per_byte as measure
 
     context, lines = settings.context, list[str]()
     if context is None:
-        trained = _trained_context(asked.training)
+        trained = _trained_context(subject.training)
         context = trained or UNKNOWN_CONTEXT
         lines = [f"windows of {context} tokens" + (", as in training; choose others with --context" if trained else "")]
-    table = BlockTable(asked.tokenizer, suffixes=asked.model.config.shape.suffix_rows > 0)
-    whole = (passage(table, d.prompt, d.completion) for d in asked.documents)
+    table = BlockTable(subject.tokenizer, suffixes=subject.model.config.shape.suffix_rows > 0)
+    whole = (passage(table, d.prompt, d.completion) for d in subject.documents)
     rows = [[w] for p in whole for w in windows(p, table, context, 1 << 40, overlap=context // 2)]
-    bits, n_units, n_bytes = measure(asked.model, rows, table)
+    bits, n_units, n_bytes = measure(subject.model, rows, table)
     if not n_bytes:
         raise UserError("no text to score: every completion is empty; check --data")
-    return {"bits_per_byte": bits, "documents": len(asked.documents), "bytes": n_bytes, "units": n_units,
+    return {"bits_per_byte": bits, "documents": len(subject.documents), "bytes": n_bytes, "units": n_units,
             "context": context}, lines  # fmt: skip
 
 
@@ -207,35 +207,35 @@ def _trained_context(training: dict[str, Any]) -> int | None:
     return budget if isinstance(budget, int) and budget >= LEAST["context"] else None
 
 
-def boundary(settings: Boundary, asked: Subject) -> Figures:
+def boundary(settings: Boundary, subject: Subject) -> Figures:
     """Mean loss after prompts cut inside a block against prompts cut at a boundary nearby."""
     from tidal.evaluate.boundary import boundary_gap
 
-    texts = [d.prompt + d.completion for d in asked.documents]
+    texts = [d.prompt + d.completion for d in subject.documents]
     with _blamed("--data and the other flags"):
-        return boundary_gap(asked.model, asked.tokenizer, texts, count=settings.count, seed=settings.seed,
+        return boundary_gap(subject.model, subject.tokenizer, texts, count=settings.count, seed=settings.seed,
                             context_chars=settings.context_chars,
                             continuation_chars=settings.continuation_chars), []  # fmt: skip
 
 
-def characters(settings: Characters, asked: Subject) -> Figures:
+def characters(settings: Characters, subject: Subject) -> Figures:
     """Exact match on spelling, editing and searching held-out words."""
     from tidal.evaluate.characters import characters as measure
 
     with _blamed("--checkpoint"):
-        figures, wrong = measure(asked.model, asked.tokenizer, count=settings.count, seed=settings.seed,
+        figures, wrong = measure(subject.model, subject.tokenizer, count=settings.count, seed=settings.seed,
                                  batch_size=settings.batch_size)  # fmt: skip
     of_each_task = {question.task: (question, c) for question, c in wrong}.values()
     return figures, [f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}" for question, c in of_each_task]
 
 
-def samples(settings: Samples, asked: Subject) -> Figures:
+def samples(settings: Samples, subject: Subject) -> Figures:
     """What a model writes after prompts from `--data`."""
     from tidal.evaluate.samples import samples as measure
 
-    texts = [d.prompt + d.completion for d in asked.documents]
+    texts = [d.prompt + d.completion for d in subject.documents]
     with _blamed("--data and the other flags"):
-        figures, done = measure(asked.model, asked.tokenizer, texts, count=settings.count, seed=settings.seed,
+        figures, done = measure(subject.model, subject.tokenizer, texts, count=settings.count, seed=settings.seed,
                                 prompt_blocks=settings.prompt_blocks, max_new_units=settings.max_new_units,
                                 temperature=settings.temperature)  # fmt: skip
     odd = [c for c in done if c.degenerate][:5]
