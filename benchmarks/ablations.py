@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.quality import Budget, Point, Racing, machine, race, set_up, write
+from benchmarks import record
+from benchmarks.quality import Budget, Point, Racing, race, set_up
 from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 
@@ -133,7 +134,7 @@ def run(argv: list[str]) -> None:
     if not settings.table:
         results = measure(settings, chosen, results, out)
     print(markdown(results, chosen))
-    print(json.dumps({"benchmark": "ablations", "out": str(out), "results": len(results), **machine()}))
+    print(json.dumps({"benchmark": "ablations", "out": str(out), "results": len(results), **record.machine()}))
 
 
 def choose(only: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -179,9 +180,9 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
                 end = ends[entries[name].label]
                 results.append({
                     "variant": name, "spec": specs[name], **conditions, **end,
-                    "times_default_step": end["step_ms"] / default_ms, **machine(),
+                    "times_default_step": end["step_ms"] / default_ms, **record.machine(),
                 })  # fmt: skip
-            write(out, results)
+            record.save(out, results)
     return results
 
 

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from benchmarks import record
 from benchmarks.addition_results import Run, draw, markdown
-from benchmarks.quality import machine, write
 from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 from tidal.config import Lengths, Train
@@ -97,12 +97,12 @@ def run(argv: list[str]) -> None:
         for wanted in planned(settings):
             if any(wanted.items() <= r.items() for r in runs):
                 continue
-            runs.append({**wanted, **measure(wanted), **machine()})
-            write(out, runs)
+            runs.append({**wanted, **measure(wanted), **record.machine()})
+            record.save(out, runs)
     print(markdown(runs))
     if settings.picture:
         draw([r for r in runs if r["part"] == "length"], Path(settings.picture))
-    print(json.dumps({"benchmark": "addition", "out": str(out), "runs": len(runs), **machine()}))
+    print(json.dumps({"benchmark": "addition", "out": str(out), "runs": len(runs), **record.machine()}))
 
 
 def planned(settings: Settings) -> list[Run]:

@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import record
 from benchmarks.forgeries import damage, forged
 from tidal import checkpoint
 from tidal.cli import main, note
@@ -302,7 +302,7 @@ def command(argv: list[str] | None = None) -> int:
         line["damage"] = damage(last, scale.flips, scale.truncations, rng)
         line["forged"] = forged(home, last)
         line["overhead"] = overhead(home / "overhead", scale)
-    line |= {"seconds": round(time.monotonic() - began), "torch": torch.__version__, "machine": platform.machine()}
+    line |= {"seconds": round(time.monotonic() - began), **record.machine()}
     wrong = [line["kills"]["runs_that_differ"], line["damage"]["missed"], line["forged"]["accepted"],
              not line["full_disk"].get("same_as_left_alone", True)]  # fmt: skip
     line["survived"] = not any(wrong)
@@ -310,8 +310,7 @@ def command(argv: list[str] | None = None) -> int:
         print(f"{part:<10} " + "  ".join(f"{name} {value}" for name, value in line[part].items()))
     print(json.dumps(line))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(line, indent=1) + "\n")
+        record.save(args.out, line)
     return 0 if line["survived"] else 1
 
 

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality import COLOURS, machine, new_figure, save, write
+from benchmarks import record
+from benchmarks.quality import COLOURS, new_figure, save
 from tidal.cli import UserError, main, parse
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ def run(argv: list[str]) -> None:
     print(f"  1 × {trained}, half of it overlap: {overlapping['bits_per_byte']:.4f}; "
           f"{overlapping['beyond_the_first']:.4f} beyond the first {trained}")  # fmt: skip
     content = {"benchmark": "length", "settings": asdict(settings), "checkpoint": str(folder), "trained": trained,
-               "results": results, "overlapping": overlapping, **machine()}  # fmt: skip
+               "results": results, "overlapping": overlapping, **record.machine()}  # fmt: skip
     if settings.out:
-        write(Path(settings.out), content)
+        record.save(Path(settings.out), content)
     if settings.picture:
         draw(results, trained, Path(settings.picture))
     print(json.dumps(content))

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks import record
 from tidal.blocks import BlockTable, Passage, passage, windows
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
@@ -73,7 +73,7 @@ def main() -> None:
     print(json.dumps({
         "benchmark": "packing", "ratio": round(ratio, 2), "tokens": args.tokens, "units": n_units,
         "units_per_second": {name: round(rate, 1) for name, rate in rates.items()}, "max_difference": difference,
-        "threads": args.threads, "torch": torch.__version__, "machine": platform.machine(),
+        **record.machine(),
     }))  # fmt: skip
 
 

@@ -11,17 +11,15 @@ benchmarks/contestants.py. Two races where --teraflops is given, too: one by the
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmarks import record
 from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 
@@ -172,7 +170,7 @@ def run(argv: list[str]) -> None:
     entries = entries_of(settings.contestants, settings.set)
     set_up(settings, entries)
     texts = Texts(settings.corpus, settings.held_out_bytes)
-    content = {"benchmark": "quality", "settings": asdict(settings), **machine(),
+    content = {"benchmark": "quality", "settings": asdict(settings), **record.machine(),
                "held_out_bytes": texts.held_out_bytes,
                "contestants": {e.label: asdict(e) for e in entries},
                "races": [{"budget": asdict(b), "points": list[Point]()} for b in budgets]}  # fmt: skip
@@ -182,14 +180,14 @@ def run(argv: list[str]) -> None:
 
             def report(point: Point, points: list[Point] = entry["points"]) -> None:
                 points.append(point)
-                write(out, content)
+                record.save(out, content)
 
             race(entries, texts, seed, budget, settings, report, settings.evaluations, settings.every, settings.cuts)
     if settings.picture:
         draw(content["races"], [e.label for e in entries], settings, Path(settings.picture))
     results = [result for r in content["races"] for result in summary(r, [e.label for e in entries])]
     print_table(results)
-    print(json.dumps({**{k: content[k] for k in ("benchmark", "settings", *machine())}, "results": results}))
+    print(json.dumps({**{k: content[k] for k in ("benchmark", "settings", *record.machine())}, "results": results}))
 
 
 def set_up(settings: Racing, entries: Sequence[Entry]) -> None:
@@ -275,26 +273,6 @@ def save(figure: Figure, path: Path) -> None:
     """Write a picture, and the folder it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def machine() -> dict[str, Any]:
-    """Where and when."""
-    import torch
-
-    from benchmarks.decoding import processor
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "processor": processor(), "gpu": gpu, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
-            "date": datetime.date.today().isoformat()}  # fmt: skip
-
-
-def write(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.tmp")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    new.replace(path)
 
 
 if __name__ == "__main__":
