@@ -123,7 +123,7 @@ def svg(panel: Panel) -> str:
     for tick in ticks(y0, y1, log):
         y = at(x0, tick)[1]
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>'
-                     f'<text class="y" x="{LEFT - 6}" y="{y + 3.5}">{number(tick)}</text>')  # fmt: skip
+                     f'<text class="y" x="{LEFT - 6}" y="{y + 3.5}">{number(tick, 4)}</text>')  # fmt: skip
     for tick in ticks(x0, x1):
         x = at(tick, y0)[0]
         parts.append(f'<text class="x" x="{x}" y="{HEIGHT - 6}">{number(tick)}</text>')
