@@ -48,26 +48,6 @@ def test_plain_output_is_the_text_and_nothing_else(command: Command) -> None:
 
 
 @pytest.mark.usefixtures("there")
-def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
-    lines = [{"text": SEA * 30}, {"prompt": SEA, "completion": SEA}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ("bits-per-byte", "--data", str(tmp_path / "a.jsonl"), "--context", "64")
-    (line,) = command("evaluate", *flags, "--json").lines
-    values = json.loads(line)
-    assert list(values) == ["bits_per_byte", "documents", "bytes", "units", "context", "seconds"]
-    assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
-    assert values["units"] > values["bytes"]  # every block end is charged
-    assert 0.01 < values["bits_per_byte"] < 2
-    as_trained = command("evaluate", *flags[:3], "--json")
-    trained = json.loads(Path("runs/text/config.json").read_text())["text"]["reader_budget"]
-    assert json.loads(as_trained.out)["context"] == trained != 512
-    assert f"windows of {trained} tokens, as in training; choose others with --context\n" in as_trained.err
-    plain = figures(command("evaluate", *flags).lines)
-    assert list(plain) == list(values)
-    assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
-
-
-@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize(("figure", "flags"), [
     ("bits-per-byte", ()), ("boundary", ("--count", "3", "--context-chars", "40", "--continuation-chars", "20")),
     ("samples", ("--count", "3", "--max-new-units", "9"))])  # fmt: skip
@@ -90,12 +70,33 @@ def test_what_was_held_out_is_evaluated_unless_told_otherwise(figure: str, flags
     assert f"of the run's own data: {Path('sea.txt').resolve()}; unless it was held out, this is no held-out " in told
 
 
-def test_data_that_are_gone_are_asked_for(sea: tuple[Path, Ran], tmp_path: Path, command: Command,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.usefixtures("there")
+def test_data_that_are_gone_are_asked_for(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("runs/text").resolve()
     monkeypatch.chdir(tmp_path)
-    done = command("evaluate", "bits-per-byte", "--checkpoint", str(sea[0] / "runs/text"))
+    done = command("evaluate", "bits-per-byte", "--checkpoint", str(folder))
     assert done.code == 2
     assert "no data: what the run was trained on is not there; name files, folders or globs with --data" in done.err
+
+
+@pytest.mark.usefixtures("there")
+def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
+    lines = [{"text": SEA * 30}, {"prompt": SEA, "completion": SEA}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("bits-per-byte", "--data", str(tmp_path / "a.jsonl"), "--context", "64")
+    (line,) = command("evaluate", *flags, "--json").lines
+    values = json.loads(line)
+    assert list(values) == ["bits_per_byte", "documents", "bytes", "units", "context", "seconds"]
+    assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
+    assert values["units"] > values["bytes"]  # every block end is charged
+    assert 0.01 < values["bits_per_byte"] < 2
+    as_trained = command("evaluate", *flags[:3], "--json")
+    trained = json.loads(Path("runs/text/config.json").read_text())["text"]["reader_budget"]
+    assert json.loads(as_trained.out)["context"] == trained != 512
+    assert f"windows of {trained} tokens, as in training; choose others with --context\n" in as_trained.err
+    plain = figures(command("evaluate", *flags).lines)
+    assert list(plain) == list(values)
+    assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
 
 
 def test_samples_are_turned_the_right_way_round(sea: tuple[Path, Ran]) -> None:
