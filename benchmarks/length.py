@@ -28,15 +28,8 @@ from benchmarks.quality import COLOURS, new_figure, save
 from tidal.cli import UserError, main, parse
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from tidal.blocks import BlockTable, Passage
     from tidal.model import TidalTransformer
-
-    Floats = npt.NDArray[np.float64]
-
-BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -69,14 +62,18 @@ def run(argv: list[str]) -> None:
     from tidal import checkpoint
     from tidal.blocks import BlockTable, passage
     from tidal.device import pick_device, set_threads
-    from tidal.infer.load import load
+    from tidal.infer.load import load_with_trainer
+    from tidal.prepare.again import training_of
     from tidal.prepare.documents import read_documents
 
     documents = [d.prompt + d.completion for d in read_documents(settings.data)]
     folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
-    model, tokenizer = load(folder, device=pick_device(settings.device))
+    model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
-    trained = settings.trained or trained_length(folder)
+    try:
+        trained = settings.trained or training_of(trainer).text.reader_budget
+    except ValueError as error:
+        raise UserError(f"{folder} does not say how long its rows were; give --trained") from error
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     whole = [passage(table, "", text) for text in documents]
     longest = max(settings.times) * trained
@@ -99,14 +96,6 @@ def run(argv: list[str]) -> None:
     print(json.dumps(content))
 
 
-def trained_length(folder: Path) -> int:
-    """Reader tokens of a row, from the settings kept with a checkpoint. Raises UserError."""
-    try:
-        return int(json.loads((folder / "trainer.json").read_text())["settings"]["text"]["reader_budget"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} does not say how long its rows were; give --trained") from error
-
-
 def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage], longest: int, length: int,
             trained: int, every: int = 1, overlap: int = 0) -> dict[str, Any]:  # fmt: skip
     """Bits per byte of passages in windows of `length` tokens: of all, by position in the longest window and in its
@@ -115,6 +104,7 @@ def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage]
     import numpy as np
 
     from tidal.blocks import Passage, windows
+    from tidal.infer.score import unit_log_probs
 
     cut = [w for p in whole for w in windows(p, table, longest, 1 << 40)][::every]
     rows, inside, outside = [], [], []  # windows; of their blocks the tokens before, in the window and in the longest
@@ -129,9 +119,11 @@ def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage]
             start += n
         if start != len(w.blocks):
             raise RuntimeError("the windows do not add up to the longest one")
-    nats = charge(model, table, rows)
-    n_bytes = np.concatenate([table.n_bytes.view()[r.blocks[r.supervise_from :]] for r in rows])
-    bits, here, there = np.concatenate(nats) / math.log(2), np.concatenate(inside), np.concatenate(outside)
+    log_probs = np.concatenate(unit_log_probs(model, rows, table))
+    blocks = np.concatenate([r.blocks[r.supervised] for r in rows])
+    n_units, n_bytes = table.n_targets(blocks), table.n_bytes.view()[blocks]
+    bits = -np.add.reduceat(log_probs, np.cumsum(n_units) - n_units) / math.log(2)  # of each block
+    here, there = np.concatenate(inside), np.concatenate(outside)
     beyond = there >= trained
     bins = 2 ** np.floor(np.log2(here))  # positions 1, 2–3, 4–7, …
     by_position = [[int(b), float(bits[bins == b].sum() / n_bytes[bins == b].sum()), int(n_bytes[bins == b].sum())]
@@ -139,30 +131,6 @@ def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage]
     return {"bits_per_byte": float(bits.sum() / n_bytes.sum()), "bytes": int(n_bytes.sum()),
             "beyond_the_first": float(bits[beyond].sum() / n_bytes[beyond].sum()) if beyond.any() else math.nan,
             "by_position": by_position}  # fmt: skip
-
-
-def charge(model: TidalTransformer, table: BlockTable, rows: Sequence[Passage]) -> list[Floats]:
-    """Nats of every supervised block of each row, `<eob>` and `<eos>` included."""
-    import numpy as np
-    import torch
-
-    from tidal.streams import pack
-
-    model.eval()
-    device = model.unit_embedding.weight.device
-    order = sorted(range(len(rows)), key=lambda i: int(table.n_tokens(rows[i].blocks).sum()))
-    found: dict[int, Floats] = {}
-    while order:
-        size = int(table.n_tokens(rows[order[-1]].blocks).sum())
-        some = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // size)))]
-        batch = pack([[rows[i]] for i in some], table, steps=model.config.shape.steps)
-        with torch.inference_mode():
-            nats = -model.log_probs(batch.to(device)).double().cpu().numpy()
-        n_units = [table.n_targets(rows[i].blocks[rows[i].supervise_from :]) for i in some]
-        starts = np.cumsum(np.concatenate([[0], *n_units]))[:-1]
-        blocks = np.add.reduceat(nats, starts)
-        found |= zip(some, np.split(blocks, np.cumsum([len(n) for n in n_units])[:-1]), strict=True)
-    return [found[i] for i in range(len(rows))]
 
 
 def draw(results: Sequence[dict[str, Any]], trained: int, path: Path) -> None:

@@ -70,7 +70,7 @@ CASES = {
     f"{BITS} --data missing.txt": "no such file or folder: 'missing.txt'",
     f"{BITS} --data empty.txt": "no text in 'empty.txt'",
     f"{BITS} --data binary.dat": "binary.dat is not text",
-    BITS: "no data: .*--data",
+    BITS: "no runs found under runs/",
     # prompts that are none
     "infer --prompt-file missing.txt": "cannot read prompts from 'missing.txt': No such file",
     "infer --prompt-file folder": "cannot read prompts from 'folder': Is a directory",
@@ -215,6 +215,7 @@ def test_prompts_of_a_real_process(arguments: tuple[bytes, ...], stdin: str, mes
     ("line", "message"),
     [
         (f"{BITS} --data unanswered.jsonl", "no text to score"),
+        (BITS, "no data: this model was not trained on text; .*--data"),
         ("evaluate addition --digits 127", "--digits is 127; this model writes blocks of 128 units"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.strategies import tiny, tiny_copy, tokenizers
 from tidal.blocks import BlockTable, passage
 from tidal.evaluate.boundary import boundary_gap, continuation_nats, cut_pairs
-from tidal.infer.score import bits_per_byte, score
+from tidal.infer.score import bits_per_byte, score, unit_log_probs
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 
@@ -49,11 +49,24 @@ def test_pairs_keep_their_promises() -> None:
 def test_losses_are_those_of_the_decoder() -> None:
     model, tokenizer = tiny("english", "memory")
     cuts = [("the fox s", "aw the light"), ("the", " land"), ("within th", "e other"), ("", "☃")]
-    nats, n_units = continuation_nats(model, tokenizer, cuts, batch_size=3)
+    nats, n_units = continuation_nats(model, tokenizer, cuts)
     for (before, after), loss, n in zip(cuts, nats, n_units, strict=True):
         decoded = score(model, tokenizer, before + after, "decode", supervise_from=len(before))[:-1]  # less <eos>
         assert len(decoded) == n == sum(len(tokenizer.write_units(b)) + 1 for b in tokenizer.split(after))
         assert loss == pytest.approx(-decoded.sum(), abs=1e-9)
+
+
+def test_units_are_charged_in_any_batch() -> None:
+    """In the order that they were given in, whatever is computed together."""
+    model, tokenizer = tiny("english", "memory")
+    table = BlockTable(tokenizer)
+    passages = [passage(table, "the fox", text) for text in TEXTS]
+    alone = [score(model, tokenizer, "the fox" + text, supervise_from=7) for text in TEXTS]
+    for batch_tokens in (1, 20, 8192):
+        together = unit_log_probs(model, passages, table, batch_tokens)
+        assert [len(log_probs) for log_probs in together] == [len(log_probs) for log_probs in alone]
+        assert all(np.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(together, alone, strict=True))
+    assert unit_log_probs(model, [], table) == []
 
 
 def test_gap_by_hand() -> None:

@@ -60,6 +60,17 @@ def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
 
 
+def test_an_axis_over_little_names_different_values() -> None:
+    drawn = svg(Panel("Held out", "bits", [Curve("a", [(0, 1.306), (10, 1.302)])], zoom=True))
+    names = re.findall(r'class="y"[^>]*>([^<]*)<', drawn)
+    assert len(set(names)) == len(names) >= 3
+
+
+def test_digits() -> None:
+    assert [number(value, 4) for value in (1.3024, 0.98765, 12_345, 1600, 0.5)] == ["1.302", "0.9877", "12.35k",
+                                                                                  "1,600", "0.5"]  # fmt: skip
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (42, 119, 960, 7199, 12_600)] == ["42 s", "119 s", "16 min", "120 min", "3.5 h"]
 

@@ -48,6 +48,38 @@ def test_plain_output_is_the_text_and_nothing_else(command: Command) -> None:
 
 
 @pytest.mark.usefixtures("there")
+@pytest.mark.parametrize(("figure", "flags"), [
+    ("bits-per-byte", ()), ("boundary", ("--count", "3", "--context-chars", "40", "--continuation-chars", "20")),
+    ("samples", ("--count", "3", "--max-new-units", "9"))])  # fmt: skip
+def test_what_was_held_out_is_evaluated_unless_told_otherwise(figure: str, flags: tuple[str, ...], tmp_path: Path,
+                                                              command: Command) -> None:  # fmt: skip
+    """And it is said where the data are the run's own."""
+    whole = Path("sea.txt").read_text()
+    own = command("evaluate", figure, *flags, "--json")
+    assert own.err.splitlines()[:2] == ["using runs/text/checkpoints/step-000040", "text: the run's held-out text"]
+    found = json.loads(own.out)
+    tail = whole[-found["bytes"] :] if figure == "bits-per-byte" else whole[-500:]
+    (tmp_path / "tail.txt").write_text(tail)
+    given = command("evaluate", figure, *flags, "--data", str(tmp_path / "tail.txt"), "--json")
+    assert "the run's own" not in given.err
+    if figure == "bits-per-byte":
+        assert 900 < len(tail) < 1100  # about 1,000 characters of a short text
+        assert json.loads(given.out)["bits_per_byte"] == found["bits_per_byte"]
+    (tmp_path / "linked.txt").symlink_to(Path("sea.txt").resolve())
+    told = command("evaluate", figure, *flags, "--data", str(tmp_path), "--json").err
+    assert f"of the run's own data: {Path('sea.txt').resolve()}; unless it was held out, this is no held-out " in told
+
+
+@pytest.mark.usefixtures("there")
+def test_data_that_are_gone_are_asked_for(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("runs/text").resolve()
+    monkeypatch.chdir(tmp_path)
+    done = command("evaluate", "bits-per-byte", "--checkpoint", str(folder))
+    assert done.code == 2
+    assert "no data: what the run was trained on is not there; name files, folders or globs with --data" in done.err
+
+
+@pytest.mark.usefixtures("there")
 def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
     lines = [{"text": SEA * 30}, {"prompt": SEA, "completion": SEA}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,7 +142,7 @@ def test_garbage_is_counted(command: Command) -> None:
     done = command("evaluate", "samples", *flags)
     counted = json.loads(done.out)
     assert list(counted) == ["count", "empty", "ended_at_once", "repeating", "endless", "distinct_blocks", "blocks",
-                             "seconds"]
+                             "repeating_in_data", "endless_in_data", "seconds"]
     assert counted["count"] == 6
     assert all(0 <= counted[name] <= 1 for name in ("empty", "ended_at_once", "repeating", "endless"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from tidal.cli import UserError
 from tidal.report import draw, page
 from tidal.report.__main__ import run as report
 from tidal.report.draw import COLOURS, Panel, png
-from tidal.report.page import comparison_panels, render_comparison, render_run, run_panels, visible
+from tidal.report.page import comparison_panels, figures_table, render_comparison, render_run, run_panels, visible
 from tidal.report.runs import newest, read
 from tidal.train.figures import COLUMNS
 from tidal.train.recipes.characters import TASKS
@@ -169,6 +170,20 @@ def test_comparison(tmp_path: Path) -> None:
     assert "d-model" not in checked.text
 
 
+def test_runs_that_differ_by_a_little_look_different(tmp_path: Path) -> None:
+    """By less than 0.2% of their bits; and a run's loss is not that of its last batch, unless it diverged."""
+    runs = [read(make(tmp_path / name, held_out=held_out - 1 / 30)) for name, held_out in (("a", 1.302), ("b", 1.304))]
+    names, *rows = figures_table(runs)
+    assert [row[names.index("held out bits per byte")] for row in rows] == ["1.302", "1.304"]
+    for run in runs:
+        assert f"<dd>{run.final()['held_out_bits_per_byte']:.3f}</dd>" in render_run(run)
+    steady = runs[0].final()["loss"]
+    runs[0].rows[-1]["loss"] *= 1.5
+    assert runs[0].final()["loss"] == pytest.approx(steady, rel=0.1)
+    runs[0].rows[-2]["loss"] = math.inf
+    assert runs[0].final()["loss"] == runs[0].rows[-1]["loss"]
+
+
 def test_the_page_takes_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     now, written = [0.0], []
@@ -213,7 +228,7 @@ def test_figures_as_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [r["run"] for r in runs] == ["a", "b"]
     assert runs[1] == {
         "run": "b", "recipe": "text", "step": 300, "max_steps": 300, "seconds": 45.0, "warnings": [],
-        "loss": pytest.approx(6 * 0.95**30 + 1), "bits_per_byte": pytest.approx(1.8 * (6 * 0.95**30 + 1)),
+        "loss": pytest.approx(6 * 0.95**28 + 1), "bits_per_byte": pytest.approx(1.8 * (6 * 0.95**28 + 1)),
         "held_out_bits_per_byte": pytest.approx(1.5 + 1 / 30), "best_quality": pytest.approx(-1.5 - 1 / 30),
         "best_step": 300, "units_per_second": 9015.5, "memory_mib": 400.0,
     }  # fmt: skip
@@ -224,7 +239,7 @@ def test_in_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert "Held-out bits per byte, bits, against step" in said
     assert re.search(r"^run +a +b$", said, re.MULTILINE)
-    assert re.search(r"^best quality +-2.03 +-1.53$", said, re.MULTILINE)
+    assert re.search(r"^best quality +-2.033 +-1.533$", said, re.MULTILINE)
     assert newest().name == "b"
     report([])
     assert re.search(r"^run +b$", capsys.readouterr().out, re.MULTILINE)

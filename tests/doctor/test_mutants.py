@@ -26,6 +26,7 @@ def assert_found(report: Report, number: int) -> None:
     assert found.message
     assert not found.message.startswith(STALE), "the bug, and not the law, is broken"
     assert not (found.measured <= found.limit) or found.message.endswith(f"less than {found.limit:.4g}")
+    assert " 0 of " not in report.table(), "a count of nothing, where something was found"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -9,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.doctor.trained import train_tiny
 from tidal import checkpoint
+from tidal.config import TidalConfig
 from tidal.doctor import Document, Result, checks_run, run
+from tidal.doctor.examine import examine_checkpoint
 from tidal.doctor.specimen import make
 from tidal.infer.engine import Completion
+from tidal.model import TidalTransformer
 
 MODEL, TOKENIZER = make()
 
@@ -35,6 +41,19 @@ def test_without_room_for_a_copy_the_weights_are_no_finding(monkeypatch: pytest.
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     found = run(MODEL, TOKENIZER, checks=[19], quick=True).results[0]
     assert (found.verdict, "No such file or directory" in found.message) == ("skipped", True)
+
+
+@pytest.mark.parametrize(("attention", "idle"), [("memory", {1}), ("block", {0, 1})])
+def test_queries_and_keys_that_cannot_matter_are_not_asked_to_learn(attention: str, idle: set[int],
+                                                                    tmp_path: Path) -> None:  # fmt: skip
+    """Where a step sees itself alone; those of layers that see more must learn."""
+    run = train_tiny(tmp_path / "run", 30, step_window=1, writer_layers=2, writer_attention=attention)
+    folder = checkpoint.resolve(run)
+    found = examine_checkpoint(folder, quick=True, checks=[19]).results[0]
+    assert found.verdict == "well", found
+    shape = TidalConfig.from_dict(checkpoint.read_checkpoint(folder)[0]).shape
+    assert {int(name.split(".")[1]) for name in checks_run._idle(shape)} == idle
+    assert not checks_run._idle(dataclasses.replace(shape, step_window=2))
 
 
 # ---------------------------------------------------------------------------------------- what is written
@@ -67,6 +86,19 @@ def test_samples_are_compared_with_the_data(texts: list[Document], completion: s
     written(monkeypatch, completion, ends)
     found = result(20, texts)
     assert found.verdict == ("finding" if said else "well"), found
+    assert said in found.message
+
+
+@pytest.mark.parametrize(("n", "said"), [
+    (12, ", less than 0.002"),
+    (2, "what the prompt is worth is not judged: 12 texts have 2 different prompts"),
+])  # fmt: skip
+def test_few_templates_need_say_nothing_of_what_follows(n: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a model that makes no difference between prompts."""
+    read = TidalTransformer.read
+    monkeypatch.setattr(TidalTransformer, "read", lambda *rest: torch.zeros_like(read(*rest)))
+    found = result(21, [Document(f"question {i % n}:", f" the answer is {i}\n") for i in range(12)])
+    assert found.verdict == ("finding" if n == 12 else "well"), found
     assert said in found.message
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.commands import Ran
+from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import Text
+from tidal.doctor.specimen import make
 from tidal.doctor.texts import of_run
 from tidal.prepare.make import prepare, prepare_for_training
 from tidal.prepare.survey import survey
@@ -62,3 +66,22 @@ def test_text_like_that_a_run_was_trained_on(tmp_path: Path, prepared: bool) -> 
 def test_settings_that_cannot_be_read(settings: object) -> None:
     with pytest.raises(UserError, match=r"settings cannot be read: .*; give --data"):
         of_run({"settings": settings})
+
+
+def test_data_that_cannot_be_read_any_more_keep_no_one_from_the_laws(tmp_path: Path,
+                                                                     command: Callable[..., Ran]) -> None:  # fmt: skip
+    """The model is as it was, whatever has been put beside its data."""
+    (data := tmp_path / "data").mkdir()
+    for i in range(9):
+        (data / f"{i}.txt").write_text(f"the light and the {i} foxes\n" * 9)
+    text = Text(data=(str(data),), hold_out=0.2)
+    settings = dataclasses.asdict(dataclasses.replace(PRESETS["text"], text=text))
+    assert of_run({"settings": settings})[0]
+    (data / "bad.txt").write_bytes(b"\xff")
+    model, tokenizer = make()
+    checkpoint.write_checkpoint(tmp_path / "run", 1, tensors=model.state_dict(), config=model.config.to_dict(),
+                                trainer={"settings": settings}, tokenizer=tokenizer)  # fmt: skip
+    checkpoint.set_pointer(tmp_path / "run", "latest", "step-000001")
+    done = command("doctor", str(tmp_path / "run"), "--checks", "1", "14", "--quick")
+    assert done.code == 0, done.err
+    assert f"texts: a built-in list (the run's data cannot be used: {data / 'bad.txt'} is not text: " in done.err

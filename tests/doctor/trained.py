@@ -40,13 +40,14 @@ class Spoilt:
     """the run was trained with a leak"""
 
 
-def train_tiny(out: Path) -> Path:
-    """A run that adds numbers of one or two digits, tolerably."""
-    shape = Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=64, writer_ff=64,
-                  suffix_rows=50, place_jitter=3)  # fmt: skip
+def train_tiny(out: Path, steps: int = STEPS, **other: Any) -> Path:
+    """A run that adds numbers of one or two digits, tolerably; with `other` settings of the shape."""
+    shape = dataclasses.replace(
+        Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=64, writer_ff=64,
+              suffix_rows=50, place_jitter=3), **other)  # fmt: skip
     preset = PRESETS["addition"]
     settings = dataclasses.replace(
-        preset, out=str(out), max_steps=STEPS, rows=24, validate_every=STEPS, threads=1, device="cpu", model=shape,
+        preset, out=str(out), max_steps=steps, rows=24, validate_every=steps, threads=1, device="cpu", model=shape,
         optim=dataclasses.replace(preset.optim, warmup_steps=20), addition=Addition(digits=2, max_block_units=16),
     )  # fmt: skip
     assert isinstance(settings, Train)

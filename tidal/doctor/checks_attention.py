@@ -98,7 +98,7 @@ def future_hidden(patient: Patient, meter: Meter) -> None:
             query, key = _first(leaks)
             at = dataclasses.replace(_at(patient, layer, query, key), sides=("must be", TRAINED),
                                      values=("0", f"{weight[query, key]:.3g}"))  # fmt: skip
-            meter.at_most(f"attention to {int(leaks.sum())} hidden keys", weight[leaks].max().item(), 0.0, at)
+            meter.at_most("the number of hidden keys that are attended to", int(leaks.sum()), 0.0, at)
     for document in patient.documents:
         _overwrite(patient, meter, document)
 

@@ -105,7 +105,7 @@ class Report:
         for r in self.results:
             measured, limit = "", ""
             if r.verdict != "skipped":
-                exact = r.limit == 0 and math.isfinite(r.measured)
+                exact = r.limit == 0 and float(r.measured).is_integer()  # a count
                 measured = f"{r.measured:.0f} of {r.compared:,}" if exact else f"{r.measured:.3g}"
                 limit = f"{r.limit:.3g}"
             mark = r.verdict.upper() if r.verdict == "finding" else r.verdict

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tidal.cli import UserError
-from tidal.config import Text, Train
 from tidal.doctor.patient import Document
-from tidal.prepare.documents import joined
-from tidal.prepare.make import load as load_prepared
-from tidal.prepare.survey import survey
+from tidal.prepare.again import held_out_again, training_of
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.recipes.addition import random_problem
 from tidal.train.recipes.characters import held_out, library_words, questions
@@ -88,43 +82,32 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
 
 def of_run(trainer: Mapping[str, Any]) -> tuple[list[Document], str]:
     """Documents like those a run was trained on, held out where possible, and a word on where they come from, of its
-    trainer.json; none where the data are gone. Raises UserError where settings or data cannot be read.
+    trainer.json; none where the data are gone or cannot be read any more. Raises UserError for settings that cannot be
+    read.
     """
     if not trainer.get("settings"):
         return [], ""
-    try:  # of these settings alone: another version may have had other ones
-        recipe = str(trainer["settings"]["recipe"])
-        own = Train.from_dict({name: trainer["settings"][name] for name in ("recipe", "seed", recipe)})
+    try:
+        own = training_of(trainer)
         if not own.addition.operations or max(own.addition.digits, own.addition.terms, own.addition.problems) > 4000:
             raise ValueError(f"no such problems: {own.addition}")
-    except (LookupError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"the run's settings cannot be read: {error}; give --data") from error
     rng = np.random.default_rng(2**31)
-    if recipe == "addition":
+    if own.recipe == "addition":
         sums = own.addition
         kinds = [(sums.operations[n % len(sums.operations)], sums.digits - n % min(2, sums.digits)) for n in range(64)]
         problems = [random_problem(rng, sums, operation, digits) for operation, digits in kinds]
         return [Document(*problem) for problem in problems], f"new problems of up to {sums.digits} digits"
-    if recipe == "characters":
+    if own.recipe == "characters":
         asked = questions([word for word in library_words() if held_out(word)], 8, rng)
         several = (question for one_of_each in zip(*asked.values(), strict=True) for question in one_of_each)
         return [Document(q.prompt, q.answer) for q in several], "questions about words that were held out"
-    return _held_out_text(own.text, own.seed, trainer.get("data"))
-
-
-def _held_out_text(text: Text, seed: int, digest: object) -> tuple[list[Document], str]:
-    """What training on these settings holds out, read without keeping the rest in memory."""
-    if text.prepared is not None and os.path.exists(text.prepared):
-        prepared = load_prepared(Path(text.prepared))
-        documents, found = [Document(*both) for both in prepared.held_out.texts()], prepared.digest
-    elif text.data and all(os.path.exists(path) or glob.glob(path) for path in text.data):
-        data = survey(text.data, text.hold_out, seed)
-        kept = joined(part for is_held_out, part in data.parts() if is_held_out)
-        documents, found = [Document(d.prompt, d.completion) for d in kept], data.digest
-    else:
-        return [], ""
-    source = "the run's held-out text" if found == digest else "text where the run's was; it is not the same any more"
-    return documents, source
+    try:
+        documents, source = held_out_again(own.text, own.seed, trainer.get("data"))
+    except UserError as error:  # the model is as it was, whatever has become of its data
+        return [], f"a built-in list (the run's data cannot be used: {error})"
+    return [Document(d.prompt, d.completion) for d in documents], source
 
 
 def _cut(tokenizer: MixedTokenizer, text: str, units: int, from_end: bool = False) -> tuple[str, bool]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tidal.cli import UserError, finite, main, note, parse
 
 if TYPE_CHECKING:
+    from tidal.config import Text
     from tidal.model import TidalTransformer
     from tidal.prepare.documents import Document
     from tidal.tokenizer import MixedTokenizer
@@ -26,7 +28,8 @@ USAGE = """usage: python -m tidal.evaluate {addition,bits-per-byte,boundary,char
   characters      exact match on letters of words     --count M
   samples         empty, repeating and endless output       --data FILE …
 
-All take --checkpoint (none: the newest run) and --json; see python -m tidal.evaluate addition --help"""
+Without --data, the text is taken that the run held out. All take --checkpoint (none: the newest run) and --json; see
+python -m tidal.evaluate addition --help"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Asked:
     """Print one JSON object."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class OfText(Asked):
+    """What figures of text are asked with."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs or .jsonl, also gzipped; none: what the run held out."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,9 @@ class Sums(Asked):
 
 
 @dataclass(frozen=True)
-class Boundary(Asked):
+class Boundary(OfText):
     """Settings of `python -m tidal.evaluate boundary`."""
 
-    data: tuple[str, ...] = ()
-    """Text files, folders, globs or .jsonl, also gzipped."""
     count: int = 200
     """Pairs of cuts."""
     context_chars: int = 400
@@ -84,11 +93,9 @@ class Characters(Asked):
 
 
 @dataclass(frozen=True)
-class Samples(Asked):
+class Samples(OfText):
     """Settings of `python -m tidal.evaluate samples`."""
 
-    data: tuple[str, ...] = ()
-    """Text files, folders, globs or .jsonl, also gzipped; the prompts are taken from them."""
     count: int = 100
     """Completions."""
     prompt_blocks: int = 16
@@ -102,11 +109,9 @@ class Samples(Asked):
 
 
 @dataclass(frozen=True)
-class Bits(Asked):
+class Bits(OfText):
     """Settings of `python -m tidal.evaluate bits-per-byte`."""
 
-    data: tuple[str, ...] = ()
-    """Text files, folders, globs or .jsonl, also gzipped."""
     context: int | None = None
     """Reader tokens in a window; each has half of them as its context. None: as many as rows of its training had, or
     512 where it was not trained on text."""
@@ -123,10 +128,10 @@ class Subject:
 
     model: TidalTransformer
     tokenizer: MixedTokenizer
-    training: dict[str, Any]
-    """Settings of its training."""
+    trained_on: Text | None
+    """None where it was not trained on text, or nobody knows."""
     documents: list[Document]
-    """Those of --data, where the figure has that flag."""
+    """Where the figure is one of text."""
 
 
 Figures = tuple[dict[str, Any], list[str]]
@@ -152,15 +157,46 @@ def run(argv: list[str]) -> None:
     from tidal.infer.load import load_with_trainer
     from tidal.prepare.documents import read_documents
 
-    documents = list(read_documents(settings.data)) if hasattr(settings, "data") else []
+    given = list(read_documents(settings.data)) if isinstance(settings, OfText) and settings.data else []
     folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
     model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
+    subject, about = Subject(model, tokenizer, _trained_on(trainer), given), list[str]()
+    if isinstance(settings, OfText):
+        subject, about = _with_text(subject, settings.data, trainer)
     began = time.perf_counter()
-    figures, lines = measure(settings, Subject(model, tokenizer, trainer.get("settings", {}), documents))
-    for line in (f"using {folder}", *lines):
+    figures, lines = measure(settings, subject)
+    for line in (f"using {folder}", *about, *lines):
         note(line)
     _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
+
+
+def _trained_on(trainer: dict[str, Any]) -> Text | None:
+    from tidal.prepare.again import training_of
+
+    with contextlib.suppress(ValueError):
+        own = training_of(trainer)
+        return own.text if own.recipe == "text" else None
+    return None
+
+
+def _with_text(subject: Subject, paths: Sequence[str], trainer: dict[str, Any]) -> tuple[Subject, list[str]]:
+    """With what the run held out, where no `paths` are given, and a line on text that is the run's own."""
+    from tidal.prepare.again import also_trained_on, held_out_again
+
+    own = subject.trained_on
+    if paths:
+        if own is None or not (files := also_trained_on(paths, own)):
+            return subject, []
+        which = files[0] + f" and {len(files) - 1} more" * (len(files) > 1)
+        return subject, [f"of the run's own data: {which}; unless it was held out, this is no held-out figure; without "
+                         "--data, what was held out is taken"]  # fmt: skip
+    if own is None:
+        raise UserError("no data: this model was not trained on text; name files, folders or globs with --data")
+    documents, source = held_out_again(own, trainer["settings"]["seed"], trainer.get("data"))
+    if not documents:
+        raise UserError("no data: what the run was trained on is not there; name files, folders or globs with --data")
+    return dataclasses.replace(subject, documents=documents), [f"text: {source}"]
 
 
 def addition(settings: Sums, subject: Subject) -> Figures:
@@ -187,9 +223,9 @@ def bits_per_byte(settings: Bits, subject: Subject) -> Figures:
 
     context, lines = settings.context, list[str]()
     if context is None:
-        trained = _trained_context(subject.training)
-        context = trained or UNKNOWN_CONTEXT
-        lines = [f"windows of {context} tokens" + (", as in training; choose others with --context" if trained else "")]
+        own = subject.trained_on.reader_budget if subject.trained_on else 0
+        context = own if own >= LEAST["context"] else UNKNOWN_CONTEXT
+        lines = [f"windows of {context} tokens" + ", as in training; choose others with --context" * (context == own)]
     table = BlockTable(subject.tokenizer, suffixes=subject.model.config.shape.suffix_rows > 0)
     whole = (passage(table, d.prompt, d.completion) for d in subject.documents)
     rows = [[w] for p in whole for w in windows(p, table, context, 1 << 40, overlap=context // 2)]
@@ -198,13 +234,6 @@ def bits_per_byte(settings: Bits, subject: Subject) -> Figures:
         raise UserError("no text to score: every completion is empty; check --data")
     return {"bits_per_byte": bits, "documents": len(subject.documents), "bytes": n_bytes, "units": n_units,
             "context": context}, lines  # fmt: skip
-
-
-def _trained_context(training: dict[str, Any]) -> int | None:
-    """Reader tokens in a row of its training; None where it was not trained on text, or nobody knows."""
-    text = training.get("text") if training.get("recipe") == "text" else None
-    budget = text.get("reader_budget") if isinstance(text, dict) else None
-    return budget if isinstance(budget, int) and budget >= LEAST["context"] else None
 
 
 def boundary(settings: Boundary, subject: Subject) -> Figures:
@@ -265,9 +294,9 @@ def _report(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(finite(figures), allow_nan=False))
         return
+    width = max(14, *map(len, figures))
     for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<14} {value:.4f}" if isinstance(value, float) else
-              f"{name.replace('_', ' '):<14} {value:,}")  # fmt: skip
+        print(f"{name.replace('_', ' '):<{width}} {value:{'.4f' if isinstance(value, float) else ','}}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from tidal.blocks import BlockTable, Passage, passage
-from tidal.infer.decoder import evaluating
+from tidal.blocks import BlockTable, passage
+from tidal.infer.score import unit_log_probs
 from tidal.model import TidalTransformer
-from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
 
 Floats = npt.NDArray[np.float64]
@@ -68,8 +66,7 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
 
 
 def boundary_gap(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int = 200,
-                 context_chars: int = 400, continuation_chars: int = 80, seed: int = 0,
-                 batch_size: int = 32) -> dict[str, Any]:  # fmt: skip
+                 context_chars: int = 400, continuation_chars: int = 80, seed: int = 0) -> dict[str, Any]:  # fmt: skip
     """Mean loss (nats) of the true continuation after prompts cut inside a block and at a boundary nearby.
 
     Per unit (`<eob>` included) and per UTF-8 byte, which is fairer, since a cut adds units; `gap` is inside less
@@ -78,7 +75,7 @@ def boundary_gap(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequ
     model.config.check_tokenizer(tokenizer.fingerprint)
     pairs = cut_pairs(tokenizer, texts, count=count, context_chars=context_chars,
                       continuation_chars=continuation_chars, seed=seed)  # fmt: skip
-    return gap_between(pairs, lambda cuts: continuation_nats(model, tokenizer, cuts, batch_size))
+    return gap_between(pairs, lambda cuts: continuation_nats(model, tokenizer, cuts))
 
 
 def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
@@ -92,26 +89,13 @@ def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
     return {"cuts": len(pairs), **_figures(per_unit, "unit"), **_figures(per_byte, "byte")}
 
 
-@torch.inference_mode()
-def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer, cuts: Sequence[tuple[str, str]],
-                      batch_size: int = 32) -> tuple[Floats, Floats]:  # fmt: skip
+def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer,
+                      cuts: Sequence[tuple[str, str]]) -> tuple[Floats, Floats]:  # fmt: skip
     """Losses [n] of continuations after their prompts, split as the decoder does, and their numbers of units [n]."""
     table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
     passages = [passage(table, before, after, ends=False) for before, after in cuts]
-    n_units = np.array([_n_units(p, table) for p in passages])
-    nats = np.zeros(len(passages))
-    order = np.argsort([int(table.n_tokens(p.blocks).sum()) for p in passages])  # little padding
-    with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            some = order[first : first + batch_size]
-            batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
-            log_probs = model.log_probs(batch.to(model.unit_embedding.weight.device)).double().cpu().numpy()
-            nats[some] = -np.add.reduceat(log_probs, np.cumsum(n_units[some]) - n_units[some])
-    return nats, n_units.astype(np.float64)
-
-
-def _n_units(p: Passage, table: BlockTable) -> int:
-    return int(table.n_targets(p.blocks[p.supervise_from :]).sum())
+    found = unit_log_probs(model, passages, table)
+    return np.array([-log_probs.sum() for log_probs in found]), np.array([float(len(log_probs)) for log_probs in found])
 
 
 def _nearest(bounds: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -16,13 +16,22 @@ from tidal.tokenizer import Block, MixedTokenizer
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
 Degenerate = Literal["empty", "repeats"] | None
-"""Nothing but white space was written, or one block over and over."""
-REPEATS = 4  # so many equal blocks in a row, or more, and nothing else: the completion is degenerate
+"""Nothing but white space was written, or it ends in the same few blocks over and over."""
+REPEATS = 4  # so often, or more, and for the last half: the completion is degenerate
+
+
+def repeats(blocks: Sequence[str]) -> bool:
+    """Whether the last half of a text in blocks is one to three of them over and over, at least REPEATS times."""
+    for period in (1, 2, 3):
+        tail = blocks[-max(REPEATS * period, len(blocks) // 2) :]
+        if len(tail) >= REPEATS * period and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
 
 
 def degenerate(blocks: Sequence[str]) -> Degenerate:
     """What is wrong with a completion that has come to these blocks, if anything."""
-    if len(blocks) >= REPEATS and len(set(blocks)) == 1:
+    if repeats(blocks):
         return "repeats"
     return None if "".join(blocks).strip() else "empty"
 
@@ -77,7 +86,7 @@ class Completion:
     units: int
     """Units written, `<eob>` and `<eos>` included; those of a dropped block are not counted."""
     degenerate: Degenerate
-    """Nothing but white space was written, or one block over and over: see `degenerate`."""
+    """Nothing but white space was written, or it ends in the same few blocks over and over: see `repeats`."""
     seconds: float
     """Wall-clock time from joining the batch to leaving it."""
 

@@ -69,6 +69,30 @@ def _decoded(model: TidalTransformer, tokenizer: MixedTokenizer, table: BlockTab
 
 
 @torch.inference_mode()
+def unit_log_probs(model: TidalTransformer, passages: Sequence[Passage], table: BlockTable,
+                   batch_tokens: int = 8192) -> list[npt.NDArray[np.float64]]:  # fmt: skip
+    """Log-probabilities (nats) of the supervised units of each passage, [n_units] in the order of writing, each passage
+    a document of its own.
+
+    Passages of like length are computed together, as many as have `batch_tokens` reader tokens with their padding, or
+    one.
+    """
+    device = model.unit_embedding.weight.device
+    sizes = [int(table.n_tokens(p.blocks).sum()) for p in passages]
+    waiting = sorted(range(len(passages)), key=sizes.__getitem__)
+    found: dict[int, npt.NDArray[np.float64]] = {}
+    with evaluating(model):
+        while waiting:
+            n = max(1, batch_tokens // sizes[waiting[-1]])
+            some, waiting = waiting[-n:], waiting[:-n]
+            batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
+            log_probs = model.log_probs(batch.to(device)).double().cpu().numpy()
+            n_units = [int(table.n_targets(passages[i].blocks[passages[i].supervised]).sum()) for i in some]
+            found |= zip(some, np.split(log_probs, np.cumsum(n_units)[:-1]), strict=True)
+    return [found[i] for i in range(len(passages))]
+
+
+@torch.inference_mode()
 def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], table: BlockTable,
                   rows_per_batch: int = 8) -> tuple[float, int, int]:  # fmt: skip
     """(bits per byte, units, bytes) of the supervised blocks of packed rows; every unit is charged.

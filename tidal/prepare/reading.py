@@ -82,6 +82,12 @@ def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: 
         raise UserError("no data: name files, folders or globs with --data")
 
 
+def real_files(paths: Sequence[str]) -> set[str]:
+    """The real paths of the files that `read_parts` looks at; none for datasets from elsewhere. Raises UserError."""
+    return {os.path.realpath(file.path) for path in paths if not path.startswith("hf:")
+            for file in _files(path, lambda line: None)}  # fmt: skip
+
+
 def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
     """The files a path stands for, sorted."""
     if os.path.isdir(path):

@@ -91,16 +91,16 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
     return [n * size for n in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
-    """Three digits, as people write them: 1,600, 0.0032, 1.9e-5, 12k."""
+def number(value: float, digits: int = 3) -> str:
+    """So many digits, as people write them: 1,600, 0.0032, 1.9e-5, 12k."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 10_000:
-        return f"{value / 1000:.3g}k" if abs(value) < 1e6 else f"{value / 1e6:.3g}M"
+        return f"{value / 1000:.{digits}g}k" if abs(value) < 1e6 else f"{value / 1e6:.{digits}g}M"
     if abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def svg(panel: Panel) -> str:
@@ -123,7 +123,7 @@ def svg(panel: Panel) -> str:
     for tick in ticks(y0, y1, log):
         y = at(x0, tick)[1]
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>'
-                     f'<text class="y" x="{LEFT - 6}" y="{y + 3.5}">{number(tick)}</text>')  # fmt: skip
+                     f'<text class="y" x="{LEFT - 6}" y="{y + 3.5}">{number(tick, 4)}</text>')  # fmt: skip
     for tick in ticks(x0, x1):
         x = at(tick, y0)[0]
         parts.append(f'<text class="x" x="{x}" y="{HEIGHT - 6}">{number(tick)}</text>')

@@ -18,6 +18,7 @@ from tidal.train.presets import PRESETS
 
 MOST_SAMPLES = 12  # steps whose samples are shown
 MOST_CHARS = 600  # of a sample
+DIGITS = 4  # of figures: runs are told apart by 0.2% of their bits
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #56616d; --line: #dfe4e8; --page: #f6f7f8; --card: #fff;
@@ -184,7 +185,7 @@ def visible(text: str, most: int = MOST_CHARS) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return str(len(value)) if value else ""
-    return "" if value is None else number(value) if isinstance(value, int | float) else str(value)
+    return "" if value is None else number(value, DIGITS) if isinstance(value, int | float) else str(value)
 
 
 def _setting(value: Any) -> str:
@@ -208,7 +209,7 @@ def _tiles(run: Run) -> str:
     shown = {"loss, nats a unit": final["loss"], "bits per byte": final["bits_per_byte"]}
     shown |= {name.replace("_", " "): final[name] for name in run.held_out if name in final}
     shown |= {"units a second": final["units_per_second"], "peak memory, MiB": final["memory_mib"]}
-    tiles = (f"<div><dt>{visible(name)}</dt><dd>{number(value)}</dd></div>" for name, value in shown.items()
+    tiles = (f"<div><dt>{visible(name)}</dt><dd>{_value(value)}</dd></div>" for name, value in shown.items()
              if value is not None)  # fmt: skip
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 

@@ -18,6 +18,8 @@ from tidal.train.figures import COLUMNS, JUDGED, read_rows
 from tidal.train.health import Alarm, Health
 
 Points = list[tuple[float, float]]
+LATEST = 5
+"""Rows whose median stands for a run's last loss: a row is of a single batch."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,15 @@ class Run:
         warmup = int(self.settings.get("warmup_steps", 0))
         return list(Health(int(self.settings.get("max_steps", 0)), warmup, self.rows).alarms.values())
 
+    def latest(self, name: str) -> float:
+        """The median of the last rows; the last one's value if that of any is no number."""
+        values = [row[name] for row in self.rows[-LATEST:]]
+        return median(values) if all(map(math.isfinite, values)) else values[-1]
+
     def final(self) -> dict[str, Any]:
-        """The figures a run is judged by: the last ones, and the best of validation (`quality`, higher is better)."""
+        """The figures a run is judged by: the last ones (of training `latest`), and the best of validation (`quality`,
+        higher is better).
+        """
         last = self.rows[-1]
         quality = [(value, step) for step, value in self.curve("quality") if not math.isnan(value)]
         best, at = max(quality, default=(None, None))
@@ -58,8 +67,8 @@ class Run:
         speeds = [row["units_per_second"] for row in self.rows if "units_per_second" in row]
         return {
             "run": self.name, "recipe": self.settings.get("recipe"), "step": int(last["step"]),
-            "max_steps": self.settings.get("max_steps"), "seconds": last["seconds"], "loss": last["loss"],
-            "bits_per_byte": last["bits_per_byte"], **held_out, "best_quality": best,
+            "max_steps": self.settings.get("max_steps"), "seconds": last["seconds"], "loss": self.latest("loss"),
+            "bits_per_byte": self.latest("bits_per_byte"), **held_out, "best_quality": best,
             "best_step": None if at is None else int(at), "units_per_second": median(speeds) if speeds else None,
             "memory_mib": last.get("memory_mib"), "warnings": [str(alarm) for alarm in self.alarms],
         }  # fmt: skip
