@@ -57,11 +57,13 @@ def test_trace_is_what_generate_does(prompt: str, how: str) -> None:
 def test_any_completion_can_be_traced() -> None:
     """Whatever number and seed it was drawn with."""
     model, tokenizer = tiny("english", "memory")
-    how: dict[str, Any] = {"temperature": 1.0, "max_new_units": 40}
-    prompts = ["the cat", "12 + 345 =", "the light and"]
+    how: dict[str, Any] = {"temperature": 2.0, "max_new_units": 40}
+    prompts = ["the cat", "12 + 345 =", "the light and", "the light and"]
     traced = [trace(model, tokenizer, p, seed=(3, i), **how) for i, p in enumerate(prompts)]
     assert [t.completion for t in traced] == [c.completion for c in generate(model, tokenizer, prompts, seed=3, **how)]
-    assert traced[2].completion != trace(model, tokenizer, prompts[2], seed=3, **how).completion
+    assert traced[2].completion != traced[3].completion
+    of_number_0 = generate(model, tokenizer, prompts[2:], seed=3, **how)[0]
+    assert trace(model, tokenizer, prompts[2], seed=3, **how).completion == of_number_0.completion
     assert "seed (3, 2)" in render_text(traced[2])
     wanted = generate(model, tokenizer, prompts[:1], seed=[(5, 7)], **how)[0].completion  # type: ignore[list-item]
     for seed in ((5, 7), [5, 7], np.random.default_rng([5, 7])):
