@@ -149,8 +149,15 @@ CASES = {
     },
     **{
         f"infer --prompt a --trace t.html --{flag}": f"--{flag.split()[0]} does nothing with --trace"
-        for flag in ("json", "stream", "num-samples 2")
+        for flag in ("json", "stream")
     },
+    **{
+        f"infer --prompt a {flags} --trace -": "--trace shows one of 2 completions; .* --trace-number, from 0 to 1$"
+        for flags in ("b", "--num-samples 2")
+    },
+    "infer --prompt a b --num-samples 3 --trace - --trace-number 6": "--trace-number is 6; it must be at most 5",
+    "infer --prompt a --trace - --trace-number -1": "--trace-number is -1; it must be at least 0",
+    "infer --prompt a b --trace-number 1": "--trace-number does nothing without --trace",
     **{
         f"infer --prompt a --temperature 0 --{flag}": f"--{flag.split()[0]} does nothing with --temperature 0; leave"
         for flag in ("num-samples 2", "top-k 3", "top-p 0.5", "min-p 0.1", "seed 0")

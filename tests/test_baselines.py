@@ -140,13 +140,20 @@ def test_parameters_and_cache(coder: Coder) -> None:
         assert abs(fitted - total) <= 4 * 3 * 16 * 3  # half a step of the width
 
 
-def test_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("precision", decoding.DTYPES)
+def test_benchmark_runs(precision: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     out, text = tmp_path / "decoding.json", tmp_path / "text.txt"
     text.write_text(decoding.english(Path(json.__file__).parent.parent / "asyncio"))  # a part of what it takes itself
     arguments = "--batch 1 3 --context 64 --d-model 32 --layers 3 --new-chars 16 --repeats 1 --suffix-rows 64"
-    decoding.main([*arguments.split(), "--vocab-size", "500", "--text", str(text), "--out", str(out)])
+    dtypes, real = list[set[torch.dtype]](), decoding.check
+    monkeypatch.setattr(decoding, "check", lambda runner, *rest: dtypes.append(
+        {p.dtype for p in runner.model.parameters()}) or real(runner, *rest))  # fmt: skip
+    decoding.main([*arguments.split(), "--vocab-size", "500", "--text", str(text), "--out", str(out),
+                   "--precision", precision])  # fmt: skip
+    assert dtypes == 6 * [{decoding.DTYPES[precision]}]
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["benchmark"] == "decoding"
+    assert (line["benchmark"], line["precision"]) == ("decoding", precision)
     assert json.loads(out.read_text())["results"] == line["results"]
     assert [(r["batch"], r["context"]) for r in line["results"]] == [(1, 64), (3, 64)]
     sizes = [m["parameters"] for m in line["models"].values()]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -202,21 +204,32 @@ def test_prompts_from_standard_input_and_files(home: Path, tmp_path: Path, comma
 
 
 def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
-    """One bad prompt does not end it, and what is redirected holds results only."""
+    """Neither one bad prompt nor Ctrl-C during an answer ends it, and what is redirected holds results only."""
     answers = tmp_path / "answers.jsonl"
-    command = f"exec '{sys.executable}' -m tidal.infer --json --max-new-units 5 > '{answers}'"
+    flags = "--json --max-new-units 5 --temperature 1 --num-samples 9999"  # which takes long
+    command = f"exec '{sys.executable}' -m tidal.infer {flags} > '{answers}'"
+
+    def interrupt(prompt: str) -> str:
+        while prompt.encode() not in answers.read_bytes():  # the answer has begun
+            assert terminal.process.poll() is None
+            time.sleep(0.01)
+        terminal.process.send_signal(signal.SIGINT)
+        return terminal.read_until("> ")
+
     with Terminal(["sh", "-c", command], home) as terminal:
         assert "type a prompt" in terminal.read_until("> ")
         terminal.type("1 + 1 =\n")
-        terminal.read_until("> ")
+        assert "interrupted" in interrupt("1 + 1 =")
         terminal.type(b"\xff\n")
         assert re.search("not UTF-8|lone surrogate", terminal.read_until("> "))
         terminal.type("今天 😀\n")
-        terminal.read_until("> ")
+        assert "interrupted" in interrupt("今天 😀")
         terminal.type("\x04")
         code, _ = terminal.end()
     assert code == 0
-    assert [a["prompt"] for a in objects(answers.read_text().splitlines())] == ["1 + 1 =", "今天 😀"]
+    prompts = [str(a["prompt"]) for a in objects(answers.read_text(encoding="utf-8").splitlines())]
+    assert [prompt for prompt, _ in itertools.groupby(prompts)] == ["1 + 1 =", "今天 😀"]
+    assert len(prompts) < 9999
 
 
 # ----------------------------------------------------------------------------------------- evaluation

@@ -2,8 +2,12 @@
 
     model, tokenizer = tidal.load("runs/addition")
     tidal.generate(model, tokenizer, ["54663 + 132 ="])[0].completion
-    for i, piece in tidal.stream(model, tokenizer, ["54663 + 132 ="]): ...
+    for i, piece in tidal.stream(model, tokenizer, ["54663 + 132 ="]): ...    # blocks (str), at the end a Completion
     tidal.score(model, tokenizer, "54663 + 132 = 54795\\n", how="decode")
+    tidal.doctor.run(model, tokenizer, quick=True).ok
+
+What cannot be loaded raises tidal.UserError, arguments that make no sense ValueError, each in one line.
+docs/decoding.md ("From Python") says more.
 
 Names are imported on first use, so that the command lines answer before torch is loaded.
 """
@@ -15,6 +19,8 @@ from typing import TYPE_CHECKING
 from tidal.lazy import exports
 
 if TYPE_CHECKING:
+    from tidal import doctor as doctor
+    from tidal.cli import UserError as UserError
     from tidal.config import Shape as Shape
     from tidal.config import TidalConfig as TidalConfig
     from tidal.infer.beam import beam_search as beam_search
@@ -42,7 +48,9 @@ __getattr__, __dir__ = exports(__name__, {
     "Shape": "tidal.config",
     "TidalConfig": "tidal.config",
     "TidalTransformer": "tidal.model",
+    "UserError": "tidal.cli",
     "beam_search": "tidal.infer.beam",
+    "doctor": "tidal.doctor",
     "generate": "tidal.infer.engine",
     "interval_attention": "tidal.kernels",
     "load": "tidal.infer.load",

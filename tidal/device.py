@@ -29,7 +29,10 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{ranks.local_rank()}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # `meta` makes tensors, but they hold nothing
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # `meta` makes tensors, but they hold nothing
+    except TypeError as error:  # of MPS
+        raise UserError(f"device {name!r} has no float64, which decoding and validation need; give --device cpu or cuda"
+                        ) from error  # fmt: skip
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
     return device

@@ -9,14 +9,16 @@ from typing import Any
 
 
 def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__` (PEP 562), given the module in which each of its names lives.
+    """A package's `__getattr__` and `__dir__` (PEP 562), given the module in which each of its names lives; of a
+    module of its own, that module.
 
     Type checkers need the same imports under `if TYPE_CHECKING`.
     """
 
     def getattr_(name: str) -> Any:
         if name in homes:
-            return getattr(importlib.import_module(homes[name]), name)
+            home = importlib.import_module(homes[name])
+            return home if homes[name] == f"{package}.{name}" else getattr(home, name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return getattr_, lambda: [*vars(sys.modules[package]), *homes]

@@ -20,6 +20,7 @@ from tidal.infer import recorded
 from tidal.infer.sampling import Sampling, choose
 from tidal.kernels import TilePlan
 from tidal.kernels.cpu import DENSE_LIMIT
+from tidal.linear import log_softmax
 from tidal.model import KeysValues, View
 
 PREFILL_TOKENS = 1 << 16  # read at once, to bound the memory it takes
@@ -164,7 +165,7 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
         allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
         while True:
             ids = choose(logits, allowed[: len(rows)], [how] * len(rows), [generators[i] for i in rows])
-            log_probs = logits.log_softmax(-1)[torch.arange(len(rows)), ids].tolist()
+            log_probs = log_softmax(logits)[torch.arange(len(rows)), ids].tolist()
             for i, unit, log_prob in zip(rows, ids, log_probs, strict=True):
                 if i in active:
                     done[i].ids.append(unit)

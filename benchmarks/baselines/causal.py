@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
-from tidal.linear import product
+from tidal.linear import log_softmax, product
 from tidal.model import Layer, View
 from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
@@ -257,7 +257,7 @@ class CausalTransformer(nn.Module):
     def log_probs(self, batch: CausalBatch) -> Tensor:
         """Log-probability of every target [n], row by row."""
         logits_nv, targets = self.supervised(batch)
-        return logits_nv.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return log_softmax(logits_nv).gather(-1, targets[:, None])[:, 0]
 
     def tables(self) -> list[Tensor]:
         """The parameters that learn faster and without weight decay, as in Tidal."""

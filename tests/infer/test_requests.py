@@ -21,6 +21,7 @@ from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Completion, Engine, generate, stream
 from tidal.infer.sampling import Sampling, choose
 from tidal.streams import ReaderToken
+from tidal.tokenizer import Block
 
 SETTINGS = (Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.8), Sampling(1.0, min_p=0.2),
             Sampling(1.0, repetition_penalty=2.0), Sampling(repetition_penalty=3.0),
@@ -281,6 +282,27 @@ def test_memory_cut_short_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises((AssertionError, RuntimeError)):
         check()
+
+
+def test_what_is_read_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the bound, rows are read alone; texts do not change."""
+    model, tokenizer = tiny("english", "memory")
+    prompts = ["the cat sat on the mat " * n for n in (1, 1, 2, 2, 2, 2, 8, 9)]
+    how: dict[str, Any] = {"temperature": 1.0, "max_new_units": 20}
+    wanted = generate(model, tokenizer, prompts, **how)
+    passes, read = list[tuple[int, int]](), Decoder.read
+
+    def watched(self: Decoder, rows: Sequence[int], blocks: Sequence[Sequence[Block]]) -> None:
+        passes.append((len(rows), len(rows) * max(sum(len(block.tokens) for block in mine) for mine in blocks)))
+        read(self, rows, blocks)
+
+    monkeypatch.setattr(module, "PASS_TOKENS", 64)
+    monkeypatch.setattr(Decoder, "read", watched)
+    for done, expected in zip(generate(model, tokenizer, prompts, **how), wanted, strict=True):
+        same(done, expected, 1e-9)
+    assert all(size <= 64 for n, size in passes if n > 1)
+    assert any(size > 64 for n, size in passes if n == 1)
+    assert max(n for n, _ in passes) > 1
 
 
 def test_a_prompt_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

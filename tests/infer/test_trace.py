@@ -54,6 +54,22 @@ def test_trace_is_what_generate_does(prompt: str, how: str) -> None:
         assert log_probs == pytest.approx(done.log_probs, abs=1e-9)
 
 
+def test_any_completion_can_be_traced() -> None:
+    """Whatever number and seed it was drawn with."""
+    model, tokenizer = tiny("english", "memory")
+    how: dict[str, Any] = {"temperature": 2.0, "max_new_units": 40}
+    prompts = ["the cat", "12 + 345 =", "the light and", "the light and"]
+    traced = [trace(model, tokenizer, p, seed=(3, i), **how) for i, p in enumerate(prompts)]
+    assert [t.completion for t in traced] == [c.completion for c in generate(model, tokenizer, prompts, seed=3, **how)]
+    assert traced[2].completion != traced[3].completion
+    of_number_0 = generate(model, tokenizer, prompts[2:], seed=3, **how)[0]
+    assert trace(model, tokenizer, prompts[2], seed=3, **how).completion == of_number_0.completion
+    assert "seed (3, 2)" in render_text(traced[2])
+    wanted = generate(model, tokenizer, prompts[:1], seed=[(5, 7)], **how)[0].completion  # type: ignore[list-item]
+    for seed in ((5, 7), [5, 7], np.random.default_rng([5, 7])):
+        assert trace(model, tokenizer, prompts[0], seed=seed, **how).completion == wanted
+
+
 def test_what_bfloat16_is_worth() -> None:
     """A trace has the engine's log-probabilities, with more digits than the weights; a score has as many."""
     model, tokenizer = tiny("english", "memory", torch.bfloat16)
@@ -179,7 +195,8 @@ def test_a_forced_end_is_told() -> None:
 
 @pytest.mark.parametrize(("bad", "named"), [
     ({"temperature": -1.0}, "temperature"), ({"runners_up": -1}, "runners_up"),
-    ({"max_new_units": 0}, "max_new_units"), ({"prompt": "\ud800"}, "surrog"),
+    ({"max_new_units": 0}, "max_new_units"), ({"prompt": "\ud800"}, "surrog"), ({"seed": -1}, "seed is -1"),
+    ({"seed": (0, 1.5)}, "seed is 1.5"), ({"seed": "7"}, "seed is '7'"),
 ])  # fmt: skip
 def test_senseless_settings_are_refused(bad: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tidal.cli import UserError, main, note, parse
 
@@ -44,7 +44,7 @@ class Infer:
     repetition_penalty: float = 1.0
     """Divides the odds of spelling a block of the completion (of two units or more) once more; 1: none."""
     seed: int | None = None
-    """Of the samples; none: 0."""
+    """Of the samples; none: 0. In a conversation each turn draws anew."""
     max_new_units: int = 256
     """Stop after this many written units (characters and block ends)."""
     max_new_blocks: int = 0
@@ -66,29 +66,42 @@ class Infer:
     stream: bool = False
     """Print blocks as they are finished, of one completion (on a terminal, always); --json: an object each, of all."""
     trace: str | None = None
-    """Write a page (FILE.html), or print to the terminal (-), how the first prompt is continued step by step."""
+    """Write a page (FILE.html), or print to the terminal (-), how a prompt is continued step by step."""
+    trace_number: int | None = None
+    """Which completion --trace shows, where there are several: counted from 0, as the lines of --json."""
     cuda_graphs: bool = False
     """On a GPU: record a step of the writer once as a CUDA graph, and replay it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of weights, cache and products; bf16 takes half the memory, and tensor cores where a GPU has them."""
 
 
 def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
     _check(settings)
-    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1)):
+    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1),
+                        ("trace_number", 0)):  # fmt: skip
         if (value := getattr(settings, name)) is not None and value < least:
             raise UserError(f"{_flag(name)} is {value}; it must be at least {least}")
     prompts = _prompts(settings)
     completions = settings.num_samples * (1 if prompts is None else len(prompts))
     if settings.stream and not settings.json and completions > 1:
         raise UserError(f"--stream does nothing with {completions} completions; leave it out, or give --json, too")
-    from tidal import checkpoint  # torch comes with these
+    if settings.trace and settings.trace_number is None and completions > 1:
+        raise UserError(f"--trace shows one of {completions} completions; choose it with --trace-number, from 0 to "
+                        f"{completions - 1}")  # fmt: skip
+    if settings.trace_number is not None and settings.trace_number >= completions:
+        raise UserError(f"--trace-number is {settings.trace_number}; it must be at most {completions - 1}")
+    import torch
+
+    from tidal import checkpoint
     from tidal.device import pick_device, set_threads
     from tidal.infer.engine import Limits
     from tidal.infer.load import load_with_trainer
     from tidal.infer.sampling import Sampling
+    from tidal.train.memory import memory_for
     from tidal.train.presets import GREEDY
 
     try:  # before the model is loaded
@@ -101,7 +114,9 @@ def run(argv: list[str]) -> None:
     if settings.cuda_graphs and device.type != "cuda":  # before the model is loaded, too
         raise UserError(f"--cuda-graphs needs a CUDA device, not {device}; leave it out")
     folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
-    model, tokenizer, trainer = load_with_trainer(folder, device=device)
+    with memory_for("the model; try another --device, or --precision bf16"):
+        model, tokenizer, trainer = load_with_trainer(
+            folder, device=device, dtype=torch.bfloat16 if settings.precision == "bf16" else None)  # fmt: skip
     set_threads(model.config.shape.d_model)
     note(f"using {folder}")
     greedy = trainer.get("settings", {}).get("recipe") in GREEDY
@@ -111,8 +126,13 @@ def run(argv: list[str]) -> None:
     if prompts is not None:
         _answer(model, tokenizer, prompts, settings)
         return
+    _converse(model, tokenizer, settings)
+
+
+def _converse(model: TidalTransformer, tokenizer: MixedTokenizer, settings: Infer) -> None:
+    """Answer what a person types, until they end it; turns draw what the prompts of a file would."""
     note("type a prompt; Ctrl-D ends")
-    while True:
+    for turn in itertools.count():
         print("> ", end="", file=sys.stderr, flush=True)  # stdout is for results
         try:
             prompt = input()
@@ -123,9 +143,11 @@ def run(argv: list[str]) -> None:
             note(f"not UTF-8 text: {error}")
             continue
         try:
-            _answer(model, tokenizer, [prompt], settings)
+            _answer(model, tokenizer, [prompt], settings, turn)
         except UserError as error:  # one bad prompt does not end the conversation
             note(str(error))
+        except KeyboardInterrupt:  # nor does an answer that is not wanted; while asked for a prompt, it does
+            note("\ninterrupted")
 
 
 def _check(settings: Infer) -> None:
@@ -134,12 +156,14 @@ def _check(settings: Infer) -> None:
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     alone = {
         "num_beams": (*sampling, "seed", "stop", "max_new_blocks", "log_probs", "stream", "trace", "cuda_graphs"),
-        "trace": ("num_samples", "json", "log_probs", "stream", "cuda_graphs"),
+        "trace": ("json", "log_probs", "stream", "cuda_graphs"),
     }
     for flag, others in alone.items():
         if flag in given and (found := [name for name in others if name in given]):
             raise UserError(f"{_flag(found[0])} does nothing with {_flag(flag)}; leave out one of them")
     _check_greedy(settings, "--temperature 0")
+    if "trace_number" in given and "trace" not in given:
+        raise UserError("--trace-number does nothing without --trace")
     if "length_penalty" in given and "num_beams" not in given:
         raise UserError("--length-penalty does nothing without --num-beams")
     if settings.log_probs and not settings.json:
@@ -198,21 +222,35 @@ def _prompts(settings: Infer) -> list[str] | None:
     return lines
 
 
-def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
-    """Continue the prompts and print what comes, in their order."""
+def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer,
+            first: int = 0) -> None:  # fmt: skip
+    """Continue the prompts, the number of the first of which is `first`, and print what comes, in their order."""
+    from tidal.train.memory import memory_for
+
+    with memory_for(f"what is written side by side; --batch-size is {settings.batch_size}: try a smaller one, shorter "
+                    "prompts, or --precision bf16"):  # fmt: skip
+        if settings.num_beams:
+            _search(model, tokenizer, prompts, settings)
+        elif settings.trace:
+            _trace(model, tokenizer, prompts, settings, first)
+        else:
+            _write(model, tokenizer, prompts, settings, first)
+
+
+def _how(settings: Infer) -> dict[str, Any]:
+    """The settings that shape a completion, by their names."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_units", "max_new_blocks", "stop")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _write(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer,
+           first: int) -> None:  # fmt: skip
+    """Greedy or sampled completions, of a single one its blocks as they come."""
     from tidal.infer.engine import stream
 
-    if settings.num_beams:
-        _search(model, tokenizer, prompts, settings)
-        return
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_units", "max_new_blocks",
-             "stop")  # fmt: skip
-    how = {name: getattr(settings, name) for name in names} | {"seed": settings.seed or 0}
-    if settings.trace:
-        _trace(model, tokenizer, prompts[0], settings.trace, how)
-        return
     began = time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(settings.num_samples)]
+    seeds: Any = [(settings.seed or 0, first * settings.num_samples + i) for i in range(len(asked))]
     by_block = settings.stream or (sys.stdout.isatty() and not settings.json)
     live = by_block and not settings.json and len(asked) == 1
     text, shown = "", 0  # of the one completion that is shown as it is written
@@ -221,8 +259,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     done: dict[int, Completion] = {}
     n_printed = n_units = 0
     try:
-        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size,
-                               cuda_graphs=settings.cuda_graphs, **how):  # fmt: skip
+        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, seed=seeds,
+                               cuda_graphs=settings.cuda_graphs, **_how(settings)):  # fmt: skip
             if isinstance(event, str):
                 if live:
                     text += event
@@ -251,14 +289,17 @@ def _before(text: str, stop: tuple[str, ...]) -> int:
     return max(0, min([len(text) - held, *(at for s in stop if (at := text.find(s)) >= 0)]))
 
 
-def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, where: str, how: dict[str, Any]) -> None:
-    """Show how the prompt is continued, on a page or as text."""
+def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer,
+           first: int) -> None:  # fmt: skip
+    """Show how one of the prompts is continued, on a page or as text."""
     from tidal.infer.trace import trace
     from tidal.infer.trace_page import write_html
     from tidal.infer.trace_text import render_text
 
+    number, where = settings.trace_number or 0, str(settings.trace)
+    seed = settings.seed or 0, first * settings.num_samples + number
     try:
-        traced = trace(model, tokenizer, prompt, **how)
+        traced = trace(model, tokenizer, prompts[number // settings.num_samples], seed=seed, **_how(settings))
     except ValueError as error:
         raise UserError(str(error)) from error
     if where == "-":

@@ -31,6 +31,7 @@ from tidal.streams import WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
 
 READ_SHARE = 0.75  # of the rows, which a pass of the reader waits for: docs/decoding.md
+PASS_TOKENS = 2**16  # of several rows that are read at once, which bounds the memory it takes; as PREFILL_TOKENS does
 Seed = int | Sequence[int] | np.random.Generator
 Event = tuple[int, str | Completion]
 GREEDY, USUAL = Sampling(), Limits()
@@ -284,11 +285,12 @@ def refuse_string(prompts: Sequence[str]) -> None:
 
 
 def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
-    """Read blocks {row: blocks}, in one pass those up to 8 tokens above twice the shortest; the lists are emptied."""
+    """Read blocks {row: blocks}, in one pass those up to 8 tokens above twice the shortest, and no more than
+    `PASS_TOKENS` unless of one row; the lists are emptied."""
     lengths = {row: sum(len(block.tokens) for block in mine) for row, mine in blocks.items()}
     group: list[int] = []
     for row in sorted(lengths, key=lengths.__getitem__):
-        if group and lengths[row] > 2 * lengths[group[0]] + 8:
+        if group and (lengths[row] > 2 * lengths[group[0]] + 8 or (len(group) + 1) * lengths[row] > PASS_TOKENS):
             decoder.read(group, [blocks[r] for r in group])
             group = []
         group.append(row)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from tidal.blocks import NOTHING
 from tidal.infer.completion import Completion, Limits, StopReason
-from tidal.infer.engine import Chosen, Engine
+from tidal.infer.engine import Chosen, Engine, Seed
 from tidal.infer.grammar import FIRST_BYTE
 from tidal.infer.sampling import Sampling, whole
 from tidal.linear import log_softmax
@@ -125,19 +127,21 @@ class Trace:
 
 
 def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, temperature: float = 0.0,
-          top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: int = 0,
+          top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0, seed: Seed = 0,
           max_new_units: int = 256, max_new_blocks: int = 0, stop: Sequence[str] = (),
           runners_up: int = 5) -> Trace:  # fmt: skip
     """Continue one prompt as `generate` does, and keep what happens at every step.
 
+    A whole number as the seed is that of `generate`, which draws its prompt number i from (seed, i): this one is its
+    number 0, and seed=(seed, i) traces another. A sequence or a generator is used as it is, as `Engine.submit` does.
     Raises ValueError on a lone surrogate in the prompt or on settings that make no sense.
     """
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     limits = Limits(max_new_units, max_new_blocks, stop)
-    seed = whole("seed", seed, 0)
+    its_own = isinstance(seed, Sequence | np.random.Generator)
     watcher = _Watcher(model, tokenizer, whole("runners_up", runners_up, 0))
     engine = Engine(model, tokenizer, batch_size=1, watch=watcher)
-    engine.submit(prompt, how, limits, (seed, 0))
+    engine.submit(prompt, how, limits, seed if its_own else (whole("seed", seed, 0), 0))
     *_, (_, done) = engine.drain()
     assert isinstance(done, Completion)
     read = [tokenizer.encode_block(text) for text in tokenizer.split(prompt)]
