@@ -112,6 +112,13 @@ CASES = {
     "train --vocab-size 999": "--vocab-size goes with --recipe text, not addition",
     f"{TEXT} --data good.txt --digits 7": "--digits goes with --recipe addition, not text",
     f"{TEXT} --prepared folder --hold-out 0.2": "--hold-out was settled when folder was prepared",
+    f"{TEXT} --data good.txt --step-window 4": "--step-window does nothing with --writer-attention none",
+    f"{TEXT} --data good.txt --step-stride 1": "--step-stride does nothing with --writer-attention none",
+    f"{TEXT} --data good.txt --tokenizer folder --vocab-size 999": "--vocab-size does nothing with --tokenizer folder",
+    "prepare --out x --data good.txt --tokenizer folder --vocab-size 999": "--vocab-size does nothing with --tokenizer",
+    "train --no-qk-norm --query-gain 3": "--query-gain does nothing with --no-qk-norm",
+    "train --no-qk-norm --sharpen 1": "--sharpen does nothing with --no-qk-norm",
+    "train --parallel fsdp": "--parallel does nothing with a single process; start several with torchrun",
     # numbers
     **{
         f"train --{flag} {value}": f"^(--{flag} (is|needs)|model: {flag.replace('-', '_')} is) "

@@ -244,7 +244,8 @@ class Text:
     cut_probability: float = 0.015
     """Boundary dropout: how often a block of the training data is cut at a place between two characters."""
     hold_out: float = 0.05
-    """Part of the documents kept for validation."""
+    """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
+    end)."""
 
 
 @dataclass(frozen=True)

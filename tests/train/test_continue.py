@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests.commands import SMALL
+from tests.commands import SMALL, tree
 from tests.train.runs import SETTINGS, refused, results, unequal
 from tidal import checkpoint
 from tidal.cli import parse
 from tidal.config import Addition, Optim, Shape, Text, Train
 from tidal.model import TidalTransformer
+from tidal.prepare.__main__ import run as prepare
 from tidal.streams import Batch
-from tidal.train import disk, loop, records
+from tidal.train import disk, loop
 from tidal.train.__main__ import run
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import HARMLESS, differences
@@ -215,11 +216,25 @@ def test_what_another_process_trained_meanwhile_is_not_undone(here: Path, monkey
         assert (here / "run" / newest).exists()
     assert run(["--resume", "run/checkpoints/step-000002"]) == 0  # now that it is known
 
-    def begun(out: Path, settings: Train) -> None:
-        shutil.copytree(here / "done/checkpoints", out / "checkpoints")
+    def begun(out: Path) -> Path:
+        return Path(shutil.copytree(here / "done", out.with_name("run-2")))
 
-    monkeypatch.setattr(records, "write_settings", begun)
+    monkeypatch.setattr(disk, "prepare_run_dir", begun)
+    before = tree(here / "done")
     assert "run-2 has changed while the data were prepared" in refused(run, flags("--resume", "never"))
+    assert tree(here / "run-2") == before
+
+
+def test_a_run_that_another_process_has_only_begun_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.json").write_text("theirs")
+    before = tree(tmp_path)
+    with disk.locked(Path("run")):
+        assert "run is being trained by another process" in refused(run, flags())
+    assert tree(tmp_path) == before
 
 
 def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
@@ -304,6 +319,24 @@ def test_moved_data_may_be_continued_on_and_changed_data_not(tmp_path: Path, mon
     undo(Path("runs/text"))
     Path("b.txt").write_text(text.replace("day 59", "day 60"))
     assert "--data holds other text" in refused(run, [*base, *more])
+
+
+def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("".join(f"The tide of day {i} came in and went out.\n" for i in range(60)))
+    prepare(["--data", "a.txt", "--out", "shards", "--vocab-size", "300", "--workers", "1"])
+    base = ["--max-steps", "2", "--validate-every", "1", "--rows", "2", "--device", "cpu", *SMALL,
+            "--reader-budget", "64", "--suffix-rows", "9"]  # fmt: skip
+    files, shards = ["--data", "a.txt"], ["--prepared", "shards"]
+    assert run([*base, *files, "--vocab-size", "300", "--out", "files"]) == 0
+    assert run([*base, *shards, "--out", "shards-run"]) == 0
+    wanted = results(Path("files"))
+    for folder, other in (("files", shards), ("shards-run", files)):
+        undo(Path(folder))
+        assert run(["--resume", folder, *other]) == 0
+        assert unequal(results(Path(folder)), wanted) == []
+        undo(Path(folder))
+        assert "leave --data away" in refused(run, ["--resume", folder, *files, *shards])
 
 
 def test_the_default_is_auto() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +94,26 @@ def test_what_a_shard_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch
         shards.Shard.encode(parts, BlockTable(tokenizers()["chinese"]))
 
 
+# -------------------------------------------------------------------------------------- the tokenizer
+
+
+def test_a_tokenizer_sees_a_little_of_all_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first files only. Of what is small enough it sees all."""
+    (tmp_path / "a.txt").write_text("The tide comes in and goes out again.\n" * 2000)
+    (tmp_path / "b.txt").write_text("今天天气很好，我们去公园玩。\n" * 3000)
+    data = survey([str(tmp_path)], 0.05, 3)
+    whole = "".join(data.training_texts())
+    monkeypatch.setattr("tidal.prepare.survey.PIECE", 100)
+    monkeypatch.setattr("tidal.prepare.survey.TRAINED_ON", limit := 60_000)  # a.txt has more
+    texts = list(data.training_texts())
+    assert 0.8 * limit < len("".join(texts).encode()) < limit
+    assert texts == list(data.training_texts())
+    tokenizer = MixedTokenizer.train(texts, 600, max_bytes=limit)
+    assert all(len(tokenizer.encode_block(char).units) == 1 for char in "今天气")
+    monkeypatch.setattr("tidal.prepare.survey.TRAINED_ON", data.n_bytes)
+    assert "".join(data.training_texts()) == whole
+
+
 # ---------------------------------------------------------------------------------- rows, by definition
 
 
@@ -133,6 +155,27 @@ def check_rows(folder: Path, documents: list[dict[str, str]], tokenizer: MixedTo
     return len(rows)
 
 
+@pytest.mark.parametrize("read", [1, 300, 1 << 20])
+def test_rows_are_planned_shard_by_shard(read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the documents, no shard is opened again and again."""
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": some_text(i, 30)}) + "\n" for i in range(160)))
+    tokenizer, opened, right = tokenizers()["english"], Counter[str](), shards.Shard.open
+
+    def noted(folder: Path) -> shards.Shard:
+        opened[folder.name] += 1
+        return right(folder)
+
+    with small(shard=800, read=read):
+        monkeypatch.setattr(shards.Shard, "open", noted)
+        data = survey([str(tmp_path / "d.jsonl")], 0.05, 3)
+        found = make.prepare(data, tokenizer, tmp_path / "out", workers=1).training
+        assert len(opened) > 20
+        opened.clear()
+        order = np.random.default_rng(3).permutation(len(found.documents))
+        assert len(Rows(found, order, BlockTable(tokenizer), 20, 300)) > 300
+    assert max(opened.values()) <= 2
+
+
 lines = st.lists(
     st.one_of(
         st.builds(lambda text: {"text": text}, hostile_text(max_size=20).filter(str.strip)),
@@ -143,11 +186,13 @@ lines = st.lists(
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines, tokenizer_names, st.integers(4, 60), st.integers(4, 200), st.integers(1, 60), st.integers(1, 300))
-@example([{"text": "a"}, {"prompt": "the fox " * 9, "completion": " said"}], "english", 9, 20, 7, 20)
+@given(lines, tokenizer_names, st.integers(4, 60), st.integers(4, 200), st.integers(1, 60), st.integers(1, 300),
+       st.sampled_from([1, 20, 1 << 20]))  # fmt: skip
+@example([{"text": "a"}, {"prompt": "the fox " * 9, "completion": " said"}], "english", 9, 20, 7, 20, 1)
+@example([{"text": "a"}, {"prompt": "the fox " * 9, "completion": " said"}], "english", 9, 20, 7, 20, 1 << 20)
 def test_rows_are_those_of_the_definition(tmp_path: Path, documents: list[dict[str, str]], name: str, budget: int,
-                                          steps: int, part: int, shard: int) -> None:  # fmt: skip
-    with small(part, shard):
+                                          steps: int, part: int, shard: int, read: int) -> None:  # fmt: skip
+    with small(part, shard, read):
         try:
             check_rows(tmp_path, documents, tokenizers()[name], budget, steps)
         except UserError as error:
@@ -156,8 +201,8 @@ def test_rows_are_those_of_the_definition(tmp_path: Path, documents: list[dict[s
 
 def test_a_long_document_is_cut_and_its_tail_held_out(tmp_path: Path) -> None:
     documents = [{"text": some_text(1, 900)}, {"prompt": some_text(2, 60), "completion": some_text(3, 60)}]
-    for fraction in (0.02, 0.1):
-        with small():
+    for fraction, read in itertools.product((0.02, 0.1), (1, 1 << 20)):
+        with small(read=read):
             assert check_rows(tmp_path, documents, tokenizers()["english"], 50, 400, fraction) > 2
 
 

@@ -9,8 +9,10 @@ import random
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -199,6 +201,21 @@ def check_damage_is_found(folder: Path, out: Path) -> None:
 
 def test_damage_is_found(folder: Path, tmp_path: Path) -> None:
     check_damage_is_found(folder, tmp_path / "out")
+
+
+def test_a_finished_folder_is_compared_by_several_at_once(folder: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    data, tokenizer, load, both = surveyed(folder), tokenizers()["english"], make.load, Barrier(2)
+    prepare(data, tokenizer, tmp_path, workers=1)
+
+    def when_both_are_here(out: Path) -> make.Prepared:
+        both.wait(30)
+        return load(out)
+
+    monkeypatch.setattr(make, "load", when_both_are_here)
+    with ThreadPoolExecutor(2) as pool:
+        for found in [pool.submit(prepare, data, tokenizer, tmp_path, 1) for _ in range(2)]:
+            assert found.result().digest == data.digest
 
 
 @pytest.mark.parametrize("name", ["shard-000000", "shard-000000/text.npy", "tokenizer/tokenizer.model", make.MANIFEST])

@@ -170,13 +170,19 @@ def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: P
     """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
     command = [*SMALL, "--digits", "1", "--max-block-units", "8", "--rows", "4", "--max-steps", "5000", "--out", "run",
                "--validate-every", "2", "--workers", "2"]  # fmt: skip
-    run = subprocess.Popen([sys.executable, "-m", "tidal.train", *command], cwd=tmp_path, env=ENVIRONMENT,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.send_signal(number)
-    assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    said = tmp_path / "said.txt"
+    with said.open("wb") as file, subprocess.Popen([sys.executable, "-m", "tidal.train", *command], cwd=tmp_path,
+                                                   env=ENVIRONMENT, stderr=file) as run:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "run" / "latest").exists():
+                assert run.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, said.read_text()
+                time.sleep(0.05)
+            run.send_signal(number)
+            assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number), said.read_text()
+        finally:
+            run.kill()
     monkeypatch.chdir(tmp_path)
     assert training.run([*command, "--max-seconds", "0.01"]) == 0
     assert "continuing at step" in capsys.readouterr().err

@@ -25,7 +25,8 @@ class Prepare:
     vocab_size: int = Text.vocab_size
     """Size of the sentencepiece vocabulary to train."""
     hold_out: float = Text.hold_out
-    """Part of the documents kept for validation."""
+    """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
+    end)."""
     seed: int = 0
     """Chooses the documents held out."""
     workers: int = 0
@@ -38,6 +39,8 @@ def run(argv: list[str]) -> None:
     for name, least in (("workers", 0), ("seed", 0), ("vocab_size", 288)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {least}")
+    if settings.tokenizer and settings.vocab_size != Prepare.vocab_size:
+        raise UserError(f"--vocab-size does nothing with --tokenizer {settings.tokenizer}, which is trained already")
     from tidal.prepare.make import prepare, tokenizer_for
     from tidal.prepare.survey import survey
 

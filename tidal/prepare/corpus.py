@@ -12,11 +12,11 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, row_starts, spans, too_early
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, row_starts
 from tidal.prepare.shards import Shard
 
 READ_BLOCKS = 1 << 20
-"""Blocks of a long document looked at together."""
+"""Blocks of long documents looked at together."""
 OPEN = 64
 """Shards mapped at once: each has three file descriptors, of which a process often has 1024."""
 
@@ -69,9 +69,8 @@ class Rows(Sequence[list[Passage]]):
     The blocks of a row count in `table`, which must not be emptied while the row is in use.
     """
 
-    def __init__(self, corpus: Corpus, order: npt.NDArray[np.int64], table: BlockTable, reader_budget: int,
-                 writer_budget: int) -> None:  # fmt: skip
-        """Plan rows over the documents of `order` ([n], indices); budgets as in `row_starts`."""
+    def __init__(self, corpus: Corpus, order: Ints, table: BlockTable, reader_budget: int, writer_budget: int) -> None:
+        """Plan rows over the documents in the `order` ([documents], a permutation); budgets as in `row_starts`."""
         self.corpus, self.table = corpus, table
         counts = corpus.documents
         first_block, first_byte = (np.cumsum(counts[:, i]) - counts[:, i] for i in (0, 2))
@@ -79,47 +78,76 @@ class Rows(Sequence[list[Passage]]):
         # of each window: first block, first byte, blocks, of these prompt, whether it ends; tokens, steps
         whole = np.stack([first_block, first_byte, counts[:, 0], counts[:, 1], np.ones_like(first_block),
                           1 + counts[:, 3], counts[:, 4] + 1], 1)  # fmt: skip
-        pieces, run = [], 0
-        for n in [*np.flatnonzero(~fits[order]).tolist(), len(order)]:
-            pieces.append(whole[order[run:n]])
-            if n < len(order):
-                i = order[n]
-                pieces += self._cut(first_block[i], first_byte[i], counts[i], reader_budget, writer_budget)
-            run = n + 1
-        found = np.concatenate(pieces)
+        which, windows = [np.flatnonzero(fits)], [whole[fits]]
+        for documents, cut in self._cut_all(np.flatnonzero(~fits), whole[~fits, :5], reader_budget, writer_budget):
+            which.append(documents)
+            windows.append(cut)
+        found = np.concatenate(windows)[np.argsort(np.argsort(order)[np.concatenate(which)], kind="stable")]
         sizes = ((int(a), int(b)) for a, b in found[:, 5:])
         self._starts = np.array([*row_starts(sizes, reader_budget, writer_budget), len(found)])
         self._windows = found[:, :5].copy()
 
-    def _cut(self, block: int, byte: int, counts: Ints, reader_budget: int, writer_budget: int) -> list[Ints]:
-        """The windows of one document that is over a budget, in the form of `_windows`, with their sizes."""
-        n, n_prompt = int(counts[0]), int(counts[1])
-        if n_prompt:
-            sizes = self.corpus.read("blocks", block, block + min(n, n_prompt + reader_budget)).astype(np.int64)
-            left_out = too_early(sizes[:, 1], n_prompt, reader_budget)
-            n, n_prompt, block = n - left_out, n_prompt - left_out, block + left_out
-            byte += int(sizes[:left_out, 0].sum())
-        windows, done = [], 0
-        while done <= n:  # block n is <eos>
-            end = min(done + max(READ_BLOCKS, 2 * reader_budget), n)
-            sizes = self.corpus.read("blocks", block + done, block + end).astype(np.int64)
-            sizes[: max(0, n_prompt - done), 2] = 0
-            if end == n:
-                sizes = np.concatenate([sizes, [[0, 0, 1]]])
-            cut = [last for _, _, last in spans(sizes[:, 1], sizes[:, 2], reader_budget, writer_budget)]
-            if end < n:
-                cut.pop()  # more may fit into it
-            up_to = np.concatenate([[[0, 0, 0]], np.cumsum(sizes, 0)])
-            for first, last in pairwise([0, *cut]):
-                prompt = max(0, min(n_prompt - done, last) - first)
-                ends = done + last == n + 1
-                n_bytes, n_tokens, n_steps = up_to[last] - up_to[first]
-                if last - first > prompt:
-                    here = (block + done + first, byte, last - first - ends)
-                    windows.append((*here, prompt, ends, 1 + n_tokens, n_steps))
-                byte += n_bytes
-            done += cut[-1]
-        return [np.array(windows, np.int64)]
+    def _cut_all(self, which: Ints, documents: Ints, reader_budget: int,
+                 writer_budget: int) -> Iterator[tuple[Ints, Ints]]:  # fmt: skip
+        """What `_cut` gives for documents anywhere, in the order of the corpus, so that each shard is opened once.
+
+        `which` are their indices ([n]). They are cut in groups that are near each other, very long ones in stretches.
+        """
+        ends = documents[:, 0] + documents[:, 2]
+        start = 0
+        while start < len(which):
+            end = max(int(np.searchsorted(ends, documents[start, 0] + READ_BLOCKS, "right")), start + 1)
+            some, at = documents[start:end], which[start:end]
+            longest = max(READ_BLOCKS, int(some[0, 3]) + 2 * reader_budget)
+            while some[0, 2] > longest:  # it is alone
+                block, byte, n, n_prompt, _ = some[0]
+                found, cut = self._cut(np.array([[block, byte, longest, n_prompt, 0]]), reader_budget, writer_budget)
+                yield at[found[:-1]], cut[:-1]  # more may fit into the last one
+                some = np.array([[*cut[-1, :2], block + n - cut[-1, 0], 0, 1]])
+            found, cut = self._cut(some, reader_budget, writer_budget)
+            yield at[found], cut
+            start = end
+
+    def _cut(self, documents: Ints, reader_budget: int, writer_budget: int) -> tuple[Ints, Ints]:
+        """The windows that `windows` makes of documents near each other, in their order.
+
+        Documents ([n, 5]) and windows ([windows, 7], with their sizes) are as in `__init__`; before the windows comes
+        which document each is of ([windows], from 0).
+        """
+        block, byte, n, n_prompt, ends = documents.T
+        stored = np.asarray(self.corpus.read("blocks", block[0], block[-1] + n[-1]))
+        last = np.cumsum(n + ends)  # with an <eos> each
+        first = last - n - ends
+        sizes = np.zeros((3, last[-1]), np.int64)
+        for to, start, length, prompt in np.stack([first, block - block[0], n, n_prompt], 1).tolist():
+            sizes[:, to : to + length] = stored[start : start + length].T
+            sizes[2, to : to + prompt] = 0
+        sizes[2, last[ends == 1] - 1] = 1
+        n_bytes, n_tokens, n_steps = np.concatenate([np.zeros((3, 1), np.int64), np.cumsum(sizes, 1)], 1)
+        # where the rest of a prompt begins, as `too_early` says
+        learnt = first + n_prompt
+        after = n_tokens[np.minimum(learnt + reader_budget, last - ends)] - n_tokens[learnt]
+        room = np.maximum(reader_budget - 1 - after, reader_budget // 2)
+        at = np.maximum(np.searchsorted(n_tokens, n_tokens[learnt] - room), first)
+        # as in `spans`, one window of each document at a time
+        which = np.arange(len(documents))
+        found: list[Ints] = []
+        while len(which):
+            by_reader = np.searchsorted(n_tokens, n_tokens[at] - 1 + reader_budget, "right") - 1
+            by_writer = np.searchsorted(n_steps, n_steps[at] + writer_budget, "right") - 1
+            end = np.minimum(np.maximum(np.minimum(by_reader, by_writer), at + 1), last[which])
+            found.append(np.stack([which, at, end]))
+            more = end < last[which]
+            which, at = which[more], end[more]
+        together = np.concatenate(found, 1)
+        which, at, end = together[:, np.argsort(together[0], kind="stable")]
+        prompt = np.clip(learnt[which] - at, 0, end - at)
+        ended = ends[which] * (end == last[which])
+        windows = np.stack([block[which] + at - first[which], byte[which] + n_bytes[at] - n_bytes[first[which]],
+                            end - at - ended, prompt, ended, 1 + n_tokens[end] - n_tokens[at],
+                            n_steps[end] - n_steps[at]], 1)  # fmt: skip
+        learns = end - at > prompt
+        return which[learns], windows[learns]
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -133,22 +133,26 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
         if not (out / PLAN).exists():
             _check_space(out, data)
             out.mkdir(parents=True, exist_ok=True)
-        with locked(out, lambda: note(f"another process is preparing {out}; waiting for it")):
+        with _alone(out):
             _begin_folder(out, plan, data)
+            finished = (out / MANIFEST).exists()
+        if finished:  # processes that train together compare the shards at the same time
+            with contextlib.suppress(UserError):
+                return load(out)
+        with _alone(out):
             if (out / MANIFEST).exists():
                 try:
                     return load(out)
                 except UserError as error:
                     note(f"mending {out}: {error}")
                     (out / MANIFEST).unlink()
-            if not (out / MANIFEST).exists():
-                for path in (*out.iterdir(), *(out / "tokenizer").glob("*")):
-                    if _LEFTOVER.fullmatch(path.name):
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                tokenizer.save(out / "tokenizer")
-                names = _write_shards(data, tokenizer, out, workers)
-                text = json.dumps({**names, "digest": _digest(names)}, indent=2)
-                atomic_write(out / MANIFEST, text + "\n")
+            for path in (*out.iterdir(), *(out / "tokenizer").glob("*")):
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            tokenizer.save(out / "tokenizer")
+            names = _write_shards(data, tokenizer, out, workers)
+            text = json.dumps({**names, "digest": _digest(names)}, indent=2)
+            atomic_write(out / MANIFEST, text + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; what is finished stays there, and the same "
                         "command goes on from it") from error  # fmt: skip
@@ -156,6 +160,11 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
         raise UserError("a worker was killed, perhaps for want of memory; the same command goes on where it stopped, "
                         "try it with fewer --workers") from error  # fmt: skip
     return load(out)
+
+
+def _alone(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder, or wait for it."""
+    return locked(out, lambda: note(f"another process is preparing {out}; waiting for it"))
 
 
 def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:

@@ -12,6 +12,10 @@ import numpy as np
 from tidal.cli import UserError, note, progress
 from tidal.prepare.documents import Division, divide
 from tidal.prepare.reading import PART, Part, read_parts
+from tidal.tokenizer.mixed import TRAINED_ON
+
+PIECE = 1 << 12
+"""Characters drawn together for the tokenizer: so few that it sees a little of everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,22 @@ class Survey:
             raise UserError("the data changed while it was read; start again when it is complete")
 
     def training_texts(self) -> Iterator[str]:
-        """Texts of the training documents, to train a tokenizer on; long ones in pieces of PART characters."""
+        """Texts to train a tokenizer on: the training documents, or where those are larger than TRAINED_ON, pieces from
+        all over them, drawn by lot (of their numbers, so always the same ones).
+        """
+        if self.n_bytes <= TRAINED_ON:
+            yield from self._training_texts()
+            return
+        limit = int(0.9 * TRAINED_ON / self.n_bytes * 2**64)  # not quite all: the last ones must not be one too many
+        pieces = (text[i : i + PIECE] for text in self._training_texts() for i in range(0, len(text), PIECE))
+        with progress(None, "draw for the tokenizer from", "characters", last_line=False) as bar:
+            for number, piece in enumerate(pieces):
+                bar.update(len(piece))
+                if int.from_bytes(hashlib.blake2b(b"%d" % number, digest_size=8).digest()) < limit:
+                    yield piece
+
+    def _training_texts(self) -> Iterator[str]:
+        """The training documents, long ones in pieces of PART characters."""
         buffer = ""
         for held_out, part in self.parts():
             if not held_out:

@@ -41,6 +41,8 @@ _EOB, _EOS, _FIRST_BYTE, _FIRST_CHAR = 0, 1, 2, 258
 NO_PLACE = -1
 _HAS_PLACE = re.compile(rb"[0-9A-Za-z\x80-\xff]").search
 _CACHE_ENTRIES = 1 << 17  # about half a kilobyte each
+TRAINED_ON = 20_000_000
+"""Bytes of text that a tokenizer is trained on at most."""
 _MODEL_FILE, _RULES_FILE = "tokenizer.model", "tokenizer.json"
 
 Value = TypeVar("Value")
@@ -126,7 +128,7 @@ class MixedTokenizer:
         *,
         max_block_units: int = 32,
         character_coverage: float = 0.9999,
-        max_bytes: int = 20_000_000,
+        max_bytes: int = TRAINED_ON,
     ) -> MixedTokenizer:
         """Train on the first `max_bytes` UTF-8 bytes of `texts`; nothing after them is read.
 

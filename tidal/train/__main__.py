@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
-from tidal.config import MOST_PLACES, Train
-from tidal.ranks import one_voice, size
+from tidal.config import MOST_PLACES, Train, flat
+from tidal.ranks import by_torchrun, one_voice, size
 from tidal.train.presets import PRESETS, SIZES, sized
 from tidal.train.stop import Stop, Stopped
 
@@ -65,6 +66,8 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
         default = sized(default, name)
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
+    if found is not None:
+        settings = _elsewhere(settings, argv)
     _check(settings, default)
     if found is None and settings.resume not in ("auto", "never"):
         raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
@@ -97,36 +100,32 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
         note(f"{found.run_dir} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never "
              f"trains another one; try: {_use(settings, found.run_dir)}")  # fmt: skip
         return
-    with joined(settings.parallel, device) as parallel:
-        recipe, out = _ready(settings, wanted, found, stop, parallel)
+    with joined(settings.parallel, device) as parallel, contextlib.ExitStack() as held:
+        recipe, out = _ready(settings, wanted, found, stop, parallel, held)
         _learn(settings, recipe, out, found, stop, parallel)
     note(f"done; try: {_use(settings, out)}")
 
 
 def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
-    """Train in the folder `out`, to which nobody else may write meanwhile, and draw what came of it."""
+    """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
     from tidal.report.draw import draw  # downstream of the loop, as the doctor is
     from tidal.report.page import Pages
-    from tidal.train.disk import locked, patiently
+    from tidal.train.disk import patiently
     from tidal.train.loop import train
-    from tidal.train.resume import check_unchanged
 
     pages = Pages()
-    with locked(out):
-        if parallel.leads:
-            check_unchanged(out, found)
-        try:
-            train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
-                  examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
-        except Stopped:
-            latest = checkpoint.read_pointer(out, "latest")
-            how = "the same command" if settings.resume == "auto" else f"--resume {out}"
-            note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
-            raise
-        if parallel.leads:
-            patiently(lambda: draw(out), out, stop)
-            patiently(lambda: pages.write(out, last=True), out, stop)
+    try:
+        train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
+              examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
+    except Stopped:
+        latest = checkpoint.read_pointer(out, "latest")
+        how = "the same command" if settings.resume == "auto" else f"--resume {out}"
+        note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
+        raise
+    if parallel.leads:
+        patiently(lambda: draw(out), out, stop)
+        patiently(lambda: pages.write(out, last=True), out, stop)
 
 
 def _use(settings: Train, run_dir: Path) -> str:
@@ -135,13 +134,17 @@ def _use(settings: Train, run_dir: Path) -> str:
     return f'python -m tidal.infer --checkpoint {run_dir} --prompt "{prompt}"'
 
 
-def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel) -> tuple[Recipe, Path]:
-    """The data, the tokenizer and the run's folder. The first process makes them; the others wait, and find them."""
+def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel,
+           held: contextlib.ExitStack) -> tuple[Recipe, Path]:  # fmt: skip
+    """The data, the tokenizer and the run's folder. The first process makes them; the others wait, and find them.
+
+    Nobody else may write to the folder as long as `held` is open. It is not locked while data are prepared.
+    """
     from tidal.files import atomic_write
-    from tidal.train.disk import patiently, prepare_run_dir
+    from tidal.train.disk import locked, patiently, prepare_run_dir
     from tidal.train.loop import make_recipe
     from tidal.train.records import write_settings
-    from tidal.train.resume import with_tokenizer
+    from tidal.train.resume import check_unchanged, with_tokenizer
 
     with stop.anywhere():
         if parallel.leads:
@@ -152,6 +155,8 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
 
                 verdict = examine_before_training(settings, recipe).to_dict()
             out = prepare_run_dir(wanted) if found is None else found.run_dir
+            held.enter_context(locked(out))
+            check_unchanged(out, found)
             if found is None:  # the first file: by it, reading --data knows a run, and leaves it out
                 patiently(lambda: write_settings(out, settings), out, stop)
             if verdict is not None:
@@ -165,6 +170,15 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             recipe = make_recipe(with_tokenizer(settings, out if found is None else found.folder))
         parallel.check_same(f"{recipe.digest} {recipe.tokenizer.fingerprint} {found and found.folder}")
     return recipe, out
+
+
+def _elsewhere(settings: Train, argv: list[str]) -> Train:
+    """Settings of a run that goes on with its data in another form: of --data and --prepared the one that is given."""
+    data, prepared = (_given(argv, flag) is not None for flag in ("--data", "--prepared"))
+    if data == prepared:
+        return settings
+    other: dict[str, Any] = {"prepared": None} if data else {"data": ()}
+    return dataclasses.replace(settings, text=dataclasses.replace(settings.text, **other))
 
 
 def _resumed(argv: list[str]) -> Path | None:
@@ -216,6 +230,16 @@ def _check(settings: Train, default: Train) -> None:
     settled = [name for name in ("vocab_size", "hold_out") if text[name] != old_text[name]]
     if settings.text.prepared and settled:
         raise UserError(f"--{settled[0].replace('_', '-')} was settled when {settings.text.prepared} was prepared")
+    before, now = (flat(dataclasses.asdict(each)) for each in (default, settings))
+    shape, single = settings.model, settings.parallel == "fsdp" and not by_torchrun()
+    for names, where in (
+        (("vocab_size",), text["tokenizer"] and f"--tokenizer {text['tokenizer']}, which is trained already"),
+        (("step_stride", "step_window"), shape.writer_attention == "none" and "--writer-attention none; give another"),
+        (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them away"),
+        (("parallel",), single and "a single process; start several with torchrun"),
+    ):
+        if where and (idle := [name for name in names if now[name] != before[name]]):
+            raise UserError(f"--{idle[0].replace('_', '-')} does nothing with {where}")
     if settings.model.foretell and not settings.optim.aux_weight:
         raise UserError("--aux-weight is 0, but what --foretell tells is learnt with it; give --no-foretell, too")
 
