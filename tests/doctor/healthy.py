@@ -14,6 +14,8 @@ from tests.tokenizer.strategies import HOSTILE
 from tidal.cli import main, note, parse
 from tidal.config import Shape
 from tidal.doctor import Document, Report, run
+from tidal.doctor.patient import Precision
+from tidal.doctor.registry import CHECKS
 
 WORDS = ("the", "light", "night", "and", "land", "said", "let", "be", "fox", "dogs", "'tis", "don't", "12", "345",
          "54663", "今天", "天气", "é", "naïve")  # fmt: skip
@@ -41,14 +43,29 @@ def random_text(r: random.Random) -> str:
 
 
 def examine(seed: int) -> Report:
-    """One random model, tokenizer, texts; every fourth in float64, every fourth in bfloat16."""
+    """One random model, tokenizer, texts; every fourth in float64, every fourth in bfloat16; of the others, every
+    second is trained with autocast. The model is left as it was.
+    """
     r = random.Random(seed)
     tokenizer = tokenizers()[r.choice(TOKENIZERS)]
     dtype = (torch.float32, torch.float64, torch.float32, torch.bfloat16)[seed % 4]
     model = random_model(tokenizer, random_shape(r), dtype, seed)
     texts = [Document(random_text(r), random_text(r)) for _ in range(3)]
-    return run(model, tokenizer, texts=texts, quick=True, subject=f"seed {seed}: {tokenizer.fingerprint[:6]}, {dtype}, "
-               f"{model.config.shape}")  # fmt: skip
+    precision: Precision = "bf16" if seed % 4 == 2 else "float32"
+    model.train()
+    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.random.get_rng_state()
+    said: list[int] = []
+    report = run(model, tokenizer, texts=texts, quick=True, precision=precision,
+                 subject=f"seed {seed}: {tokenizer.fingerprint[:6]}, {dtype}, {precision}, {model.config.shape}",
+                 tell=lambda check: said.append(check.number))  # fmt: skip
+    assert [r.number for r in report.results] == said == sorted(CHECKS)
+    assert [r.number for r in report.results if r.verdict == "skipped"][-3:] == [20, 21, 22]
+    assert all(r.compared for r in report.results if r.verdict == "well")
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    return report
 
 
 @dataclass(frozen=True)

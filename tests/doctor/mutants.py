@@ -83,6 +83,7 @@ from tests.doctor.bugs_text import (
     special_strings,
     wider_head,
 )
+from tests.doctor.bugs_training import after_the_space, prompts_are_learnt, second_of_equal_blocks
 from tests.doctor.plant import Mutant, both, builder, clamped, everywhere, geometry, in_packing, replacing, with_block
 from tidal import blocks, boundary_dropout, checkpoint, recall, streams
 from tidal.blocks import BlockTable
@@ -181,6 +182,8 @@ MUTANTS: tuple[Mutant, ...] = (
            everywhere(boundary_dropout.cut_at_random, dropout_moves_supervision(boundary_dropout.cut_at_random))),
     Mutant("boundary dropout asks for the beginnings of blocks, too", 11,
            everywhere(boundary_dropout.cut_at_random, dropout_asks_for_beginnings(boundary_dropout.cut_at_random))),
+    Mutant("prompts are learnt, where they go through shards", 11, prompts_are_learnt),
+    Mutant("text is prepared in pieces that end behind a space", 11, after_the_space),
     Mutant("auxiliary targets shifted by one", 11, in_packing(lambda b: {"aux_targets": b.aux_targets.roll(1, 1)})),
     Mutant("bytes are counted as units", 11, in_packing(bytes_are_characters)),
     Mutant("packed documents see those before them", 12, in_packing(document_start_ignored)),
@@ -190,6 +193,8 @@ MUTANTS: tuple[Mutant, ...] = (
            everywhere(recall.recalled, recalled_from_other_documents(recall.recalled))),
     Mutant("suffix rows off by one, in training and decoding", 13,
            replacing(TidalTransformer, "write", suffix_row_zero)),
+    Mutant("the second of equal blocks is told something else, in training", 13,
+           replacing(TidalTransformer, "write", second_of_equal_blocks)),
     Mutant("keys of the memory are not normed as others are", 13,
            replacing(TidalTransformer, "memory", keys_not_normed)),
     Mutant("keys of the memory are not turned", 13,

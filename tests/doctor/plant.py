@@ -44,8 +44,9 @@ class Mutant:
 # -------------------------------------------------------------------------------------- how to plant bugs
 
 
+_OF_TRITON = (".triton_", "kernels.aot")  # where there is no Triton, they cannot be imported
 for _, _name, _ in pkgutil.walk_packages(tidal.__path__, "tidal."):
-    if ".triton_" not in _name and not _name.endswith("__main__"):
+    if not any(part in _name for part in _OF_TRITON) and not _name.endswith("__main__"):
         importlib.import_module(_name)  # now: imported while a bug is planted, a module would keep it
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.doctor.bugs_training import OF_TRAINING, OfTraining
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.plant import Mutant
 from tests.doctor.trained import SPOILT, Spoilt, spoilt_copy, train_both
 from tidal import checkpoint
 from tidal.cli import main, note, parse
 from tidal.doctor import Report, examine_checkpoint, run
+from tidal.doctor.recipes import feed_of
 from tidal.doctor.specimen import make
 from tidal.model import TidalTransformer
+from tidal.train.loop import make_recipe, model_for
 
 BASE, TOKENIZER = make()
 
@@ -45,7 +48,17 @@ def examine_spoilt(spoilt: Spoilt, runs: dict[bool, Path], to: Path, checks: Seq
         return examine_checkpoint(checkpoint.resolve(folder), quick=True, checks=checks)
 
 
-def reports() -> Iterator[tuple[Mutant | Spoilt, Report]]:
+def examine_training(bug: OfTraining, folder: Path, checks: Sequence[int] | None = None) -> Report:
+    """The doctor's report before training, the bug being there."""
+    with pytest.MonkeyPatch.context() as patch:
+        bug.plant(patch)
+        settings = bug.settings(folder)
+        recipe = make_recipe(settings)
+        return run(model_for(settings, recipe.tokenizer), recipe.tokenizer, quick=True, checks=checks,
+                   feed=feed_of(settings, recipe), precision=settings.precision)  # fmt: skip
+
+
+def reports() -> Iterator[tuple[Mutant | Spoilt | OfTraining, Report]]:
     """All bugs, all quick checks."""
     for mutant in MUTANTS:
         yield mutant, examine_mutant(mutant)
@@ -53,6 +66,8 @@ def reports() -> Iterator[tuple[Mutant | Spoilt, Report]]:
         runs = train_both(Path(folder), pytest.MonkeyPatch())
         for n, spoilt in enumerate(SPOILT):
             yield spoilt, examine_spoilt(spoilt, runs, Path(folder) / f"copy-{n}")
+        for bug in OF_TRAINING:
+            yield bug, examine_training(bug, Path(folder) / "data")
 
 
 def row(name: str, check: int, found: Sequence[int]) -> str:

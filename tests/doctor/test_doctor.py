@@ -17,15 +17,16 @@ from tests.commands import ROOT, SMALL, tree
 from tests.doctor import healthy
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.table import examine_mutant
+from tests.train.runs import short_samples
 from tidal.cli import UserError, main
 from tidal.doctor import Document, checks_kernels, examine, run, training
 from tidal.doctor import __main__ as command
 from tidal.doctor.checks_run import _compare_n_grams
+from tidal.doctor.patient import Feed
 from tidal.doctor.registry import CHECKS
 from tidal.doctor.report import Found, Meter, Report, Result, Where
 from tidal.doctor.specimen import SHAPE, make
 from tidal.kernels import api
-from tidal.kernels.triton_tiles import INTERPRETED
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.train import __main__ as training_command
@@ -36,7 +37,7 @@ BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 @pytest.mark.parametrize("seed", [0, 1, 3])  # float32, float64, bfloat16
 def test_no_false_alarms(seed: int) -> None:
-    """`python -m tests.doctor.healthy` runs 200 of these."""
+    """`python -m tests.doctor.healthy` runs 200 of these, and sees that each model is left as it was."""
     report = healthy.examine(seed)
     assert report.ok, f"{report.subject}\n{report.table()}"
 
@@ -94,8 +95,9 @@ def test_examining_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs that have learnt nothing, one of them examined first."""
     folder = tmp_path_factory.mktemp("home")
-    training_command.run([*TRAIN, "--out", str(folder / "run")])
-    training_command.run([*TRAIN, "--out", str(folder / "unexamined"), "--no-doctor"])
+    with short_samples():
+        training_command.run([*TRAIN, "--out", str(folder / "run")])
+        training_command.run([*TRAIN, "--out", str(folder / "unexamined"), "--no-doctor"])
     return folder
 
 
@@ -108,6 +110,7 @@ def test_examining_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not report["ok"]
     assert all(verdicts[n] == "well" for n in range(1, 20)), report
     assert verdicts[21] == "finding"
+    assert not report["results"][10]["message"]  # what it was fed was examined
     assert tree(home) == before
 
 
@@ -165,11 +168,11 @@ def test_training_refuses_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_batch_that_does_not_spell_itself_is_found() -> None:
     """What the recipe is about to feed is looked at, whatever made it."""
     model, tokenizer = make()
-    patient = examine._patient(model, tokenizer, [], True, False, None, None)
+    patient = examine._patient(model, tokenizer, [], True, False, None)
     batch = patient.pack([[Document("12 +", " 34 = 46\n")], [Document("", "the light")]])
-    assert run(model, tokenizer, quick=True, checks=[11], batch=batch).ok
+    assert run(model, tokenizer, quick=True, checks=[11], feed=Feed(batch)).ok
     batch.targets[0, 0] = 2 + ord("?")
-    assert [r.message for r in run(model, tokenizer, quick=True, checks=[11], batch=batch).findings] == [
+    assert [r.message for r in run(model, tokenizer, quick=True, checks=[11], feed=Feed(batch)).findings] == [
         "blocks of the training batch differ"
     ]
 
@@ -203,28 +206,15 @@ def test_the_first_difference_is_named() -> None:
     assert first.layer == "writer.0"
     assert first.step is not None
 
+    first = where("the second of equal blocks is told something else, in training", 13)
+    assert (first.block, first.layer) == (" a", "writer.0")
+
     first = where("a writer step sees the next one", 7)
     assert first.layer.startswith("writer.")
     assert first.tensor.startswith("attention to key ")
 
     first = where("positions off by one from the second block on", 9)
     assert (first.tensor, first.values) == ("reader positions", ("2.0", "3.0"))
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    model, tokenizer = make()
-    model.train()
-    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.random.get_rng_state()
-    said: list[int] = []
-    report = run(model, tokenizer, texts=["mine, and more"], quick=True, tell=lambda check: said.append(check.number))
-    assert report.ok, report.table()
-    assert [r.number for r in report.results] == said == sorted(CHECKS)
-    assert [r.number for r in report.results if r.verdict == "skipped"] == [20, 21, 22]
-    assert all(r.compared for r in report.results if r.verdict == "well")
-    assert model.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
-    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_bad_arguments() -> None:
@@ -309,6 +299,9 @@ def test_what_cannot_be_looked_at_is_no_finding() -> None:
 @pytest.mark.parametrize("wrong", [None, torch.float32, torch.bfloat16])
 def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torch.dtype | None) -> None:
     """In both precisions: bfloat16 takes other ways than float32."""
+    pytest.importorskip("triton")
+    from tidal.kernels.triton_tiles import INTERPRETED
+
     triton = api.BACKENDS["triton"]
 
     def bent(*arguments: Any) -> torch.Tensor:

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT
+from tests.doctor.bugs_training import OF_TRAINING, OfTraining
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.plant import Mutant
-from tests.doctor.table import examine_mutant, examine_spoilt
+from tests.doctor.table import examine_mutant, examine_spoilt, examine_training
 from tests.doctor.trained import SPOILT, Spoilt, train_both
 from tidal import checkpoint
 from tidal.doctor import Report, examine_checkpoint
 from tidal.doctor.registry import CHECKS
 
-BUGS = (*MUTANTS, *SPOILT)
+BUGS = (*MUTANTS, *SPOILT, *OF_TRAINING)
 STALE = ("TypeError", "AttributeError", "NameError", "RecursionError")
 """What a bug raises that was written for other code than is there now; any crash counts as a finding."""
 
@@ -42,6 +43,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 @pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.name)
 def test_the_bug_of_a_trained_model_is_found(spoilt: Spoilt, runs: dict[bool, Path], tmp_path: Path) -> None:
     assert_found(examine_spoilt(spoilt, runs, tmp_path / "run", [spoilt.check]), spoilt.check)
+
+
+@pytest.mark.parametrize("bug", OF_TRAINING, ids=lambda bug: bug.name)
+def test_the_bug_of_what_training_feeds_is_found(bug: OfTraining, tmp_path: Path) -> None:
+    assert_found(examine_training(bug, tmp_path, [bug.check]), bug.check)
 
 
 def test_without_a_bug_nothing_is_found(runs: dict[bool, Path]) -> None:

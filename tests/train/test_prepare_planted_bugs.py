@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.doctor.bugs_training import after_the_space, prompts_are_learnt
 from tests.strategies import tokenizers
 from tests.train.test_prepare import LONG, check_rows, check_seams, small
 from tests.train.test_prepare_folder import (
@@ -40,10 +41,6 @@ def run_cut_anywhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(seams, "seam", lambda text, cap: right(text, 1))
 
 
-def after_the_space(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(seams, "seam", lambda text, _: text.rfind(" ", 0, -1) + 1)
-
-
 def end_of_text(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(seams, "seam", lambda text, _: len(text) - 1)
 
@@ -62,17 +59,6 @@ def last_window_kept(patch: pytest.MonkeyPatch) -> None:
         return which, windows
 
     patch.setattr(Rows, "_cut", _cut)
-
-
-def prompts_are_learnt(patch: pytest.MonkeyPatch) -> None:
-    right = Shard.encode
-
-    def encode(parts: Sequence[Part], table: BlockTable) -> Shard:
-        shard = right(parts, table)
-        shard.parts[:, 1] = 0
-        return shard
-
-    patch.setattr(Shard, "encode", encode)
 
 
 def one_document_more(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, Passage
 from tidal.doctor.oracle import dense_block
 from tidal.doctor.patient import Document, Patient, lively
-from tidal.doctor.registry import DECODED, EXACT, FLOAT32, ORACLE, ROUGH, TRAINED, check
+from tidal.doctor.registry import AUTOCAST, DECODED, EXACT, FLOAT32, MOVED, ORACLE, ROUGH, TRAINED, check
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
 from tidal.infer.beam import beam_search
@@ -21,24 +21,37 @@ from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.infer.score import score
 from tidal.model import TidalTransformer
-from tidal.streams import pack
+from tidal.streams import Batch, pack
+from tidal.train.gradient import products_in
+
+FAR = 1000
+"""Tokens from the beginning of a document, where bfloat16 tells every fourth position apart."""
 
 
 @check(13, "packed = block by block", "the packed training pass is not what reading block by block gives")
 def packed_is_naive(patient: Patient, meter: Meter) -> None:
-    """One packed pass against the model written a second time, densely, every block's context read from scratch."""
+    """One packed pass against the model written a second time, densely, every block's context read from scratch; and
+    the pass in the precision of training.
+    """
     for document in patient.documents:
         layout = patient.layout(document)
         blocks = list(dict.fromkeys(step.block for step in layout.steps))
         if not blocks:
             continue
-        parts = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
+        parts, units = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks], list[int]()
+
+        def at(unit: int, document: Document = document, units: list[int] = units) -> Where:
+            units.append(unit)
+            return patient.where(document, unit)
+
         try:
             meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in parts]), EXACT,
-                        partial(patient.where, document), (TRAINED, ORACLE))  # fmt: skip
+                        at, (TRAINED, ORACLE))  # fmt: skip
         except Found as found:
+            if len(patient.packed(document)) != len(layout.steps):
+                raise
             tape = _training_tape(patient, document)
-            block = next(b for b in blocks if layout.blocks[b] == found.where.block or not layout.blocks[b])
+            block = layout.steps[units[0]].block
             seen = parts[blocks.index(block)][1]
             mine = [s for s, step in enumerate(layout.steps) if step.block == block]
             n = layout.steps[mine[0]].n_memory
@@ -47,6 +60,37 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
                        if (value := tape.joined(name)) is not None}  # fmt: skip
             found.where = _name_layer(found.where, trained, other, (TRAINED, ORACLE))
             raise
+    if patient.dtype == torch.float32:
+        _as_training_computes(patient, meter)
+
+
+def _as_training_computes(patient: Patient, meter: Meter) -> None:
+    """The packed pass with autocast as training has it, and without if that has none, against float64.
+
+    In bfloat16 also with positions that begin at FAR. As all distances are the same, only positions that are rounded
+    can make a difference; those of short texts are exact in bfloat16, too.
+    """
+    model, device, eps = patient.model, patient.model.unit_embedding.weight.device, torch.finfo(torch.bfloat16).eps
+
+    def log_probs(batch: Batch) -> Floats:
+        with products_in(patient.precision, device):
+            return model.log_probs(batch.to(device)).detach().double().cpu().numpy()
+
+    errors, moved = [np.zeros(1)], [np.zeros(1)]
+    for document in patient.documents:
+        batch, right = patient.pack([[document]]), patient.packed(document)
+        got = log_probs(batch)
+        if patient.precision == "float32":
+            meter.close("log-probabilities in float32", right, got, FLOAT32, partial(patient.where, document),
+                        ("float64", TRAINED))  # fmt: skip
+            continue
+        far = dataclasses.replace(batch, reader_positions=batch.reader_positions + FAR,
+                                  writer_positions=batch.writer_positions + FAR)  # fmt: skip
+        errors.append(np.abs(got - right))
+        moved.append(np.abs(got - log_probs(far)))
+    meter.at_most("the training pass's mean error in bf16", float(np.concatenate(errors).mean()), AUTOCAST * eps)
+    meter.at_most(f"what the training pass in bf16 changes if all positions are moved by {FAR}, on average,",
+                  float(np.concatenate(moved).mean()), MOVED * eps)  # fmt: skip
 
 
 @check(14, "cached decoding = training", "the cached decoder computes something else than the training pass")

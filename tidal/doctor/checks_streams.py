@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,50 +11,31 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tidal.blocks import BOS_BLOCK, Passage, windows
+from tidal.blocks import BOS_BLOCK, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
-from tidal.doctor.oracle import Layout, place_encodings
+from tidal.doctor.feeding import compare_batch, compare_documents, features, fed_in
+from tidal.doctor.oracle import place_encodings
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
 from tidal.doctor.tape import Tape
 from tidal.infer.engine import generate
+from tidal.prepare.corpus import Corpus, Rows
+from tidal.prepare.reading import Part
+from tidal.prepare.seams import at_seams
+from tidal.prepare.shards import Shard
 from tidal.streams import Batch, pack
 from tidal.tokenizer import NO_PLACE
 
-
-def _features(layout: Layout) -> dict[str, Tensor]:
-    """What must be fed for a document that stands alone, by the names of a `Tape`."""
-    tokens, steps = layout.tokens, layout.steps
-    return {
-        "reader ids": torch.tensor([token.id for token in tokens]),
-        "reader positions": torch.tensor([token.position for token in tokens], dtype=torch.float32),
-        "reader places": torch.tensor([token.place for token in tokens]),
-        "writer ids": torch.tensor([step.id for step in steps]),
-        "writer positions": torch.tensor([step.position for step in steps], dtype=torch.float32),
-        "writer places": torch.tensor([step.place for step in steps]),
-        "suffixes": torch.tensor([step.suffixes for step in steps]),
-        "recalled": torch.tensor([step.recalled for step in steps]),
-        "context": torch.tensor([step.n_memory - 1 for step in steps]),
-    }
-
-
-def _fed(batch: Batch, row: int, first: tuple[int, int], count: tuple[int, int]) -> dict[str, Tensor]:
-    """The same of a document in a batch: it begins at these reader and writer indices and has so many."""
-    reader, writer = (slice(start, start + n) for start, n in zip(first, count, strict=True))
-    return {
-        "reader ids": batch.reader_ids[row, reader], "reader positions": batch.reader_positions[row, reader],
-        "reader places": batch.reader_places[row, reader], "writer ids": batch.writer_ids[row, writer],
-        "writer positions": batch.writer_positions[row, writer], "writer places": batch.writer_places[row, writer],
-        "suffixes": batch.suffixes[row, writer], "recalled": batch.recalled[row, writer],
-        "context": batch.context[row, writer] - first[0],
-    }  # fmt: skip
+PIECE = 8
+"""Characters of the pieces that a text is prepared in, where it may be cut so."""
+PREPARED = "prepared"
 
 
 def _compare(patient: Patient, meter: Meter, document: Document, fed: dict[str, Tensor], side: str) -> None:
     if not patient.model.config.shape.suffix_rows:
         fed = {name: value for name, value in fed.items() if name != "suffixes"}  # not used
-    for name, wanted in _features(patient.layout(document)).items():
+    for name, wanted in features(patient.layout(document)).items():
         if name in fed:
             at = patient.where_read if name.startswith("reader") else patient.where
             meter.same(name, wanted.flatten(), fed[name].flatten(), partial(at, document), (ORACLE, side),
@@ -77,11 +58,11 @@ def coordinates(patient: Patient, meter: Meter) -> None:
     for document in patient.documents:
         layout, other = patient.layout(document), patient.layout(longest)
         count = len(layout.tokens), len(layout.steps)
-        _compare(patient, meter, document, _fed(patient.pack([[document]]), 0, (0, 0), count), TRAINED)
+        _compare(patient, meter, document, fed_in(patient.pack([[document]]), 0, (0, 0), count), TRAINED)
         padded = patient.pack([[document], [longest, document]])
-        _compare(patient, meter, document, _fed(padded, 0, (0, 0), count), "training, padded")
+        _compare(patient, meter, document, fed_in(padded, 0, (0, 0), count), "training, padded")
         behind = len(other.tokens), len(other.steps)
-        _compare(patient, meter, document, _fed(padded, 1, behind, count), "training, behind another document")
+        _compare(patient, meter, document, fed_in(padded, 1, behind, count), "training, behind another document")
         tape = Tape(patient.exact)
         patient.decode(tape.model, [document])
         fed = {name: value for name in tape.entries if (value := tape.joined(name)) is not None}
@@ -93,7 +74,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
                          steps=shape.steps)  # fmt: skip
             for name, places in (("reader places", moved.reader_places), ("writer places", moved.writer_places)):
                 back = torch.where(places[0] == NO_PLACE, NO_PLACE, places[0] - shape.place_jitter)
-                meter.same(f"{name} less the offset", _features(layout)[name], back, Where(document.text),
+                meter.same(f"{name} less the offset", features(layout)[name], back, Where(document.text),
                            (ORACLE, TRAINED))  # fmt: skip
 
 
@@ -110,8 +91,8 @@ def _prefixes(patient: Patient, meter: Meter, document: Document) -> None:
         n_tokens = sum(token.block <= last for token in layout.tokens)
         n_steps = sum(step.block <= last for step in layout.steps)
         short = dataclasses.replace(layout, tokens=layout.tokens[:n_tokens], steps=layout.steps[:n_steps])
-        fed = _fed(batch, 0, (0, 0), (n_tokens, n_steps))
-        for name, wanted in _features(short).items():
+        fed = fed_in(batch, 0, (0, 0), (n_tokens, n_steps))
+        for name, wanted in features(short).items():
             meter.same(name, wanted.flatten(), fed[name].flatten(), Where(document.text), (ORACLE, "training, cut off"))
         meter.close("log-probabilities before another future", patient.packed(document)[:n_steps],
                     patient.exact.log_probs(batch), EXACT, partial(patient.where, document),
@@ -160,8 +141,12 @@ def supervision(patient: Patient, meter: Meter) -> None:
         text = "".join(table.texts[i] for i in dropped.blocks)
         meter.same("text after boundary dropout", document.text, text, here, ("text", TRAINED))
         _cuts(patient, meter, document, whole)
-    if patient.batch is not None:
-        _batch_spells_itself(patient, meter, patient.batch)
+    _through_shards(patient, meter)
+    if patient.feed is not None:
+        compare_batch(patient, meter, patient.feed)
+        compare_documents(patient, meter, patient.feed)
+    if patient.not_examined:
+        meter.note(f"training batches not examined: {patient.not_examined}")
 
 
 class _OneCut(np.random.Generator):
@@ -200,6 +185,37 @@ def _cuts(patient: Patient, meter: Meter, document: Document, whole: Passage) ->
                    _written(patient, [cut]), here, sides)  # fmt: skip
 
 
+def _through_shards(patient: Patient, meter: Meter) -> None:
+    """The way of the recipe `text`: cut at seams, here into the smallest pieces, encoded as shards, read back in rows.
+
+    What is written to the disk and what stays in memory go the same way.
+    """
+    documents = [Document(d.prompt, d.completion) for d in patient.documents if d.text.strip()]
+    cap, shards, table = patient.tokenizer.max_block_units, [], BlockTable(patient.tokenizer, suffixes=False)
+    for part in at_seams((part for d in documents for part in _pieces(d)), cap, PIECE):
+        shards.append(Shard.encode([part], table))
+    corpus, order = Corpus(shards), np.arange(len(documents))
+    texts = [(d.prompt, d.completion) for d in documents]
+    meter.same("prepared texts", texts, list(corpus.texts()), Where(), ("text", PREPARED))
+    for budgets in ((10**9, 10**9), (9, 20), (16, 1000)):
+        rows = Rows(corpus, order, patient.table, *budgets)
+        for i, document in enumerate(documents):
+            here, cut = Where(document.text), list(rows.of_document(i))
+            _same_targets(patient, meter, document, cut, PREPARED)
+            if budgets[0] > 9**9:
+                blocks = [patient.table.texts[j] for p in cut for j in p.blocks[1:]]
+                meter.same("blocks of prepared text", list(patient.layout(document).blocks[1:]), blocks, here,
+                           (ORACLE, PREPARED))  # fmt: skip
+
+
+def _pieces(document: Document) -> Iterator[Part]:
+    """As a file is read that is far too long."""
+    for is_prompt, text in ((True, document.prompt), (False, document.completion)):
+        starts = range(0, max(1, len(text)), PIECE)
+        yield from (Part(text[n : n + PIECE], is_prompt, not is_prompt and n == starts[-1], "") for n in starts
+                    if text or not is_prompt)  # fmt: skip
+
+
 def _same_targets(patient: Patient, meter: Meter, document: Document, cut: Sequence[Passage], side: str) -> None:
     batches = [pack([[p]], patient.table) for p in cut]
     targets = [unit for batch in batches for unit in batch.targets[0].tolist()]
@@ -222,26 +238,6 @@ def _written(patient: Patient, passages: Sequence[Passage]) -> list[str]:
             elif unit != patient.tokenizer.eos_id:
                 block.append(unit)
     return texts
-
-
-def _batch_spells_itself(patient: Patient, meter: Meter, batch: Batch) -> None:
-    """What is asked of a block, turned round, is what the reader reads next, right behind its context."""
-    tokenizer, eob = patient.tokenizer, patient.tokenizer.eob_id
-    for row in range(len(batch.targets)):
-        targets, context = batch.targets[row].tolist(), batch.context[row].tolist()
-        ends, ids = batch.reader_sees[row, :, 1].tolist(), batch.reader_ids[row].tolist()
-        start = 0
-        for s, target in enumerate(targets):
-            if target == eob:
-                first = context[start] + 1
-                read = [i for i, end in zip(ids[first:], ends[first:], strict=True) if end == ends[first]]
-                text = tokenizer.decode(read)
-                meter.same("blocks of the training batch", text, tokenizer.decode(targets[start:s][::-1]),
-                           Where("", text, s - start), ("read", "asked for"))  # fmt: skip
-            if target in (eob, tokenizer.eos_id):
-                start = s + 1
-    meter.same("units counted in the training batch", int((batch.targets >= 0).sum()), batch.n_units, Where(),
-               ("targets", "count"))  # fmt: skip
 
 
 @check(12, "packed rows do not leak", "documents packed into one row see each other")

@@ -19,13 +19,13 @@ from tidal.doctor import (
     checks_streams,
     checks_text,
 )
-from tidal.doctor.patient import Document, Patient
+from tidal.doctor.patient import Document, Feed, Patient, Precision
+from tidal.doctor.recipes import feed_of_run, precision_of_run
 from tidal.doctor.registry import CHECKS, Check
 from tidal.doctor.report import Found, Meter, Report, Result, Skip, Where
 from tidal.doctor.texts import BUILT_IN, of_run, prompts, windows
 from tidal.infer.load import load_with_trainer
 from tidal.model import TidalTransformer
-from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.memory import out_of_memory
 
@@ -41,16 +41,17 @@ CRASHES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 
 def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[str | Document] | None = None,
         quick: bool = False, checks: Iterable[int] | None = None, trained: bool = False,
-        checkpoint: Path | None = None, batch: Batch | None = None, subject: str = "",
+        checkpoint: Path | None = None, feed: Feed | None = None, not_examined: str = "",
+        precision: Precision = "float32", subject: str = "",
         tell: Callable[[Check], None] = lambda check: None) -> Report:  # fmt: skip
     """Examine a model; the same checks as `python -m tidal.doctor`.
 
     `texts` are the user's own (plain, or Documents with prompts); a built-in list is always added. `quick` takes fewer
     and shorter ones. `checks` are numbers, None: all. `trained`: judge also what the model has learnt (20 to 22), by
     `texts`; the weights of an untrained one are given some noise first, in a copy, where they are constant.
-    `checkpoint` is the folder the model was loaded from. `batch` is what training is about to feed. `tell` is called
-    before each check. The model is left as it was. Raises ValueError for a check that does not exist, and on lone
-    surrogates.
+    `checkpoint` is the folder the model was loaded from. `feed` is what training feeds, or `not_examined` why that is
+    not known, and `precision` that of its products. `tell` is called before each check. The model is left as it was.
+    Raises ValueError for a check that does not exist, and on lone surrogates.
     """
     wanted = sorted(CHECKS if checks is None else set(checks))
     if unknown := [n for n in wanted if n not in CHECKS]:
@@ -59,7 +60,8 @@ def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[s
     was_training, generator, threads = model.training, torch.random.get_rng_state(), torch.get_num_threads()
     if model.config.shape.d_model < NARROW:
         torch.set_num_threads(1)
-    patient = _patient(model, tokenizer, given, quick, trained, checkpoint, batch)
+    patient = _patient(model, tokenizer, given, quick, trained, checkpoint)
+    patient.feed, patient.not_examined, patient.precision = feed, not_examined, precision
     try:
         results = []
         for number in wanted:
@@ -92,17 +94,21 @@ def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), qu
     if not texts:
         texts, source = of_run(trainer)
     tell(f"texts: {source or 'a built-in list'}")
-    return run(model, tokenizer, texts=texts, quick=quick, checks=checks, trained=True, checkpoint=folder,
-               subject=str(folder), tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
+    feed, not_examined = feed_of_run(trainer, folder, tokenizer)
+    if not_examined:
+        tell(f"what training feeds is not examined: {not_examined}")
+    return run(model, tokenizer, texts=texts, quick=quick, checks=checks, trained=True, checkpoint=folder, feed=feed,
+               not_examined=not_examined, precision=precision_of_run(trainer), subject=str(folder),
+               tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
 
 
 def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence[Document], quick: bool, trained: bool,
-             checkpoint: Path | None, batch: Batch | None) -> Patient:  # fmt: skip
+             checkpoint: Path | None) -> Patient:  # fmt: skip
     units = 40 if quick else 200
     documents = windows(tokenizer, given, 2 if quick else 8, units)
     documents += windows(tokenizer, BUILT_IN, len(BUILT_IN), units)
     samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
-    return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint, batch)
+    return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint)
 
 
 def _result(check: Check, patient: Patient) -> Result:

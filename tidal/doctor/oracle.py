@@ -106,6 +106,7 @@ class Oracle:
         self.tokenizer, self.shape = tokenizer, shape
         self.alphabet = {tokenizer.id_bytes[u].decode(): u for u in range(FIRST_CHAR, tokenizer.n_writable)}
         ids = [i for i in range(FIRST_CHAR, tokenizer.vocab_size) if tokenizer.id_bytes[i]]
+        self._scripts: dict[str, list[int]] = {}
         self.spelled = ((tokenizer.eos_id, (tokenizer.eos_id,)), *(
             (i, tuple(self.script([tokenizer.id_bytes[i].decode()], False))) for i in ids))  # fmt: skip
 
@@ -162,7 +163,9 @@ class Oracle:
         """What followed these units the last time, in any block, in one after the same block, after the same two."""
         found = [-1, -1, -1]
         for i in range(1, len(before)) if self.shape.recall else ():
-            script = self.script([before[i]], False)
+            if before[i] not in self._scripts:
+                self._scripts[before[i]] = self.script([before[i]], False)
+            script = self._scripts[before[i]]
             for order in range(0 if written else 1, 1 + min(2, i)):
                 if script[: len(written)] == [*written] and before[i - order : i] == before[len(before) - order :]:
                     found[order] = script[len(written)]

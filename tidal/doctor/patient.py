@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 
+Precision = Literal["float32", "bf16"]
 FORCED = 60.0  # logit of the unit that a forced model writes; of all others −FORCED
 
 
@@ -40,6 +43,38 @@ class Document:
         return self.prompt + self.completion
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A document of the data, and what the recipe made of it."""
+
+    document: Document
+    """`ends`: it is all there; else the beginning of a long one, of which all is learnt"""
+    blocks: tuple[str, ...]
+    """of all its windows; "" for `<eos>`"""
+    learnt: tuple[bool, ...]
+    """of each of them"""
+    may_lack: bool = False
+    """the beginning of its prompt, since it is too long for a row"""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What training is about to feed, and what the recipe may do to it."""
+
+    batch: Batch
+    made: tuple[Made, ...] = ()
+    prompt_of: Callable[[str], str | None] = lambda text: None
+    """Of the text of a document, what is not learnt; None where that is not known."""
+    cuts: bool = True
+    """Blocks may be cut, and their beginnings read only."""
+    strays: bool = True
+    """Documents may begin with lines whose places are moved by an offset of their own."""
+    stretch: float = math.inf
+    """Most that positions are multiplied by."""
+    jitter: int | None = None
+    """Most that places are moved by; None: what the model has places for."""
+
+
 @dataclass
 class Patient:
     """One examination's subject, with what several checks need worked out once."""
@@ -54,8 +89,12 @@ class Patient:
     quick: bool = False
     trained: bool = False
     checkpoint: Path | None = None
-    batch: Batch | None = None
+    feed: Feed | None = None
     """what training is about to feed"""
+    not_examined: str = ""
+    """why there is none, where there should be one"""
+    precision: Precision = "float32"
+    """of products in training"""
     exact: TidalTransformer = field(init=False)
     """the same in float64 on the CPU, where only bugs make a difference"""
 

@@ -149,6 +149,14 @@ class Rows(Sequence[list[Passage]]):
         learns = end - at > prompt
         return which[learns], windows[learns]
 
+    def of_document(self, i: int) -> Iterator[Passage]:
+        """The windows of document `i` of the corpus, in their order; each made when it is asked for."""
+        n_blocks = self.corpus.documents[:, 0]
+        first = int(n_blocks[:i].sum())
+        begins = self._windows[:, 0]
+        for k in np.flatnonzero((begins >= first) & (begins < first + n_blocks[i])).tolist():
+            yield self._passage(*self._windows[k].tolist())
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 

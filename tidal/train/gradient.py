@@ -25,6 +25,11 @@ class NotFiniteError(UserError):
         self.loss, self.norm = loss, norm
 
 
+def products_in(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a training pass: with `bf16`, products are computed in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int, settings: Train, device: torch.device,
               parts: int = 1, parallel: Parallel | None = None) -> dict[str, float]:  # fmt: skip
     """Leave the clipped gradients of a step; returns the loss (nats a unit), bits per byte, the gradient's norm and
@@ -44,7 +49,7 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     nats = 0.0
     for number, part in enumerate(passes, start=1):
         with parallel.no_sync(model, last=number == len(passes)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with products_in(settings.precision, device):
                 losses = model(part.to(device))
             loss = losses.units / n_units
             if settings.optim.aux_weight:

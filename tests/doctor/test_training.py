@@ -1,0 +1,135 @@
+"""What training feeds is compared with its data, before training and of a run; nothing that a recipe may do alarms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.doctor.bugs_training import SHAPE, after_the_space, in_bf16, pairs, prompts_are_learnt, sums
+from tests.doctor.plant import Patch
+from tidal.config import Text, Train
+from tidal.doctor import Report, run, training
+from tidal.doctor.examine import _patient
+from tidal.doctor.feeding import compare_batch, compare_documents
+from tidal.doctor.patient import Patient
+from tidal.doctor.recipes import feed_of, feed_of_run, precision_of_run
+from tidal.doctor.report import Found, Meter
+from tidal.prepare import make, reading
+from tidal.prepare.make import prepare
+from tidal.prepare.survey import survey
+from tidal.train.loop import Recipe, make_recipe, model_for
+from tidal.train.presets import PRESETS
+
+CHARACTERS = dataclasses.replace(PRESETS["characters"], rows=3, model=SHAPE)
+
+
+def patient_of(settings: Train, recipe: Recipe) -> Patient:
+    return _patient(model_for(settings, recipe.tokenizer), recipe.tokenizer, [], True, False, None)
+
+
+@pytest.mark.parametrize("settings", [
+    sums, lambda folder: sums(folder, elsewhere=0.5, stretch=1.0, problems=3, operations="+-*", terms=4),
+    pairs, lambda folder: pairs(folder, cut_probability=0.6), lambda folder: pairs(folder, cut_probability=0.0),
+    lambda folder: pairs(folder, reader_budget=16), lambda folder: pairs(folder, reader_budget=9000),
+    lambda folder: CHARACTERS,
+])  # fmt: skip
+def test_what_recipes_feed_is_no_false_alarm(settings: Callable[[Path], Train], tmp_path: Path) -> None:
+    """Strays, stretched distances, windows in the middle of documents, cut blocks, long prompts."""
+    wanted = settings(tmp_path)
+    recipe = make_recipe(wanted)
+    feed, patient, meter = feed_of(wanted, recipe), patient_of(wanted, recipe), Meter()
+    compare_documents(patient, meter, feed)
+    for step in range(6):
+        compare_batch(patient, meter, dataclasses.replace(feed, batch=recipe.batch(step)))
+    assert meter.compared > 1000
+
+
+@pytest.mark.parametrize(("plant", "said"), [
+    (lambda patch: None, ""),
+    (prompts_are_learnt, "blocks that are learnt differ"),
+    (after_the_space, "blocks of a document differ"),
+])  # fmt: skip
+def test_documents_of_the_data_are_compared(plant: Callable[[Patch], None], said: str, tmp_path: Path,
+                                            monkeypatch: Patch) -> None:  # fmt: skip
+    """With the rows that were made of them, whatever goes wrong between; a text that is cut, cut in small pieces."""
+    for module in (reading, make):
+        monkeypatch.setattr(module, "PART", 40)
+    settings = pairs(tmp_path)
+    plant(monkeypatch)
+    recipe = make_recipe(settings)
+    feed, patient = feed_of(settings, recipe), patient_of(settings, recipe)
+    assert len(feed.made) > 15
+    assert {made.document.ends for made in feed.made} == {True, False}
+    if not said:
+        compare_documents(patient, Meter(), feed)
+        return
+    with pytest.raises(Found, match=said):
+        compare_documents(patient, Meter(), feed)
+
+
+def test_prompts_that_are_learnt_show_in_the_batch(tmp_path: Path, monkeypatch: Patch) -> None:
+    prompts_are_learnt(monkeypatch)
+    settings = pairs(tmp_path)
+    recipe = make_recipe(settings)
+    feed = feed_of(settings, recipe)
+    with pytest.raises(Found, match=r"0 characters of a document of the training batch are a prompt, not \d"):
+        compare_batch(patient_of(settings, recipe), Meter(), feed)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_run_is_compared_where_its_data_are(prepared: bool, tmp_path: Path) -> None:
+    settings = pairs(tmp_path)
+    made = make_recipe(settings)
+    made.tokenizer.save(tmp_path / "run/tokenizer")
+    text = settings.text
+    if prepared:
+        prepare(survey(text.data, text.hold_out, settings.seed), made.tokenizer, tmp_path / "shards")
+        text = dataclasses.replace(text, data=(), prepared=str(tmp_path / "shards"))
+    trainer = {"settings": dataclasses.asdict(dataclasses.replace(settings, text=text)), "data": made.digest}
+    trainer = json.loads(json.dumps(trainer))
+    feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
+    assert (feed is not None, why) == (True, "")
+    assert feed is not None
+    assert any(made.document.prompt for made in feed.made)
+    assert feed_of_run({**trainer, "data": "another"}, tmp_path / "run", made.tokenizer) == (
+        None, "the run's data are not the same any more")  # fmt: skip
+    if prepared:
+        Path(settings.text.data[0]).unlink()  # prompts are not known, but texts are
+        feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
+        assert feed is not None
+        assert {made.document.prompt for made in feed.made} == {""}
+    gone = dataclasses.asdict(dataclasses.replace(settings, text=Text(data=("gone.txt",))))
+    assert feed_of_run({"settings": gone}, tmp_path, made.tokenizer) == (None, "the run's data are gone")
+    assert feed_of_run({"settings": {"model": 3}}, tmp_path, made.tokenizer)[1].startswith("the run's settings cannot")
+    assert feed_of_run({}, tmp_path, made.tokenizer) == (None, "")
+
+
+def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, monkeypatch: Patch) -> None:
+    given: dict[str, Any] = {}
+
+    def noted(*_: object, **how: Any) -> Report:
+        given.update(how)
+        return Report(())
+
+    monkeypatch.setattr(training, "run", noted)
+    settings = in_bf16(tmp_path)
+    recipe = make_recipe(settings)
+    training.examine_before_training(settings, recipe)
+    assert given["precision"] == "bf16"
+    assert given["feed"].batch.n_units == recipe.batch(0).n_units
+    assert precision_of_run({"settings": dataclasses.asdict(settings)}) == "bf16"
+    assert precision_of_run({}) == "float32"
+
+
+def test_it_is_said_that_a_run_is_not_compared(tmp_path: Path) -> None:
+    settings = sums(tmp_path)
+    recipe = make_recipe(settings)
+    model = model_for(settings, recipe.tokenizer)
+    report = run(model, recipe.tokenizer, quick=True, checks=[11], not_examined="the run's data are gone")
+    assert report.ok
+    assert "training batches not examined: the run's data are gone" in report.table()
