@@ -14,6 +14,7 @@ from tests.infer.test_engine import check_batch
 from tests.train.runs import train_step
 from tidal.config import Addition
 from tidal.infer.beam import beam_search
+from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -59,8 +60,8 @@ def test_it_has_learnt_to_add() -> None:
     assert right >= 45
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "dtype", "tolerance"),
+                         [(1.0, torch.float64, 1e-9), (0.0, torch.float32, 1e-4)])  # fmt: skip
 def test_sixty_four_sums_as_one_at_a_time(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
     model, tokenizer = adder()
     try:
@@ -83,3 +84,14 @@ def test_beams_on_sums() -> None:
             assert one.stop_reason != "eos" or found[0].log_prob >= one.log_prob - 1e-9
     finally:
         model.float()
+
+
+@pytest.mark.parametrize("prompt", ["1 + 2 =", "3 + 4 ="])
+def test_a_search_ends_when_what_is_wanted_is_found(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is sure of its answer, and of nothing else that it could write: that is not waited for."""
+    model, tokenizer = adder()
+    search = functools.partial(beam_search, model, tokenizer, [prompt], max_new_units=256)
+    best, steps, step = search()[0][:1], list[int](), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(0) or step(self, *args))
+    assert search(wanted=1) == [best]
+    assert len(steps) < 40
