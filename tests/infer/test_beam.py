@@ -186,7 +186,7 @@ def test_the_command_prints_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> N
     settings = command.Infer(num_beams=3, num_samples=2, batch_size=6, max_new_units=5)
     command._search(model, tokenizer, PROMPTS[:3], settings)
     assert [what for what, _ in itertools.groupby(happened)] == ["step", "print"] * 2
-    found = beam_search(model, tokenizer, PROMPTS[:3], num_beams=3, max_new_units=5)
+    found = beam_search(model, tokenizer, PROMPTS[:3], num_beams=3, max_new_units=5, batch_size=2)
     wanted = {2 * index + rank: h for index, best in enumerate(found) for rank, h in enumerate(best[:2])}
     assert list(printed) == list(wanted)
     assert names([*printed.values()]) == names([*wanted.values()])

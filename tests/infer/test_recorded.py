@@ -216,11 +216,17 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.count, tolist = 0, Tensor.tolist
-        patch.setattr(Tensor, "tolist", lambda x: self.add() or tolist(x))  # on a CPU no operation shows
+        self.count = 0
+        for name in ("tolist", "item", "__bool__", "__int__", "__float__"):  # on a CPU some of them are no operation
+            patch.setattr(Tensor, name, self.counted(getattr(Tensor, name)))
 
-    def add(self) -> None:
-        self.count += 1
+    def counted(self, method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def asked(x: Tensor) -> Any:
+            count, value = self.count, method(x)
+            self.count = count + 1
+            return value
+
+        return asked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func.__name__.partition(".")[0] in self.OPERATIONS
