@@ -14,7 +14,6 @@ from tests.infer.test_engine import check_batch
 from tests.train.runs import train_step
 from tidal.config import Addition
 from tidal.infer.beam import beam_search
-from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -84,14 +83,3 @@ def test_beams_on_sums() -> None:
             assert one.stop_reason != "eos" or found[0].log_prob >= one.log_prob - 1e-9
     finally:
         model.float()
-
-
-@pytest.mark.parametrize("prompt", ["1 + 2 =", "3 + 4 ="])
-def test_a_search_ends_when_what_is_wanted_is_found(prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is sure of its answer, and of nothing else that it could write: that is not waited for."""
-    model, tokenizer = adder()
-    search = functools.partial(beam_search, model, tokenizer, [prompt], max_new_units=256)
-    best, steps, step = search()[0][:1], list[int](), Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(0) or step(self, *args))
-    assert search(wanted=1) == [best]
-    assert len(steps) < 40

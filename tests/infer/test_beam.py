@@ -66,6 +66,16 @@ def test_a_search_ends_when_nothing_can_win(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(steps) < 50
 
 
+def test_a_search_ends_when_what_is_wanted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, which would take 256 steps, are not waited for."""
+    search = functools.partial(beam_search, *few_units(2), ["1 + 2 ="], max_new_units=256)
+    (best, *others), = search()
+    steps, step = list[int](), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(0) or step(self, *args))
+    assert search(wanted=1) == [[best]]
+    assert len(steps) < 40 < 200 < max(h.units for h in others)
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_fewer_wanted_are_the_first_of_all(penalty: float) -> None:
     for seed in range(3):
