@@ -164,8 +164,11 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
         logits, active = decoder.logits, set(rows)
         allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
         while True:
-            ids = choose(logits, allowed[: len(rows)], [how] * len(rows), [generators[i] for i in rows])
-            log_probs = log_softmax(logits)[torch.arange(len(rows)), ids].tolist()
+            chosen = torch.as_tensor(choose(logits, allowed[: len(rows)], [how] * len(rows),
+                                            [generators[i] for i in rows]), device=logits.device)  # fmt: skip
+            own = log_softmax(logits).gather(-1, chosen[:, None])[:, 0]
+            found, log_probs = torch.stack([chosen.double(), own.double()]).tolist()  # the host waits once for both
+            ids = [int(unit) for unit in found]
             for i, unit, log_prob in zip(rows, ids, log_probs, strict=True):
                 if i in active:
                     done[i].ids.append(unit)

@@ -205,7 +205,7 @@ def prompt_as_one_block(read: Callable[..., None]) -> Callable[..., None]:
     return bugged
 
 
-def logits_tempered_in_place(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+def logits_tempered_in_place(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda logits, *rest: choose(logits.mul_(0.5), *rest)
 
 
@@ -213,9 +213,9 @@ def of_another_row(name: str) -> Callable[[Callable[..., Tensor]], Callable[...,
     """A step is given what the decoder keeps under this name, [rows, …], of the row before."""
 
     def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def bugged(self: decoding.Decoder, *args: Any) -> Tensor:
+        def bugged(self: decoding.Decoder, *args: Any, **how: Any) -> Tensor:
             setattr(self, name, getattr(self, name).roll(1, 0))
-            logits = step(self, *args)
+            logits = step(self, *args, **how)
             setattr(self, name, getattr(self, name).roll(-1, 0))
             return logits
 
@@ -265,8 +265,8 @@ def select(reorder: Callable[[decoding.Decoder, Sequence[int]], bool], context: 
 
     def wrap(right: Callable[..., None]) -> Callable[..., None]:
         def bugged(self: decoding.Decoder, rows: Sequence[int]) -> None:
-            data = [cache.data for cache in (*self.reader_caches, *self.writer_caches)]
-            states, same = self.context, len(rows) == len(self.builders)
+            data = [cache.data.clone() for cache in (*self.reader_caches, *self.writer_caches)]
+            states, same = self.context.clone(), len(rows) == len(self.builders)
             wanted = reorder(self, rows)
             right(self, rows)
             if same and not wanted:

@@ -144,11 +144,11 @@ def padding_in_beams(take: Callable[..., Any]) -> Callable[..., Any]:
     return bugged
 
 
-def masked_with_zero(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+def masked_with_zero(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda logits, allowed, *rest: choose(logits.masked_fill(~allowed, 0.0), torch.ones_like(allowed), *rest)
 
 
-def grammar_only_when_greedy(choose: Callable[..., list[int]]) -> Callable[..., list[int]]:
+def grammar_only_when_greedy(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda logits, allowed, settings, *rest: choose(
         logits, torch.ones_like(allowed) if settings[0].temperature else allowed, settings, *rest)  # fmt: skip
 

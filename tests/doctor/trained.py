@@ -147,7 +147,7 @@ def prompt_forgotten(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda self, *rest: torch.zeros_like(read(self, *rest))
 
 
-def always_the_first(right: Callable[..., list[int]]) -> Callable[..., list[int]]:
+def always_the_first(right: Callable[..., Tensor]) -> Callable[..., list[int]]:
     """A sampler stuck on the lowest unit that the grammar allows beyond the bytes, ending every block after one."""
 
     def bugged(logits: Tensor, allowed: Tensor, *rest: Any) -> list[int]:
@@ -156,7 +156,7 @@ def always_the_first(right: Callable[..., list[int]]) -> Callable[..., list[int]
     return bugged
 
 
-def far_too_hot(right: Callable[..., list[int]]) -> Callable[..., list[int]]:
+def far_too_hot(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda logits, allowed, settings, *rest: right(
         logits, allowed, [dataclasses.replace(how, temperature=50.0 if how.temperature else 0.0) for how in settings],
         *rest)  # fmt: skip

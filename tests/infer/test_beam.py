@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.infer.beams import (
     PROMPTS,
+    assert_same,
     check_beams,
     check_greedy,
     check_kept,
@@ -23,7 +25,8 @@ from tests.infer.beams import (
 )
 from tests.laws import EXACT, assert_close
 from tests.strategies import SHAPES, TOKENIZERS, short_text, tiny, tiny_copy, tokenizers
-from tidal.infer.beam import beam_batches, beam_search
+from tidal.infer import __main__ as command
+from tidal.infer.beam import Hypothesis, beam_search
 from tidal.infer.decoder import Decoder
 
 
@@ -61,6 +64,25 @@ def test_a_search_ends_when_nothing_can_win(monkeypatch: pytest.MonkeyPatch) -> 
     found = beam_search(*tiny("english", "memory"), ["the"], num_beams=2, max_new_units=1000, length_penalty=0.0)
     assert [h.stop_reason for h in found[0]] == ["eos", "eos"]
     assert len(steps) < 50
+
+
+def test_a_search_ends_when_what_is_wanted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, which would take 256 steps, are not waited for."""
+    search = functools.partial(beam_search, *few_units(2), ["1 + 2 ="], max_new_units=256)
+    (best, *others), = search()
+    steps, step = list[int](), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(0) or step(self, *args))
+    assert search(wanted=1) == [[best]]
+    assert len(steps) < 40 < 200 < max(h.units for h in others)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_fewer_wanted_are_the_first_of_all(penalty: float) -> None:
+    for seed in range(3):
+        search = functools.partial(beam_search, *few_units(seed), PROMPTS, max_new_units=9, length_penalty=penalty)
+        found = search()
+        for wanted in (1, 3):
+            assert_same(search(wanted=wanted), [best[:wanted] for best in found])
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
@@ -124,6 +146,8 @@ def test_it_says_what_is_wrong() -> None:
     for wrong, message in (
         ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"wanted": 0}, "wanted is 0; it must be at least 1"),
+        ({"num_beams": 2, "wanted": 3}, "wanted is 3; of 2 beams there are no more"),
         ({"max_new_units": 0}, "max_new_units is 0; it must be at least 1"),
         *(({"length_penalty": x}, f"length_penalty is {x}; it must be a number from 0 to 10")
           for x in (math.nan, math.inf, -math.inf, -0.5, 11.0)),
@@ -153,28 +177,29 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
         assert model.training is training
 
 
-def test_batches_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as soon as it is found; what is wrong with a later prompt is said before the first."""
+def test_the_command_prints_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as soon as it is found, and of each prompt as many as are asked for."""
     model, tokenizer = tiny("english", "memory")
-    wanted, steps = beam_search(model, tokenizer, PROMPTS[:3], num_beams=2, max_new_units=5), list[int]()
-    step = Decoder.step
+    happened, printed, step = list[str](), dict[int, Hypothesis](), Decoder.step
 
     def watched(self: Decoder, rows: Sequence[int], written: Sequence[Sequence[int]]) -> torch.Tensor:
-        steps.append(len(rows))
+        assert len(rows) <= 6
+        happened.append("step")
         return step(self, rows, written)
 
+    def show(hypothesis: Hypothesis, i: int, settings: command.Infer) -> None:
+        happened.append("print")
+        printed[i] = hypothesis
+
     monkeypatch.setattr(Decoder, "step", watched)
-    batches = beam_batches(model, tokenizer, PROMPTS[:3], num_beams=2, max_new_units=5, batch_size=2)
-    assert not steps
-    first = next(batches)
-    assert len(first) == 2
-    assert max(steps) == 4
-    after_first = len(steps)
-    second = next(batches)
-    assert len(steps) > after_first
-    assert names([h for best in (*first, *second) for h in best]) == names([h for best in wanted for h in best])
-    with pytest.raises(ValueError, match="surrogate"):
-        beam_batches(model, tokenizer, ["the", "\ud800"], batch_size=1)
+    monkeypatch.setattr(command, "_print", show)
+    settings = command.Infer(num_beams=3, num_samples=2, batch_size=6, max_new_units=5)
+    command._search(model, tokenizer, PROMPTS[:3], settings)
+    assert [what for what, _ in itertools.groupby(happened)] == ["step", "print"] * 2
+    found = beam_search(model, tokenizer, PROMPTS[:3], num_beams=3, max_new_units=5, batch_size=2)
+    wanted = {2 * index + rank: h for index, best in enumerate(found) for rank, h in enumerate(best[:2])}
+    assert list(printed) == list(wanted)
+    assert names([*printed.values()]) == names([*wanted.values()])
 
 
 def test_degenerate_hypotheses_are_named() -> None:

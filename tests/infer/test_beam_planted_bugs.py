@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from tests.strategies import tiny, tiny_copy
 from tidal.infer import beam
 from tidal.infer.decoder import Decoder
 from tidal.infer.grammar import Grammar
+from tidal.tokenizer import MixedTokenizer
 
 
 def beams(shape: str = "memory") -> None:
@@ -79,16 +82,12 @@ def in_select(*names_: str) -> Callable[[Select], Select]:
     def wrap(select: Select) -> Select:
         def bugged(self: Decoder, rows: Sequence[int]) -> None:
             same_size = len(rows) == len(self.builders)
-            before = {name: getattr(self, name) for name in names_}
-            data = [[cache.data for cache in caches] for caches in before.values() if isinstance(caches[0], CACHE)]
+            before = {name: copy.copy(value) if name == "builders" else copy.deepcopy(value)
+                      for name in names_ for value in [getattr(self, name)]}  # fmt: skip
             select(self, rows)
             if same_size:
                 for name, value in before.items():
                     setattr(self, name, value)
-                caches = [v for v in before.values() if isinstance(v[0], CACHE)]
-                for mine, olds in zip(caches, data, strict=True):
-                    for cache, old in zip(mine, olds, strict=True):
-                        cache.data = old
 
         return bugged
 
@@ -107,7 +106,7 @@ def along(axis: int) -> Callable[[Select], Select]:
     def wrap(select: Select) -> Select:
         def bugged(self: Decoder, rows: Sequence[int]) -> None:
             caches = (*self.reader_caches, *self.writer_caches)
-            olds = [cache.data for cache in caches]
+            olds = [cache.data.clone() for cache in caches]
             same_size, moved = len(rows) == len(self.builders), list(rows) != list(range(len(rows)))
             select(self, rows)
             if same_size and moved:
@@ -147,8 +146,9 @@ def written_not_reordered(go_on: Callable[..., bool]) -> Callable[..., bool]:
     def bugged(self: Any, slots: Sequence[int], units: Sequence[int], *args: Any) -> bool:
         before = self.beams
         going = go_on(self, slots, units, *args)
-        self.beams = [dataclasses.replace(new, written=(*old.written, unit)) if new.written and old.written else new
-                      for new, old, unit in zip(self.beams, before, units, strict=True)]  # fmt: skip
+        for i, (new, old) in enumerate(zip(self.beams, before, strict=True)):
+            if new.written and old.written:
+                self.beams[i] = dataclasses.replace(new, written=(*old.written, new.written[-1]))
         return going
 
     return bugged
@@ -167,9 +167,15 @@ def ended_by_its_present_length(go_on: Callable[..., bool]) -> Callable[..., boo
 def goes_on_for_ever(go_on: Callable[..., bool]) -> Callable[..., bool]:
     """A finished hypothesis is written on."""
 
-    def bugged(self: Any, slots: Sequence[int], units: Sequence[int], totals: Sequence[float], *args: Any) -> bool:
-        going = go_on(self, slots, units, totals, *args)
-        self.beams = [dataclasses.replace(b, total=t) for b, t in zip(self.beams, totals, strict=True)]
+    def bugged(self: Any, slots: Sequence[int], units: Sequence[int], totals: Sequence[float],
+               tokenizer: MixedTokenizer) -> bool:  # fmt: skip
+        before = self.beams
+        going = go_on(self, slots, units, totals, tokenizer)
+        free = iter([i for i, b in enumerate(self.beams) if b.total == -math.inf])
+        for slot, unit, total in zip(slots, units, totals, strict=True):
+            if unit == tokenizer.eos_id and total > -math.inf:
+                i = next(free)
+                self.sources[i], self.beams[i] = slot, dataclasses.replace(before[slot], total=total, ended=None)
         return going or self.n_units < self.max_new_units
 
     return bugged
@@ -215,7 +221,6 @@ def ended_blocks_read_before_reordering(go_on: Callable[..., None]) -> Callable[
     return bugged
 
 
-CACHE = type(Decoder(*tiny("english", "memory"), 1).reader_caches[0])
 BUGS: dict[str, tuple[Any, str, Callable[..., Any], Callable[[], None]]] = {
     "caches not reordered": (Decoder, "select", in_select("reader_caches", "writer_caches"), beams),
     "reader caches not reordered": (Decoder, "select", in_select("reader_caches"), beams),

@@ -49,8 +49,9 @@ def check_batch(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
             same(completion, alone[i], tolerance)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("temperature", "dtype", "tolerance"), [
+    (0.0, torch.float64, 1e-9), (1.0, torch.float64, 1e-9), (0.0, torch.float32, 1e-4),
+])  # fmt: skip
 def test_sixty_four_prompts_as_one_at_a_time(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
     model, tokenizer = tiny("english", "memory", dtype)
     rng = np.random.default_rng(0)
@@ -132,11 +133,11 @@ def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_rows, "IN_PLACE", 0)
     monkeypatch.setattr(cpu_rows, "attend_rows", watched)
-    check_batch(model, tokenizer, prompts, 1e-9, [4, 10], temperature=1.0)
+    check_batch(model, tokenizer, prompts, 1e-9, [4, 10], temperature=1.0, max_new_units=40)
     assert set(used) == set(range(10))
     monkeypatch.setattr(cpu_rows, "attend_rows", lambda *args, rows: attend(*args, rows=[0] * len(rows)))
     with pytest.raises(AssertionError):
-        check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0)
+        check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0, max_new_units=40)
 
 
 @pytest.mark.parametrize("bug", [no_select, tokens_in_wrong_columns, context_not_selected, not_reopened, bos_forgotten])
@@ -144,7 +145,8 @@ def test_planted_bugs_are_caught(bug: PlantedBug, monkeypatch: pytest.MonkeyPatc
     model, tokenizer = tiny("english", "memory")
     bug(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        check_batch(model, tokenizer, ["the cat", "", "a dog sat", ""] * 4, 1e-9, [3, 16], temperature=1.0)
+        check_batch(model, tokenizer, ["the cat", "", "a dog sat", ""] * 4, 1e-9, [3, 16], temperature=1.0,
+                    max_new_units=40)  # fmt: skip
 
 
 def test_streaming_yields_the_blocks() -> None:
@@ -243,8 +245,8 @@ def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
     assert seen.units([6]) == set()
     logits, allowed = torch.tensor([[0.0, 1.0, 0.9]]), torch.ones(1, 3, dtype=torch.bool)
     penalized = Sampling(repetition_penalty=1.2)
-    assert choose(logits, allowed, [penalized], [], [{1}]) == [2]
-    assert choose(logits, allowed, [penalized], [], [set()]) == [1]
+    assert choose(logits, allowed, [penalized], [], [{1}]).tolist() == [2]
+    assert choose(logits, allowed, [penalized], [], [set()]).tolist() == [1]
     model, tokenizer = tiny_copy("english", "memory")
     with torch.no_grad():  # a model that only ever writes "ba"
         model.writer_norm.weight.zero_()
@@ -255,15 +257,6 @@ def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
     other = generate(model, tokenizer, [""], max_new_blocks=6, max_new_units=999, repetition_penalty=3.0)[0]
     assert len(set(free.blocks)) == 1
     assert len(set(other.blocks)) > 1
-
-
-def test_min_p() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(400, -1)
-    generators = [np.random.default_rng(i) for i in range(400)]
-    drawn = choose(logits, torch.ones(400, 4, dtype=torch.bool), [Sampling(1.0, min_p=0.25)] * 400, generators)
-    counts = np.bincount(drawn, minlength=4) / 400
-    assert counts[3] == 0
-    assert np.abs(counts[:3] - np.array([0.5, 0.3, 0.15]) / 0.95).max() < 0.08
 
 
 @pytest.mark.parametrize(("how", "message"), [

@@ -29,7 +29,7 @@ def walk(tokenizer: MixedTokenizer, logits: Callable[[list[int]], torch.Tensor],
         assert allowed.shape == (tokenizer.n_head,)
         assert allowed.any(), f"a dead end after {written}"
         assert not allowed[tokenizer.n_writable :].any(), "a column that is no unit is allowed"
-        unit = sampling.choose(logits(written)[None], allowed[None], [sampling.Sampling(1.0)], [generator])[0]
+        unit = int(sampling.choose(logits(written)[None], allowed[None], [sampling.Sampling(1.0)], [generator])[0])
         assert allowed[unit]
         written.append(unit)
         if unit in (tokenizer.eob_id, tokenizer.eos_id):

@@ -19,7 +19,7 @@ from tidal.infer import engine as module
 from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Completion, Engine, generate, stream
-from tidal.infer.sampling import Sampling, choose
+from tidal.infer.sampling import Sampling, choose, fetch
 from tidal.streams import ReaderToken
 from tidal.tokenizer import Block
 
@@ -130,7 +130,7 @@ def finish(engine: Engine, number: int) -> Completion:
     (("\ud800",), "surrogate"), ((b"a",), "prompt is b'a'; it must be a str"), ((None,), "prompt is None"),
     (("a", {"temperature": 1}), "sampling is {'temperature': 1}; it must be a Sampling"),
     (("a", Sampling(), 5), "limits is 5; it must be a Limits"),
-    *((("a", Sampling(), Limits(), seed), f"seed is {seed}; it must be") for seed in (1.7, -1, math.nan, None)),
+    *((("a", Sampling(), Limits(), seed), f"seed is {seed}; it must be") for seed in (1.7, -1, math.nan)),
     (("a", Sampling(), Limits(), [3, -1]), "seed is -1; it must be at least 0"),
 ])  # fmt: skip
 def test_requests_that_make_no_sense(request_: Any, message: str) -> None:
@@ -139,6 +139,20 @@ def test_requests_that_make_no_sense(request_: Any, message: str) -> None:
         engine.submit(*request_)
     assert "\n" not in str(caught.value)
     assert not engine.unfinished
+
+
+def test_seeds_of_requests_without_one() -> None:
+    """Those that `generate` gives its prompts: none draws as another."""
+    engine = Engine(*tiny("english", "memory"))
+    for number in range(8):
+        assert engine.submit("the", Sampling(1.0), Limits(20)) == number
+    done = dict(engine.drain())
+    wanted = generate(*tiny("english", "memory"), ["the"] * 8, temperature=1.0, max_new_units=20, seed=0)
+    for number, completion in enumerate(wanted):
+        mine = done[number]
+        assert isinstance(mine, Completion)
+        same(mine, completion, 1e-9)
+    assert len({completion.text for completion in wanted}) > 4
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -169,9 +183,11 @@ def test_nothing_can_follow(how: Sampling) -> None:
     logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
     logits[1, :2], allowed[1, 2:] = -math.inf, False
     generators = [np.random.default_rng(0)] * 2
-    assert len(choose(logits[:1], allowed[:1], [how], generators[:1])) == 1
+    assert choose(logits[:1], allowed[:1], [how], generators[:1]).item() >= 0
+    chosen = choose(logits, allowed, [how, how], generators)
+    assert chosen[1] == -1
     with pytest.raises(RuntimeError, match="no unit that may follow has a probability above zero"):
-        choose(logits, allowed, [how, how], generators)
+        fetch(chosen, logits)
 
 
 def test_rows_of_a_choice_do_not_look_at_each_other() -> None:
@@ -185,7 +201,7 @@ def test_rows_of_a_choice_do_not_look_at_each_other() -> None:
         def units(rows: list[int], logits: torch.Tensor = logits, allowed: torch.Tensor = allowed,
                   repeated: list[set[int]] = repeated) -> list[int]:  # fmt: skip
             return choose(logits[rows], allowed[rows], [SETTINGS[i] for i in rows],
-                          [np.random.default_rng(i) for i in rows], [repeated[i] for i in rows])  # fmt: skip
+                          [np.random.default_rng(i) for i in rows], [repeated[i] for i in rows]).tolist()  # fmt: skip
 
         assert units(order) == [units([i])[0] for i in order]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def distribution(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling) 
     scaled = np.where(allowed, logits, -np.inf)
     scaled = (scaled - scaled.max()) / how.temperature
     order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
-    kept = order[: how.top_k or len(order)]
+    kept = [i for i in order[: how.top_k or len(order)] if math.exp(scaled[i]) >= how.min_p]
     weights = np.zeros(len(scaled))
     weights[kept] = np.exp(scaled[kept])
     weights /= weights.sum()
@@ -47,27 +48,46 @@ class Fixed:
         return self.value
 
 
-def draw(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling, value: float) -> int:
-    generators: list[Any] = [Fixed(value)]
-    return choose(torch.tensor(logits)[None], torch.tensor(allowed)[None], [how], generators)[0]
+def draw(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling, values: Sequence[float]) -> list[int]:
+    """What is chosen at each of these values, all in one batch."""
+    generators: list[Any] = [Fixed(value) for value in values]
+    n = len(values)
+    return choose(torch.tensor(logits).expand(n, -1), torch.tensor(allowed).expand(n, -1), [how] * n,
+                  generators).tolist()  # fmt: skip
 
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(-30_000, 30_000).map(lambda n: n / 1000), min_size=1, max_size=12), st.data(),
        st.sampled_from((0.05, 0.7, 1.0, 3.0, 100.0)),
-       st.integers(0, 14), st.sampled_from((1e-9, 0.3, 0.9, 1.0)))  # fmt: skip
+       st.integers(0, 14), st.sampled_from((1e-9, 0.3, 0.9, 1.0)), st.sampled_from((0.0, 0.0137, 0.31)))  # fmt: skip
 def test_choose_is_the_distribution(values: list[float], data: st.DataObject, temperature: float, top_k: int,
-                                    top_p: float) -> None:  # fmt: skip
-    logits, how = np.array(values), Sampling(temperature, top_k, top_p)
+                                    top_p: float, min_p: float) -> None:  # fmt: skip
+    logits, how = np.array(values), Sampling(temperature, top_k, top_p, min_p)
     allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
     allowed[data.draw(st.integers(0, len(values) - 1))] = True
     expected = distribution(logits, allowed, how)
-    grid = (np.arange(200) + 0.5) / 200
-    chosen = [draw(logits, allowed, how, value) for value in grid]
+    *chosen, low, high = draw(logits, allowed, how, [*(np.arange(200) + 0.5) / 200, 0.0, np.nextafter(1.0, 0.0)])
     assert all(allowed[unit] for unit in chosen)
     found = np.bincount(chosen, minlength=len(values)) / 200
     assert np.abs(found - expected).max() <= 1 / 200 + 1e-9, "inverse of the cumulative distribution on a grid"
-    assert all(expected[unit] > 0 for unit in (draw(logits, allowed, how, v) for v in (0.0, np.nextafter(1.0, 0.0))))
+    assert expected[low] > 0 < expected[high]
+
+
+def test_nothing_is_sorted_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rows that are cut at the likeliest units, and these whatever their batch mates are."""
+    logits, allowed = torch.arange(150.0).view(3, 50).sin(), torch.ones(3, 50, dtype=torch.bool)
+    how, generators = [Sampling(1.0), Sampling(), Sampling(0.7, min_p=0.1)], [np.random.default_rng(0)] * 3
+    sorted_rows, sort = list[int](), torch.Tensor.sort
+
+    def watched(self: torch.Tensor, *args: Any, **how: Any) -> Any:
+        sorted_rows.append(len(self))
+        return sort(self, *args, **how)
+
+    monkeypatch.setattr(torch.Tensor, "sort", watched)
+    choose(logits, allowed, how, generators)
+    assert not sorted_rows
+    choose(logits, allowed, [Sampling(1.0, top_k=3), *how[1:]], generators)
+    assert sorted_rows == [1]
 
 
 @given(st.lists(st.floats(-30, 30).map(lambda x: round(x, 3)), min_size=1, max_size=12), st.integers(0, 11))
@@ -75,21 +95,20 @@ def test_greedy_takes_the_first_likeliest_that_is_allowed(values: list[float], w
     logits, allowed = np.array(values), np.ones(len(values), np.bool_)
     allowed[which % len(values)] = len(values) == 1
     best = np.flatnonzero(allowed)[logits[allowed].argmax()]
-    assert draw(logits, allowed, Sampling(), 0.9) == best
-    assert draw(logits, allowed, Sampling(1.0, top_k=1), 0.9) == best
+    assert draw(logits, allowed, Sampling(), [0.9]) == [best]
+    assert draw(logits, allowed, Sampling(1.0, top_k=1), [0.9]) == [best]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 5e-324])
 def test_hardly_any_temperature_is_greedy(temperature: float) -> None:
     logits, allowed = np.array([300.0, 1.0, 301.0, -np.inf, 500.0]), np.array([True] * 4 + [False])
-    for value in (0.0, 0.5, np.nextafter(1.0, 0.0)):
-        assert draw(logits, allowed, Sampling(temperature), value) == 2
+    assert draw(logits, allowed, Sampling(temperature), [0.0, 0.5, np.nextafter(1.0, 0.0)]) == [2, 2, 2]
 
 
 def test_each_row_has_its_own_generator() -> None:
     logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
     generators: list[Any] = [Fixed(0.1), Fixed(0.9)]
-    assert choose(logits, allowed, [Sampling(1.0)] * 2, generators) == [0, 3]
+    assert choose(logits, allowed, [Sampling(1.0)] * 2, generators).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("how", [

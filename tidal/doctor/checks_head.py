@@ -102,7 +102,7 @@ def masked(patient: Patient, meter: Meter) -> None:
         logits = torch.where(allowed, -50.0, 50.0).double()
         for how in SAMPLERS:
             for seed in range(3):
-                unit = choose(logits[None].clone(), allowed[None], [how], [np.random.default_rng(seed)])[0]
+                unit = int(choose(logits[None].clone(), allowed[None], [how], [np.random.default_rng(seed)])[0])
                 meter.holds(bool(allowed[unit]), f"a forbidden unit, {tokenizer.piece_name(unit)}, was chosen by {how}",
                             Where(tensor="unit", values=(str(unit), ""), sides=("chosen", "")))  # fmt: skip
     for seed in range(8 if patient.quick else 24):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import sys
 import time
@@ -314,18 +313,20 @@ def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str
 
 def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer) -> None:
     """Beam search: print the best hypotheses of each prompt, as many as samples are asked for, batch by batch."""
-    from tidal.infer.beam import beam_batches
+    from tidal.infer.beam import beam_search
 
-    try:
-        batches = beam_batches(model, tokenizer, prompts, num_beams=settings.num_beams,
-                               batch_size=max(1, settings.batch_size // settings.num_beams),
-                               length_penalty=settings.length_penalty,
-                               max_new_units=settings.max_new_units)  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for index, best in enumerate(itertools.chain.from_iterable(batches)):
-        for rank, hypothesis in enumerate(best[: settings.num_samples]):
-            _print(hypothesis, settings.num_samples * index + rank, settings)
+    at_once = max(1, settings.batch_size // settings.num_beams)
+    for first in range(0, len(prompts), at_once):
+        try:
+            found = beam_search(model, tokenizer, prompts[first : first + at_once], num_beams=settings.num_beams,
+                                wanted=settings.num_samples, batch_size=at_once,
+                                length_penalty=settings.length_penalty,
+                                max_new_units=settings.max_new_units)  # fmt: skip
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for index, best in enumerate(found, first):
+            for rank, hypothesis in enumerate(best):
+                _print(hypothesis, settings.num_samples * index + rank, settings)
 
 
 def _number(i: int, settings: Infer) -> dict[str, int]:

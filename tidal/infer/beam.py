@@ -8,10 +8,10 @@
 The rules:
 
 - Of all (beam, unit) candidates of a prompt, the `num_beams` likeliest are taken, ties going to the lower slot, then
-  to the lower unit. Those that wrote `<eos>` are finished and set aside, and only `num_beams` better ones can take
+  to the lower unit. Those that wrote `<eos>` are finished and set aside, and only `wanted` better ones can take
   their place; the others are the beams of the next step. So a single beam is greedy decoding.
 - All that was written is compared by score = log-probability / units ** length_penalty.
-- The search of a prompt ends when no beam is left, or when `num_beams` hypotheses are finished and no beam can pass
+- The search of a prompt ends when no beam is left, or when `wanted` hypotheses are finished and no beam can pass
   the worst of them: log-probability only falls and units only grow, to `max_new_units` at most, so, the penalty being
   0 or more, a beam never comes to more than log-probability / max_new_units ** length_penalty.
 - At `max_new_units` the beams left compete with the finished ones as they stand, and only then lose the block that
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,9 +91,12 @@ class _Search:
     prompt: str
     split: list[str]
     num_beams: int
+    wanted: int
     length_penalty: float
     max_new_units: int
     beams: list[_Beam] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    """of each beam the slot it had before its latest unit"""
     finished: list[Hypothesis] = field(default_factory=list)
     n_units: int = 0
 
@@ -102,19 +105,29 @@ class _Search:
 
     def go_on(self, slots: Sequence[int], units: Sequence[int], totals: Sequence[float],
               tokenizer: MixedTokenizer) -> bool:  # fmt: skip
-        """Write one unit: new slot i goes on from `slots[i]`, with `units[i]`. Whether the search goes on."""
+        """Write one unit: candidate i goes on from `slots[i]`, with `units[i]`. Whether the search goes on."""
         self.n_units += 1
-        before, self.beams = self.beams, []
+        before, self.beams, self.sources = self.beams, [_Beam(-math.inf)] * self.num_beams, [*range(self.num_beams)]
+        others = []
         for slot, unit, total in zip(slots, units, totals, strict=True):
-            beam = replace(before[slot], total=-math.inf, ended=None)
-            if total > -math.inf and unit == tokenizer.eos_id:
+            beam = before[slot]
+            if total == -math.inf:
+                continue
+            if unit == tokenizer.eos_id:
                 self._finish(replace(beam, total=total, log_prob=total, units=self.n_units), "eos")
-            elif total > -math.inf and unit == tokenizer.eob_id:
+                continue
+            if unit == tokenizer.eob_id:
                 block = tokenizer.retokenize(beam.written)
                 beam = _Beam(total, (), (*beam.blocks, block.text), total, self.n_units, block)
-            elif total > -math.inf:
-                beam = replace(beam, total=total, written=(*beam.written, unit))
-            self.beams.append(beam)
+            else:
+                beam = replace(beam, total=total, written=(*beam.written, unit), ended=None)
+            if self.beams[slot].total == -math.inf:
+                self.beams[slot] = beam  # the first successor stays, so that only those of the others are copied
+            else:
+                others.append((slot, beam))
+        free = [slot for slot, beam in enumerate(self.beams) if beam.total == -math.inf]
+        for slot, (source, beam) in zip(free, others, strict=False):
+            self.beams[slot], self.sources[slot] = beam, source
         if all(total == -math.inf for total in totals):
             raise RuntimeError(NOTHING_FOLLOWS)
         live = sorted((b for b in self.beams if b.total > -math.inf), key=lambda b: -b.total)
@@ -122,7 +135,7 @@ class _Search:
             for beam in live:
                 self._finish(beam, "length")
             return False
-        if not live or len(self.finished) < self.num_beams:
+        if not live or len(self.finished) < self.wanted:
             return bool(live)
         return live[0].total / math.pow(self.max_new_units, self.length_penalty) > self.finished[-1].score
 
@@ -135,48 +148,37 @@ class _Search:
         self.finished.append(Hypothesis(self.prompt, completion, self.prompt + completion, list(beam.blocks),
                                         stop_reason, beam.log_prob, score, beam.units,
                                         degenerate(beam.blocks)))  # fmt: skip
-        self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.num_beams]
+        self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.wanted]
 
 
+@torch.inference_mode()
 def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
-                length_penalty: float = 1.0, max_new_units: int = 256, batch_size: int = 16,
-                cached: bool = True) -> list[list[Hypothesis]]:  # fmt: skip
-    """For every prompt the best hypotheses that its search meets, best first: `num_beams` different texts.
+                wanted: int | None = None, length_penalty: float = 1.0, max_new_units: int = 256,
+                batch_size: int = 16, cached: bool = True) -> list[list[Hypothesis]]:  # fmt: skip
+    """For every prompt the best hypotheses that its search meets, best first: `wanted` different texts (none: as many
+    as there are beams). The fewer are wanted, the earlier a search can end, with the same first ones.
 
     There are fewer where fewer exist, or where the last beams come to the same text (cut into other blocks, or but for
     the block that `max_new_units` drops). `batch_size` prompts are searched side by side. `cached=False` computes every
     step anew, as one training pass over all that was read and written: slow, and the same. Raises ValueError on a lone
-    surrogate in a prompt, on numbers below one, on a length penalty outside 0 … 10 and on a tokenizer that is not the
-    model's.
+    surrogate in a prompt, on numbers below one, on more wanted than there are beams, on a length penalty outside 0 … 10
+    and on a tokenizer that is not the model's.
     """
-    batches = beam_batches(model, tokenizer, prompts, num_beams=num_beams, length_penalty=length_penalty,
-                           max_new_units=max_new_units, batch_size=batch_size, cached=cached)  # fmt: skip
-    return [found for batch in batches for found in batch]
-
-
-def beam_batches(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
-                 length_penalty: float = 1.0, max_new_units: int = 256, batch_size: int = 16,
-                 cached: bool = True) -> Iterator[list[list[Hypothesis]]]:  # fmt: skip
-    """Like `beam_search`, but yields what was found for each `batch_size` prompts as soon as it is."""
     Limits(max_new_units)
     refuse_string(prompts)
     whole("num_beams", num_beams, 1)
     whole("batch_size", batch_size, 1)
+    wanted = num_beams if wanted is None else whole("wanted", wanted, 1)
+    if wanted > num_beams:
+        raise ValueError(f"wanted is {wanted}; of {num_beams} beams there are no more")
     if not 0 <= length_penalty <= MAX_PENALTY:
         raise ValueError(f"length_penalty is {length_penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
     model.config.check_tokenizer(tokenizer.fingerprint)
     # a lone surrogate is refused here, before anything is written
-    searches = [_Search(p, tokenizer.split(p), num_beams, length_penalty, max_new_units) for p in prompts]
-    batches = (searches[first : first + batch_size] for first in range(0, len(searches), batch_size))
-    return (_run(model, tokenizer, batch, cached) for batch in batches)
-
-
-@torch.inference_mode()
-def _run(model: TidalTransformer, tokenizer: MixedTokenizer, searches: list[_Search],
-         cached: bool) -> list[list[Hypothesis]]:  # fmt: skip
-    """What is found for each of these prompts."""
+    searches = [_Search(p, tokenizer.split(p), num_beams, wanted, length_penalty, max_new_units) for p in prompts]
     with evaluating(model):
-        _search(model, tokenizer, searches, cached)
+        for first in range(0, len(searches), batch_size):
+            _search(model, tokenizer, searches[first : first + batch_size], cached)
     return [search.finished for search in searches]
 
 
@@ -192,7 +194,7 @@ def _search(model: TidalTransformer, tokenizer: MixedTokenizer, active: list[_Se
         for i, search in enumerate(active):
             if search.go_on(slots[i], units[i], totals[i], tokenizer):
                 going.append(search)
-                kept += [num_beams * i + slot for slot in slots[i]]
+                kept += [num_beams * i + slot for slot in search.sources]
         active = going
         if active:
             rows.go_on(kept, [beam.ended for search in active for beam in search.beams])
@@ -203,7 +205,7 @@ def _take(logits: Tensor, allowed: Tensor, totals: Sequence[float],
     """The likeliest candidates of each prompt: slots, units and log-probabilities, each [prompts, num_beams].
 
     logits [prompts * num_beams, n_head], allowed the same, totals [prompts * num_beams]. The candidates are given in
-    the order of their slots, so that nothing is moved when every beam has one successor.
+    the order of their slots.
     """
     log_probs = logits.double().log_softmax(-1)
     if log_probs.isnan().any():

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidal.infer import recorded
+from tidal.infer.sampling import NOT_FINITE
+from tidal.infer.upload import upload
 from tidal.kernels import TilePlan
 from tidal.model import KeysValues, TidalTransformer, View
 from tidal.streams import DocumentBuilder, ReaderToken
@@ -43,15 +45,16 @@ class RaggedView(View):
 
 @contextlib.contextmanager
 def evaluating(model: TidalTransformer) -> Iterator[None]:
-    """With the model in evaluation mode, and afterwards, whatever happened, as it was."""
-    if not model.training:  # costs nothing, so that it can stand around every step
-        yield
-        return
-    model.eval()
-    try:
-        yield
+    """With the model in evaluation mode and its own precision, and afterwards, whatever happened, as it was."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:  # caches have the dtype of the weights, and what is written does not depend on what stands around the call
+        with torch.autocast(model.unit_embedding.weight.device.type, enabled=False):
+            yield
     finally:
-        model.train()
+        if was_training:
+            model.train()
 
 
 class KeyValueCache:
@@ -81,9 +84,9 @@ class Decoder:
     """Documents being written side by side, each with its builder and its part of the caches.
 
     A row reads finished blocks with `read` and is asked for the next unit with `step`; `open` starts a new document
-    in it, `clear` leaves it free, `select` keeps, drops, reorders and copies rows. The cache of the first writer layer
-    holds the block being written in its first slots and the memory behind them, so that both are one stretch of keys
-    and the memory is never copied:
+    in it, `clear` leaves it free, `select` keeps, drops, reorders and copies rows, `grow` adds some. The cache of the
+    first writer layer holds the block being written in its first slots and the memory behind them, so that both are one
+    stretch of keys and the memory is never copied:
 
         slot   0 … max_block_units │ n_block …
                own block           │ keys and values of the reader's states
@@ -108,8 +111,9 @@ class Decoder:
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = self.room = room
         self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
+        own = self.n_block if model.config.shape.writer_attention != "none" else 0
         self.writer_caches = [
-            KeyValueCache(model, n_rows, self.n_block + (room if model.has_memory and i == 0 else 0))
+            KeyValueCache(model, n_rows, own + (room if model.has_memory and i == 0 else 0))
             for i in range(len(model.writer))
         ]
         self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device)
@@ -132,19 +136,46 @@ class Decoder:
             self._unread.discard(row)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in this order; a row named twice is copied."""
-        if list(rows) == list(range(len(self.builders))):
-            return
-        self.recording = None
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        for cache in (*self.reader_caches, *self.writer_caches):
-            cache.data = cache.data.index_select(1, index)
-        self.positions, self.context = self.positions[index], self.context[index]
-        self.sums = self.sums[index]
+        """Go on with these rows only, in this order; a row named twice is copied. As many rows as before stay where
+        they lie, but for those that are another's now."""
+        if len(rows) == len(self.builders):
+            self._overwrite([new for new, old in enumerate(rows) if new != old], rows)
+        else:
+            self.recording = None
+            index = upload(rows, self.device, torch.int64)
+            for cache in self._caches():
+                cache.data = cache.data.index_select(1, index)
+            self.positions, self.context = self.positions[index], self.context[index]
+            self.sums = self.sums[index]
         self._unread = {new for new, old in enumerate(rows) if old in self._unread}
         first = {row: new for new, row in reversed(list(enumerate(rows)))}  # keeps its builder, others get copies
         self.builders = [self.builders[row] if first[row] == new else self.builders[row].copy()
                          for new, row in enumerate(rows)]  # fmt: skip
+
+    def _overwrite(self, moved: Sequence[int], rows: Sequence[int]) -> None:
+        """Put what `rows[i]` held before in the place of row i, for those that have moved."""
+        if not moved:
+            return
+        sources = [rows[new] for new in moved]
+        end = self.n_block + max(self.builders[old].n_read for old in sources)
+        to, source = upload([moved, sources], self.device)
+        for cache in self._caches():
+            cache.data[:, to, :, :end] = cache.data[:, source, :, :end]
+        for held in (self.positions, self.context, self.sums):
+            held[to] = held[source]
+
+    def grow(self, more: int) -> None:
+        """Add so many rows behind the others; they are free, as after `clear`."""
+        self.recording = None
+        for cache in self._caches():
+            cache.data = F.pad(cache.data, (*[0] * 7, more))
+        self.positions, self.context, self.sums = (
+            F.pad(held, (*[0] * (2 * held.dim() - 1), more)) for held in (self.positions, self.context, self.sums)
+        )
+        self.builders += [self._new_builder() for _ in range(more)]
+
+    def _caches(self) -> Iterator[KeyValueCache]:
+        return itertools.chain(self.reader_caches, self.writer_caches)
 
     def read(self, rows: Sequence[int], blocks: Sequence[Sequence[Block]]) -> None:
         """Append finished blocks to each of these rows, in one reader pass."""
@@ -161,11 +192,11 @@ class Decoder:
         lengths, ends = [len(new) for new in news], [self.builders[r].n_read for r in rows]
         width, end = max(lengths), max(ends)
         self._reserve(end)
-        data = torch.tensor([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
-                             for line, (r, end_r, new) in enumerate(zip(rows, ends, news, strict=True))
-                             for i, t in enumerate(new)], device=self.device)  # fmt: skip
+        data = upload([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
+                       for line, (r, end_r, new) in enumerate(zip(rows, ends, news, strict=True))
+                       for i, t in enumerate(new)], self.device)  # fmt: skip
         row, slot, line, column, ids, places = data[:, :6].unbind(1)
-        position = torch.tensor([t.position for new in news for t in new], device=self.device)
+        position = upload([t.position for new in news for t in new], self.device, torch.float32)
         self.positions[row, self.n_block + slot] = position
         ranges = data.new_zeros(len(rows), width, 2, 2, dtype=torch.int32)
         ranges[line, column] = data[:, 6:].to(torch.int32).view(-1, 2, 2)
@@ -194,18 +225,22 @@ class Decoder:
         if self.model.foretold:
             self.sums[grown] = self.model.foretold.sums(self.model.foretell(last))
 
-    def step(self, rows: Sequence[int], written: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block."""
+    def step(self, rows: Sequence[int], written: Sequence[Sequence[int]], *, check: bool = True) -> Tensor:
+        """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block.
+
+        Raises RuntimeError where they are NaN or infinite, for which the host waits; `check=False` leaves that to
+        whoever fetches what comes of them.
+        """
         if unread := sorted(self._unread.intersection(rows)):
             self.read(unread, [[]] * len(unread))
         steps = [self.builders[r].step(w) for r, w in zip(rows, written, strict=True)]
         n, some = self.n_block, self._some(rows)
-        data = torch.tensor(
+        data = upload(
             [[(r, len(w), s.id, s.place, s.node, *s.suffixes, *s.recalled,
                s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
-             for r, w, s in zip(rows, written, steps, strict=True)], device=self.device,
+             for r, w, s in zip(rows, written, steps, strict=True)], self.device,
         )  # fmt: skip
-        q_position = torch.tensor([[s.position] for s in steps], dtype=torch.float32, device=self.device)
+        q_position = upload([[s.position] for s in steps], self.device, torch.float32)
         context = self.context[slice(None) if some is None else some][:, None]
         if self.cuda_graphs and some is None:
             everything = functools.partial(self._write, None, n + self.capacity)
@@ -213,7 +248,7 @@ class Decoder:
             logits = self.recording(data, q_position, context)
         else:
             logits = self._write(some, n + max(s.sees_reader[1] for s in steps), data, q_position, context)
-        return self._checked(logits, len(rows))
+        return self._checked(logits, len(rows), check)
 
     def _write(self, some: list[int] | None, memory_end: int, data: Tensor, q_position: Tensor,
                context: Tensor) -> Tensor:  # fmt: skip
@@ -242,15 +277,15 @@ class Decoder:
         states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], data[..., 8:11], context, views, hints)
         return self.model.head(states[:, 0])
 
-    def _checked(self, logits: Tensor, n_rows: int) -> Tensor:
+    def _checked(self, logits: Tensor, n_rows: int, finite: bool) -> Tensor:
         expected = (n_rows, self.model.config.n_head)
         if logits.shape != expected:
             raise RuntimeError(
                 f"{type(self.model).__name__}: the logits of a decoding step are {tuple(logits.shape)}, "
                 f"not [rows, n_head] = {expected}"
             )
-        if not (logits < torch.inf).all():  # NaN neither
-            raise RuntimeError("the logits of a step are NaN or infinite: the weights are damaged")
+        if finite and not (logits < torch.inf).all():  # NaN neither
+            raise RuntimeError(NOT_FINITE)
         return logits
 
     def _new_builder(self) -> DocumentBuilder:

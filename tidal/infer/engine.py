@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,8 @@ from tidal.infer.completion import Request
 from tidal.infer.completion import StopReason as StopReason
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import Sampling, choose, whole
+from tidal.infer.sampling import Sampling, choose, fetch, whole
+from tidal.infer.upload import upload
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
@@ -75,25 +75,28 @@ class Engine:
         self.model, self.tokenizer, self.cuda_graphs = model, tokenizer, cuda_graphs
         self.batch_size = whole("batch_size", batch_size, 1)
         self._watch, self._grammar = watch, Grammar(tokenizer)
-        self._numbers = itertools.count()
+        self._n_submitted = 0
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = []
         """what the rows of the decoder are writing; None: free"""
         self._decoder: Decoder | None = None
 
     def submit(self, prompt: str, sampling: Sampling = GREEDY, limits: Limits = USUAL,
-               seed: Seed = 0) -> int:  # fmt: skip
+               seed: Seed | None = None) -> int:  # fmt: skip
         """Add a request; its number, which counts from 0.
 
-        It samples from a generator with this seed (or from the generator given). Raises ValueError on a lone surrogate
-        in the prompt, on a seed that is negative or no integer, and on what is of a wrong type.
+        It samples from a generator with this seed (or from the generator given); none: (0, number), as prompt number
+        `number` of `generate` does. Raises ValueError on a lone surrogate in the prompt, on a seed that is negative or
+        no integer, and on what is of a wrong type.
         """
         for name, value, kind in (("prompt", prompt, str), ("sampling", sampling, Sampling),
                                   ("limits", limits, Limits)):  # fmt: skip
             if not isinstance(value, kind):
                 raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}")
-        split, generator = self.tokenizer.split(prompt), _generator(seed)
-        self._waiting.append(Request(number := next(self._numbers), prompt, split, sampling, limits, generator))
+        number, split = self._n_submitted, self.tokenizer.split(prompt)
+        generator = _generator((0, number) if seed is None else seed)
+        self._waiting.append(Request(number, prompt, split, sampling, limits, generator))
+        self._n_submitted += 1
         return number
 
     @property
@@ -158,8 +161,7 @@ class Engine:
             # by a quarter at least: else each of many that come one by one would have all caches copied
             more = min(self.batch_size, max(wanted, n + n // 4)) - n
             if self._decoder:
-                self._decoder.select([*range(n), *[0] * more])
-                self._decoder.clear(range(n, n + more))
+                self._decoder.grow(more)
             else:
                 self._decoder = Decoder(self.model, self.tokenizer, more, cuda_graphs=self.cuda_graphs)
             self._rows += [None] * more
@@ -202,18 +204,19 @@ class Engine:
         going = [(i, row) for i, row in self._active() if not row.to_read]
         # Rows that wait or are free take the step, too, and what comes out is dropped: leaving them out of the
         # batch would copy the caches of all others.
-        logits = decoder.step(range(len(self._rows)), [row.written if row else () for row in self._rows])
+        written = [row.written if row else () for row in self._rows]
+        logits = decoder.step(range(len(self._rows)), written, check=False)
         if len(going) < len(self._rows):
-            logits = logits[[i for i, _ in going]]
-        allowed = torch.stack([self._grammar.allowed(row.written) for _, row in going]).to(logits.device)
+            logits = logits[upload([i for i, _ in going], logits.device)]
+        allowed = upload(torch.stack([self._grammar.allowed(row.written) for _, row in going]), logits.device)
         rows = [row for _, row in going]
-        units = choose(logits, allowed, [row.sampling for row in rows], [row.generator for row in rows],
-                       [row.repeated() for row in rows])  # fmt: skip
+        units, log_probs = fetch(choose(logits, allowed, [row.sampling for row in rows],
+                                        [row.generator for row in rows], [row.repeated() for row in rows]),
+                                 logits)  # fmt: skip
         if self._watch:
             for (i, row), unit, own, may in zip(going, units, logits, allowed, strict=True):
                 fed = decoder.builders[i].step(row.written)
                 self._watch(Chosen(row.number, unit, fed, own, may, decoder.sums[i]))
-        log_probs = logits.double().log_softmax(-1)[torch.arange(len(rows)), units].tolist()
         events: list[Event] = []
         for (i, row), unit, log_prob in zip(going, units, log_probs, strict=True):
             if block := row.write(unit, log_prob, self.tokenizer):
@@ -239,9 +242,10 @@ def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequen
              cuda_graphs: bool = False) -> list[Completion]:  # fmt: skip
     """Continue every prompt; up to `batch_size` of them side by side, in the order of the prompts.
 
-    Greedy at temperature 0. Prompt number i samples from a generator seeded with (seed, i), or with its own seed
-    where `seed` is a sequence, so its text is the same alone and in any batch. `cuda_graphs` replays recorded steps.
-    Raises ValueError on a lone surrogate in a prompt, on settings that make no sense, on CUDA graphs without CUDA.
+    Greedy at temperature 0. Prompt number i samples from a generator seeded with (seed, i): its text is the same
+    whatever `batch_size` is, but not alone or as another number. For that give each a seed of its own, as a sequence;
+    `Engine.submit` with the seed (seed, i) draws the same. `cuda_graphs` replays recorded steps. Raises ValueError on a
+    lone surrogate in a prompt, on settings that make no sense, on CUDA graphs without CUDA.
     """
     events = stream(
         model, tokenizer, prompts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

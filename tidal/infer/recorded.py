@@ -49,7 +49,7 @@ def record(function: Callable[[], Tensor], device: torch.device) -> Callable[[],
                 function()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # its own default stream is one for all devices: the first one's
             out = function()
 
     def replay() -> Tensor:

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tidal.infer.upload import upload
+
+NOT_FINITE = "the logits of a step are NaN or infinite: the weights are damaged"
 NOTHING_FOLLOWS = "no unit that may follow has a probability above zero: the weights are damaged"
 
 
@@ -65,6 +68,11 @@ class Sampling:
         if self.repetition_penalty < 1:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be 1 or more")
 
+    @property
+    def needs_order(self) -> bool:
+        """Whether the units have to be put in the order of their probabilities to draw one."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 class Repetition:
     """Which units would go on spelling a block that this completion has written before.
@@ -88,45 +96,66 @@ class Repetition:
 
 
 def choose(logits: Tensor, allowed: Tensor, settings: Sequence[Sampling], generators: Sequence[np.random.Generator],
-           repeated: Sequence[set[int]] = ()) -> list[int]:  # fmt: skip
-    """One unit a row: logits [B, n_head], allowed bool [B, n_head]; settings and a generator for each row.
+           repeated: Sequence[set[int]] = ()) -> Tensor:  # fmt: skip
+    """One unit a row, int64 [B], where the logits are: logits [B, n_head], allowed bool [B, n_head]; settings and a
+    generator for each row. -1 where no allowed unit has a finite logit. Does not wait for the device; `fetch` does.
 
     `repeated` are the units to penalize in each row. A row that samples draws one number from its own generator, and
-    nothing looks at other rows, so its text does not depend on its batch mates. Raises RuntimeError where no allowed
-    unit has a finite logit.
+    nothing looks at other rows, so its text does not depend on its batch mates.
     """
     logits = logits.double().masked_fill(~allowed, -math.inf)
-    for row, units in enumerate(repeated):
-        if units:  # e^(logit) / penalty: the same effect for positive and negative logits
-            logits[row, list(units)] -= math.log(settings[row].repetition_penalty)
+    penalized = [(row, unit) for row, units in enumerate(repeated) for unit in units]
+    if penalized:  # e^(logit) / penalty: the same effect for positive and negative logits
+        at = upload(penalized, logits.device).unbind(1)
+        penalties = [math.log(settings[row].repetition_penalty) for row, _ in penalized]
+        logits[at] -= upload(penalties, logits.device, torch.float64)
     best, chosen = logits.max(-1)  # the first of equal ones
-    if drawn := [row for row, how in enumerate(settings) if how.temperature > 0]:
-        some = logits if len(drawn) == len(settings) else logits[drawn]
-        units_drawn = _draw(some, [settings[row] for row in drawn], [generators[row].random() for row in drawn])
-        chosen = units_drawn if some is logits else chosen.index_copy(0, chosen.new_tensor(drawn), units_drawn)
-    found = torch.stack([best, chosen.double()]).tolist()  # the host waits once for both
-    if -math.inf in found[0]:
+    for ordered in (False, True):
+        drawn = [row for row, how in enumerate(settings) if how.temperature > 0 and how.needs_order == ordered]
+        if drawn:
+            rows: Tensor | slice = upload(drawn, logits.device) if len(drawn) < len(settings) else slice(None)
+            chosen[rows] = _draw(logits[rows], best[rows], chosen[rows], [settings[row] for row in drawn],
+                                 [generators[row].random() for row in drawn], ordered)  # fmt: skip
+    return torch.where(best > -math.inf, chosen, -1)
+
+
+def fetch(chosen: Tensor | Sequence[int], logits: Tensor) -> tuple[list[int], list[float]]:
+    """Chosen units [B] and their log-probabilities (nats) under logits [B, n_head]; the host waits once, for both.
+
+    Raises RuntimeError where logits are NaN or infinite, or nothing may follow.
+    """
+    units = torch.as_tensor(chosen, device=logits.device)
+    log_probs = logits.double().log_softmax(-1).gather(-1, units.clamp(min=0)[:, None])[:, 0]
+    below = (logits < math.inf).all(-1)  # NaN is not
+    found_units, found_log_probs, finite = torch.stack([units.double(), log_probs, below.double()]).tolist()
+    if not all(finite):
+        raise RuntimeError(NOT_FINITE)
+    if -1 in found_units:
         raise RuntimeError(NOTHING_FOLLOWS)
-    return [int(unit) for unit in found[1]]
+    return [int(unit) for unit in found_units], found_log_probs
 
 
-def _draw(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
-    """Units int64 [B], by the inverse of the cumulative distribution at `draws`, of float64 logits [B, n_head]."""
+def _draw(logits: Tensor, best: Tensor, likeliest: Tensor, settings: Sequence[Sampling], draws: Sequence[float],
+          ordered: bool) -> Tensor:  # fmt: skip
+    """Units int64 [B], by the inverse of the cumulative distribution at `draws`, of float64 logits [B, n_head] whose
+    maxima [B] are `best`, of the units `likeliest`: the likeliest come first, or, cheaper, those with the lowest id."""
     n_units = logits.shape[1]
     table = [[how.temperature, how.top_k or n_units, how.top_p if how.top_p < 1 else math.inf,
-                 math.log(how.min_p) if how.min_p else -math.inf, draw]
-                for how, draw in zip(settings, draws, strict=True)]  # fmt: skip
-    temperature, top_k, top_p, least, draw = logits.new_tensor(table)[:, :, None].unbind(1)
-    values, order = logits.sort(dim=-1, descending=True, stable=True)
-    values = (values - values[:, :1]) / temperature  # the highest is 0, so that no temperature overflows it
-    if any(how.top_k or how.min_p for how in settings):
-        rank = torch.arange(n_units, device=logits.device)
-        values = values.masked_fill((rank >= top_k) | (values < least), -math.inf)
+              math.log(how.min_p) if how.min_p else -math.inf, draw]
+             for how, draw in zip(settings, draws, strict=True)]  # fmt: skip
+    temperature, top_k, top_p, least, draw = upload(table, logits.device, torch.float64)[:, :, None].unbind(1)
+    values = (logits - best[:, None]) / temperature  # the highest is 0, so that no temperature overflows it
+    if any(how.min_p for how in settings):
+        values = values.masked_fill(values < least, -math.inf)
+    if ordered:
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        values = values.masked_fill(torch.arange(n_units, device=logits.device) >= top_k, -math.inf)
     probabilities = values.softmax(-1)
-    if any(how.top_p < 1 for how in settings):
+    if ordered:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     edges = probabilities.cumsum(-1)
-    at = torch.searchsorted(edges, draw * edges[:, -1:], right=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not reach a unit of probability zero
-    return order.gather(-1, torch.minimum(at, last.clamp(min=0)))[:, 0]
+    at = torch.searchsorted(edges, draw * edges[:, -1:], right=True).clamp(max=n_units - 1)
+    units = order.gather(-1, at) if ordered else at
+    # rounding must not reach a unit of probability zero
+    return torch.where(probabilities.gather(-1, at) > 0, units, likeliest[:, None])[:, 0]

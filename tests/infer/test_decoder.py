@@ -1,0 +1,98 @@
+"""The decoder's rows: what is copied where they move, join and are cut off, and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.infer.test_engine import same
+from tests.strategies import SHAPES, tiny
+from tidal.infer.beam import beam_search
+from tidal.infer.completion import Completion, Limits
+from tidal.infer.decoder import Decoder
+from tidal.infer.engine import Engine, generate
+from tidal.infer.sampling import Sampling
+from tidal.infer.score import score
+from tidal.recall import Recollection
+
+shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+@shapes
+@torch.inference_mode()
+def test_rows_that_stay_are_not_copied(shape: str) -> None:
+    """Of those that move what they hold is, and not what lies behind it."""
+    model, tokenizer = tiny("english", shape)
+    decoder = Decoder(model, tokenizer, 4, room=64)
+    texts = ["the light and the land", "", "a dog", "the"]
+    decoder.read(range(4), [[tokenizer.encode_block(block) for block in tokenizer.split(text)] for text in texts])
+    decoder.step(range(4), [[]] * 4)
+    caches = [*decoder.reader_caches, *decoder.writer_caches]
+    for rows in ([0, 0, 2, 3], [1, 0, 2, 3], [3, 3, 2, 1]):
+        ends = [decoder.n_block + builder.n_read for builder in decoder.builders]
+        for cache in caches:
+            cache.data[:, :, :, max(ends) :] = torch.arange(4.0).view(4, 1, 1, 1)  # poison
+        olds = [cache.data.clone() for cache in caches]
+        held, places = [x.clone() for x in (decoder.positions, decoder.context, decoder.sums)], [
+            cache.data.data_ptr() for cache in caches]  # fmt: skip
+        builders = decoder.builders
+        decoder.select(rows)
+        assert [cache.data.data_ptr() for cache in caches] == places
+        for cache, old in zip(caches, olds, strict=True):
+            for new, source in enumerate(rows):
+                assert torch.equal(cache.data[:, new, :, : ends[source]], old[:, source, :, : ends[source]])
+            assert torch.equal(cache.data[:, :, :, max(ends) :], old[:, :, :, max(ends) :])
+        for now, before in zip((decoder.positions, decoder.context, decoder.sums), held, strict=True):
+            assert torch.equal(now, before[rows])
+        assert [b.n_read for b in decoder.builders] == [builders[row].n_read for row in rows]
+        assert len({id(builder.recollection) for builder in decoder.builders}) == 4
+
+
+@shapes
+def test_a_batch_that_grows_copies_no_row(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, copy = list[int](), Recollection.copy
+    monkeypatch.setattr(Recollection, "copy", lambda self: copies.append(0) or copy(self))
+    model, tokenizer = tiny("english", shape)
+    engine, sizes, done = Engine(model, tokenizer), list[int](), dict[int, Any]()
+    engine.submit("the light and", Sampling(1.0), Limits(30))
+    while engine.unfinished:
+        done.update(engine.step())
+        sizes.append(len(engine._rows))
+        if len(sizes) == 3:
+            for i in range(7):
+                engine.submit(["the", "", "a dog"][i % 3], Sampling(1.0), Limits(30))
+    assert sizes[0] == 1
+    assert max(sizes) == 8
+    assert not copies
+    prompts = ["the light and", *(["the", "", "a dog"][i % 3] for i in range(7))]
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, tokenizer, [prompt], temperature=1.0, max_new_units=30, seed=[(0, i)])[0]  # type: ignore[list-item]
+        same(done[i], alone, 1e-9)
+
+
+def test_a_writer_that_does_not_attend_has_no_cache() -> None:
+    for shape, attends in (("none", False), ("block", True), ("memory", True)):
+        model, tokenizer = tiny("english", shape)
+        decoder = Decoder(model, tokenizer, 3)
+        assert [cache.data.nbytes > 0 for cache in decoder.writer_caches] == [attends] * len(model.writer)
+
+
+@pytest.mark.parametrize("shape", ["memory", "none"])
+def test_autocast_around_it_changes_nothing(shape: str) -> None:
+    model, tokenizer = tiny("english", shape, torch.float32)
+    prompts = ["the cat", "", "a"]
+
+    def everything() -> tuple[list[Completion], list[Any], list[list[float]]]:
+        done = generate(model, tokenizer, prompts, temperature=1.0, max_new_units=20)
+        scores = [score(model, tokenizer, "the light", how).tolist() for how in ("decode", "packed", "naive")]
+        return done, beam_search(model, tokenizer, prompts, num_beams=2, max_new_units=6), scores
+
+    plain = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = everything()
+        assert torch.is_autocast_enabled("cpu")
+    for one, other in zip(inside[0], plain[0], strict=True):
+        same(one, other, 0.0)
+    assert inside[1:] == plain[1:]
