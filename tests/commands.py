@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,28 @@ def tidal(module: str, *arguments: str | bytes, cwd: Path, stdin: str = "", fail
     done = run([sys.executable, "-m", f"tidal.{module}", *arguments], cwd, stdin)
     assert fails or done.code == 0, done.err
     return done
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+    """Until it is so; the process, which writes to `log`, must not end before."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def children(parent: int) -> list[int]:
+    """The ids of the living processes that a process has started, in their order. From /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, its_parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has ended
+            continue
+        if state != "Z" and int(its_parent) == parent:
+            found.append(int(stat.parent.name))
+    return sorted(found)
 
 
 class Terminal:

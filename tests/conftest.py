@@ -8,6 +8,7 @@ Examples are random on a person's machine, where a rare failure is a find, and f
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -32,9 +33,15 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_parallel", "test_readme", "test_triton_attention", "test_doctor", "test_own_text", "test_mutants",
-           "test_commands", "test_engine", "test_resume")  # fmt: skip
-"""Files that take half a minute or more, longest first: a process that began one last would be the only one at work."""
+LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_attention", "test_mutants", "test_engine",
+           "test_commands", "test_own_text", "test_triton_planted_bugs", "test_triton_operator", "test_recorded",
+           "test_faults", "test_laws", "test_resume", "test_workers", "test_prepare_command",
+           "test_continue")  # fmt: skip
+"""Files that take about half a minute or more, longest first: a process that began one last would be the only one at
+work."""
+
+if importlib.util.find_spec("triton") is None:  # off Linux on x86-64; tests/kernels/conftest.py has the others
+    collect_ignore = ["test_kernel_benchmarks.py", "test_tile_benchmark.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +54,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run in it, to be copied before it is changed."""
     folder = tmp_path_factory.mktemp("trained")
     train = importlib.import_module("tidal.train.__main__").run
-    train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
+    with importlib.import_module("tests.train.runs").short_samples():
+        train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
     return folder
 
 

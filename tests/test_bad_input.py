@@ -192,16 +192,7 @@ def test_bad_input_is_refused_in_one_line(line: str, here: Path, command: Callab
     assert tree(here) == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        f"{TEXT} --data binary.dat",
-        "train --rows 0",
-        "train --out good.txt/run",
-        "infer --prompt a --checkpoint folder",
-        "evaluate addition --cuont 5",
-    ],
-)
+@pytest.mark.parametrize("line", ["train --rows 0", "evaluate addition --cuont 5"])  # before torch is imported
 def test_so_it_is_in_a_real_process(line: str, here: Path) -> None:
     before = tree(here)
     module, *arguments = line.split()

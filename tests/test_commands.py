@@ -237,7 +237,8 @@ def test_conversation_on_a_terminal(home: Path, tmp_path: Path) -> None:
 
 def test_evaluate_addition(home: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("addition", "--digits", "2", "--count", "20", "--batch-size", "7")
-    done = tidal("evaluate", *flags, "--json", cwd=home)
+    monkeypatch.chdir(home)
+    done = command("evaluate", *flags, "--json")
     (line,) = done.lines
     assert done.err.startswith("using runs/addition/checkpoints/step-0000")
     values = json.loads(line)
@@ -246,7 +247,6 @@ def test_evaluate_addition(home: Path, command: Command, monkeypatch: pytest.Mon
     assert values["wrong"] == round(20 * (1 - values["exact_match"])) >= max(values[kind] for kind in kinds[1:])
     assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)
     assert 0 <= values["exact_match"] <= 1
-    monkeypatch.chdir(home)
     plain = figures(command("evaluate", *flags).lines)
     assert list(plain) == list(values)
     assert plain["exact_match"] == pytest.approx(values["exact_match"], abs=1e-4)
@@ -304,15 +304,16 @@ def test_beams_and_streams(home: Path, command: Command, monkeypatch: pytest.Mon
         assert mine[-1] == completion
         assert len(completion["log_probs"]) == completion["units"]  # type: ignore[arg-type]
         assert len(completion["unit_names"]) == completion["units"]  # type: ignore[arg-type]
-    samples = objects(tidal("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--num-samples", "2",
-                            "--temperature", "1", "--max-new-blocks", "3", cwd=home).lines)  # fmt: skip
+    samples = objects(command("infer", "--prompt", "1 + 1 =", "2 + 2 =", "--stream", "--json", "--num-samples", "2",
+                              "--temperature", "1", "--max-new-blocks", "3").lines)  # fmt: skip
     for done in (line for line in samples if "completion" in line):
         mine = [line for line in samples if (line["index"], line["sample"]) == (done["index"], done["sample"])]
         assert [line["block"] for line in mine if "block" in line] == done["blocks"]
 
 
-def test_a_greedy_recipe_is_not_sampled(home: Path) -> None:
-    done = run([sys.executable, "-m", "tidal.infer", "--prompt", "1 + 1 =", "--seed", "3"], home)
+def test_a_greedy_recipe_is_not_sampled(home: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    done = command("infer", "--prompt", "1 + 1 =", "--seed", "3")
     assert (done.code, done.out) == (2, "")
     assert done.err.endswith("error: --seed does nothing with --temperature 0, which this recipe is asked with; "
                              "leave it out, or give a higher --temperature\n")  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import re
 from collections.abc import Callable
@@ -11,26 +13,31 @@ from pathlib import Path
 import pytest
 
 import tidal as package
-from tests.commands import SMALL, SMALL_TEXT, Ran, figures, objects, tidal
+from tests.commands import SMALL, SMALL_TEXT, Ran, figures, objects
 from tests.laws import check_scores
+from tests.train.runs import short_samples
 from tidal.infer.__main__ import _before as before
 from tidal.infer.__main__ import run as infer
+from tidal.train.__main__ import run as train
 
 Command = Callable[..., Ran]
 SEA = "the sea comes in and the sea goes out and so it goes on day by day "
 
 
 @pytest.fixture(scope="module")
-def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """A folder with a run on a text, one line without a line break, easy enough to be learnt in 40 steps."""
+def sea(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run on a text, one line without a line break, easy enough to be learnt in 40 steps; and what was
+    said meanwhile."""
     folder = tmp_path_factory.mktemp("sea")
     (folder / "sea.txt").write_text((SEA * 200)[:10_000])
     flags = ("--recipe", "text", "--data", "sea.txt", "--max-steps", "40", "--warmup-steps", "5", "--lr", "1e-2")
-    return folder, tidal("train", *flags, *SMALL_TEXT, "--d-model", "32", cwd=folder)
+    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()) as said:
+        assert train([*flags, *SMALL_TEXT, "--d-model", "32"]) == 0
+    return folder, said.getvalue()
 
 
 @pytest.fixture
-def there(sea: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+def there(sea: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of `sea`."""
     monkeypatch.chdir(sea[0])
 
@@ -99,8 +106,8 @@ def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
     assert plain["bits_per_byte"] == pytest.approx(values["bits_per_byte"], abs=1e-3)
 
 
-def test_samples_are_turned_the_right_way_round(sea: tuple[Path, Ran]) -> None:
-    folder, done = sea
+def test_samples_are_turned_the_right_way_round(sea: tuple[Path, str]) -> None:
+    folder, said = sea
     samples = objects((folder / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
     assert len(samples) == 2
     for sample in samples:
@@ -109,7 +116,7 @@ def test_samples_are_turned_the_right_way_round(sea: tuple[Path, Ran]) -> None:
         backwards = {word[::-1] for word in known} - known
         assert sum(word in known for word in written) > 0.8 * len(written) > 10
         assert not backwards & set(written)
-        assert f"  {sample['prompt']!r} → {sample['completion']!r}\n" in done.err  # the same is printed
+        assert f"  {sample['prompt']!r} → {sample['completion']!r}\n" in said  # the same is printed
 
 
 ENGLISH = "".join(f"Line {i} of a small file; it costs {i * 7} pence, don't you know?\n" for i in range(200))[:10_000]
@@ -125,12 +132,14 @@ def test_ten_kilobytes_need_no_other_flags(name: str, size: tuple[str, ...], tmp
     (tmp_path / "file").write_text(SMALL_FILES[name], encoding="utf-8")
     assert 9_000 < (tmp_path / "file").stat().st_size <= 10_100
     monkeypatch.chdir(tmp_path)
-    done = command("train", "--recipe", "text", "--data", "file", "--max-steps", "2", *size)
+    with short_samples():
+        done = command("train", "--recipe", "text", "--data", "file", "--max-steps", "2", *size)
     assert (done.code, done.out) == (0, ""), done.err
     assert (tmp_path / "runs/text/latest").read_text() == "step-000002\n"
     assert json.loads((tmp_path / "runs/text/doctor.json").read_text(encoding="utf-8"))["ok"]
     assert "Before training: all well" in re.sub("<.*?>", "", (tmp_path / "runs/text/report.html").read_text())
     samples = objects((tmp_path / "runs/text/samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len(samples) == 2
     for sample in samples:
         assert str(sample["prompt"]) in SMALL_FILES[name]
         assert "".join(sample["blocks"]) == sample["completion"]  # type: ignore[arg-type]
@@ -147,7 +156,7 @@ def test_garbage_is_counted(command: Command) -> None:
     assert all(0 <= counted[name] <= 1 for name in ("empty", "ended_at_once", "repeating", "endless"))
 
 
-def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path, command: Command,
+def test_folders_prompts_and_gzip(sea: tuple[Path, str], tmp_path: Path, command: Command,
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Several kinds of data in one run, with the tokenizer of another."""
     folder = tmp_path / "data" / "deep"
@@ -171,7 +180,7 @@ def test_folders_prompts_and_gzip(sea: tuple[Path, Ran], tmp_path: Path, command
     assert model.config.shape.suffix_rows == 500
 
 
-def test_a_streamed_text_ends_before_a_stop_string(sea: tuple[Path, Ran], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_streamed_text_ends_before_a_stop_string(sea: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     """It comes piece by piece, and no part of a stop string with it, wherever blocks end."""
     flags = ["--checkpoint", str(sea[0] / "runs/text"), "--prompt", "the sea", "--max-new-units", "60", "--seed", "2"]
     infer(flags)
@@ -184,5 +193,5 @@ def test_a_streamed_text_ends_before_a_stop_string(sea: tuple[Path, Ran], capsys
     assert [before("and so it", stop) for stop in ((), ("so",), ("it goes",), ("d", "x" * 20))] == [9, 4, 3, 0]
 
 
-def test_three_ways_to_score_agree_on_a_trained_run(sea: tuple[Path, Ran]) -> None:
+def test_three_ways_to_score_agree_on_a_trained_run(sea: tuple[Path, str]) -> None:
     check_scores(*package.load(sea[0] / "runs/text"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,11 +112,14 @@ def atomic_excess(structure: str, dtype: torch.dtype, **sizes: float) -> float:
     return max(math.inf if math.isnan(x) else x for x in excess)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_atomic_gradients(structure: str) -> None:
+DTYPES = itertools.cycle((torch.float32, torch.bfloat16))
+ATOMIC = [*zip(STRUCTURES, DTYPES, strict=False), ("causal", torch.float32), ("streams", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("structure", "dtype"), ATOMIC)
+def test_atomic_gradients(structure: str, dtype: torch.dtype) -> None:
     """dq added up by the programs of the keys; a group of three heads, and lengths that fill no tile."""
-    for dtype in (torch.float32, torch.bfloat16):
-        assert atomic_excess(structure, dtype, n_heads=3, q_tiles=1.3, k_tiles=2.7) <= 1
+    assert atomic_excess(structure, dtype, n_heads=3, q_tiles=1.3, k_tiles=2.7) <= 1
 
 
 @pytest.mark.parametrize("bug", ["not scaled", "not from zero", "not added", "dv not written"])

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tests.train.runs import SETTINGS, Hooked, stop_at
+from tests.train.runs import SETTINGS, Hooked, short_samples, stop_at
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import Train
@@ -42,6 +42,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 TWICE = dataclasses.replace(SETTINGS, parts=2, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
 UNCLIPPED = dataclasses.replace(TWICE, optim=dataclasses.replace(TWICE.optim, clip=1e9))
 """So that a gradient that is too small or too large stays so."""
+OPTIONS = dataclasses.replace(UNCLIPPED, compile=True, checkpoint_activations=True)
+"""Those that change how a gradient is computed, and not what it is."""
 
 
 # ------------------------------------------------------------------------------------------ processes
@@ -129,7 +131,7 @@ def writing_nothing() -> Iterator[None]:
 
 def run_jobs(jobs: list[Job], home: Path, others: list[Callable[[Parallel], float]]) -> list[float]:
     """In one of several processes: the jobs, one after the other, and what `others` come to."""
-    with joined("ddp", CPU) as parallel, eager_blocks():
+    with joined("ddp", CPU) as parallel, eager_blocks(), short_samples():
         for job in jobs:
             parallel.barrier()
             with contextlib.nullcontext() if parallel.leads else writing_nothing():
@@ -195,14 +197,24 @@ def apart(one: list[Tensor], other: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
-def ddp_apart(parallel: Parallel) -> float:
+def ddp_apart(parallel: Parallel, settings: Train = UNCLIPPED) -> float:
     """Of the gradient by several processes to that by one; two batches in two parts each, and no clipping."""
-    return apart(gradient(parallel, UNCLIPPED), gradient(Parallel(), UNCLIPPED))
+    return apart(gradient(parallel, settings), gradient(Parallel(), UNCLIPPED))
 
 
 def fsdp_apart(parallel: Parallel) -> float:
     """The same with sharded parameters."""
     return ddp_apart(Parallel(parallel.rank, parallel.size, "fsdp"))
+
+
+def ddp_with_options_apart(parallel: Parallel) -> float:
+    """Layers compiled and computed again in several processes, to the plain gradient of one."""
+    return ddp_apart(parallel, OPTIONS)
+
+
+def fsdp_with_options_apart(parallel: Parallel) -> float:
+    """The same with sharded parameters."""
+    return ddp_apart(Parallel(parallel.rank, parallel.size, "fsdp"), OPTIONS)
 
 
 def bug_own_units(parallel: Parallel) -> float:
@@ -226,6 +238,13 @@ def bug_mean(parallel: Parallel) -> float:
 def bug_same_rows(parallel: Parallel) -> float:
     """Every process computes the same share."""
     with mock.patch.object(Parallel, "batch", lambda self, recipe, i: recipe.batch(i, (0, self.size))):
+        mine = gradient(parallel, UNCLIPPED)
+    return apart(mine, gradient(Parallel(), UNCLIPPED))
+
+
+def bug_never_reduced(parallel: Parallel) -> float:
+    """Each process adds up its own gradients to the end."""
+    with mock.patch.object(Parallel, "no_sync", lambda self, wrapped, last: wrapped.no_sync()):
         mine = gradient(parallel, UNCLIPPED)
     return apart(mine, gradient(Parallel(), UNCLIPPED))
 
