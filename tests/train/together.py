@@ -36,7 +36,7 @@ from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
 CPU = torch.device("cpu")
-SECONDS = 120.0
+SECONDS = 240.0
 """After which a test gives a process up."""
 CONTEXT = multiprocessing.get_context("forkserver")
 TWICE = dataclasses.replace(SETTINGS, parts=2, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
