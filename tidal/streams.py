@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +29,7 @@ from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
 from tidal.places import moved
 from tidal.recall import N_RECALLED, Recollection, recalled
-from tidal.tokenizer import NO_PLACE, Block, MixedTokenizer
+from tidal.tokenizer import NO_PLACE, ROOT, Block, MixedTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Batch:
     reader_sees: torch.Tensor
     """int32 [B, R, 2], half-open range of reader indices in the row"""
     aux_targets: torch.Tensor
-    """int64 [B, R]: the last token of the next block at the last token of a block, else -1"""
+    """int64 [B, R]: the last token of the next block at the last token of a block, if that block is learnt, else -1"""
     writer_ids: torch.Tensor
     """int64 [B, W]"""
     writer_positions: torch.Tensor
@@ -153,18 +153,42 @@ class Batch:
     """int32 [B, W, 2], half-open range of writer indices in the row"""
     targets: torch.Tensor
     """int64 [B, W], -1 in the padding"""
-    n_units: int
-    """Supervised units."""
     n_bytes: int
     """UTF-8 bytes of the supervised text."""
+    n_children: tuple[int, ...]
+    """Of each row: the children that its nodes have, those of the root left out."""
     steps: Steps = PLAIN_STEPS
     """What it was packed for."""
+    n_units: int = field(init=False)
+    """Targets: supervised units."""
+    n_asked: int = field(init=False)
+    """Auxiliary targets."""
+    n_begun: int = field(init=False)
+    """Steps at the root: first ones of a block."""
+
+    def __post_init__(self) -> None:
+        """Count here, where the batch is on the CPU: a GPU would have to be waited for."""
+        for name, there in (("n_units", self.targets != NOTHING), ("n_asked", self.aux_targets != NOTHING),
+                            ("n_begun", self.nodes == ROOT)):  # fmt: skip
+            object.__setattr__(self, name, int(there.sum()))
+
+    @property
+    def written(self) -> torch.Tensor:
+        """int64 [n_units]: where, of all rows' steps, the targets are. Nothing waits for a GPU."""
+        return (self.targets != NOTHING).flatten().nonzero_static(size=self.n_units)[:, 0]
+
+    @property
+    def asked(self) -> torch.Tensor:
+        """int64 [n_asked]: where, of all rows' tokens, the auxiliary targets are; likewise."""
+        return (self.aux_targets != NOTHING).flatten().nonzero_static(size=self.n_asked)[:, 0]
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on another device."""
-        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in dataclasses.fields(self)
-                   if isinstance(value := getattr(self, f.name), torch.Tensor)}  # fmt: skip
-        return dataclasses.replace(self, **tensors)
+        moved = copy.copy(self)  # counts and all
+        for f in dataclasses.fields(self):
+            if isinstance(value := getattr(self, f.name), torch.Tensor):
+                object.__setattr__(moved, f.name, value.to(device, non_blocking=True))
+        return moved
 
 
 def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
@@ -173,7 +197,6 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         **_reader_stream(blocks, table),
         **_writer_stream(blocks, table, steps),
-        n_units=int(blocks.n_steps.sum()),
         n_bytes=int(table.n_bytes.view()[blocks.index[blocks.supervised]].sum()),
         steps=steps,
     )
@@ -228,13 +251,14 @@ def _reader_stream(blocks: _Blocks, table: BlockTable) -> dict[str, torch.Tensor
     }
 
 
-def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str, torch.Tensor]:
-    """The fields of a `Batch` that have an element a writer step."""
+def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str, Any]:
+    """The fields of a `Batch` that have an element a writer step, and `n_children`."""
     b, t = _ragged(blocks.n_steps)  # each step's block, and its index inside the block
     source = table.target_start.view()[blocks.index][b] + t
     targets = table.targets.view()[source]
     start, end = blocks.document_column[b], blocks.token_column[b]  # of the reader tokens before the block
-    own = blocks.step_column[b]
+    nodes, own = table.nodes.view()[source], blocks.step_column[b]
+    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0)
     unseen = np.maximum(0, t + 1 - (steps.window or t + 1))
     recall = _recalled(blocks, table) if steps.recall else np.full((len(targets), N_RECALLED), NOTHING)
     padded = _Padded(blocks.n_rows, blocks.row[b], own + t)
@@ -244,7 +268,8 @@ def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str
         "writer_places": padded(t + blocks.place_offset[b]),
         "suffixes": padded(table.hashes.view()[source], NOTHING),
         "recalled": padded(recall, NOTHING),
-        "nodes": padded(table.nodes.view()[source], NOTHING),
+        "nodes": padded(nodes, NOTHING),
+        "n_children": tuple(np.bincount(blocks.row[b], n_children, blocks.n_rows).astype(int).tolist()),
         "context": padded(end - 1),
         "sees_reader": padded(np.stack([start, end], 1).astype(np.int32)),
         "sees_writer": padded(np.stack([own + unseen, own + t + 1], 1).astype(np.int32)),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tidal.infer import recorded
 from tidal.kernels import TilePlan
-from tidal.model import KeysValues, TidalTransformer, View
+from tidal.layers import KeysValues, View
+from tidal.model import TidalTransformer
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
 
