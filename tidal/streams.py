@@ -19,7 +19,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +156,7 @@ class Batch:
     n_bytes: int
     """UTF-8 bytes of the supervised text."""
     n_children: tuple[int, ...]
-    """Of each row: the children that its nodes have, those of the root left out."""
+    """Of each row: how many children the nodes of its steps have in the `Spelling`, but for those at the root."""
     steps: Steps = PLAIN_STEPS
     """What it was packed for."""
     n_units: int = field(init=False)
@@ -197,6 +197,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         **_reader_stream(blocks, table),
         **_writer_stream(blocks, table, steps),
+        n_children=_children(blocks, table),
         n_bytes=int(table.n_bytes.view()[blocks.index[blocks.supervised]].sum()),
         steps=steps,
     )
@@ -251,14 +252,13 @@ def _reader_stream(blocks: _Blocks, table: BlockTable) -> dict[str, torch.Tensor
     }
 
 
-def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str, Any]:
-    """The fields of a `Batch` that have an element a writer step, and `n_children`."""
+def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str, torch.Tensor]:
+    """The fields of a `Batch` that have an element a writer step."""
     b, t = _ragged(blocks.n_steps)  # each step's block, and its index inside the block
     source = table.target_start.view()[blocks.index][b] + t
     targets = table.targets.view()[source]
     start, end = blocks.document_column[b], blocks.token_column[b]  # of the reader tokens before the block
-    nodes, own = table.nodes.view()[source], blocks.step_column[b]
-    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0)
+    own = blocks.step_column[b]
     unseen = np.maximum(0, t + 1 - (steps.window or t + 1))
     recall = _recalled(blocks, table) if steps.recall else np.full((len(targets), N_RECALLED), NOTHING)
     padded = _Padded(blocks.n_rows, blocks.row[b], own + t)
@@ -268,13 +268,20 @@ def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str
         "writer_places": padded(t + blocks.place_offset[b]),
         "suffixes": padded(table.hashes.view()[source], NOTHING),
         "recalled": padded(recall, NOTHING),
-        "nodes": padded(nodes, NOTHING),
-        "n_children": tuple(np.bincount(blocks.row[b], n_children, blocks.n_rows).astype(int).tolist()),
+        "nodes": padded(table.nodes.view()[source], NOTHING),
         "context": padded(end - 1),
         "sees_reader": padded(np.stack([start, end], 1).astype(np.int32)),
         "sees_writer": padded(np.stack([own + unseen, own + t + 1], 1).astype(np.int32)),
         "targets": padded(targets, NOTHING),
     }
+
+
+def _children(blocks: _Blocks, table: BlockTable) -> tuple[int, ...]:
+    """How many children the nodes of each row's steps have, but for those at the root."""
+    b, t = _ragged(blocks.n_steps)
+    nodes = table.nodes.view()[table.target_start.view()[blocks.index][b] + t]
+    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0)
+    return tuple(map(int, np.bincount(blocks.row[b], n_children, blocks.n_rows)))
 
 
 def _recalled(blocks: _Blocks, table: BlockTable) -> Ints:

@@ -151,7 +151,7 @@ def typo_gain(model: TidalTransformer, right: Batch, wrong: Batch, tokenizer: Mi
     could = kinds[(~kinds[0])[instead].long()].scatter(1, there[:, None], False)
     pieces = parts_of(wrong, parts)
     logits = [model.head(model.states(piece.to(device))[1][at.to(device)]).cpu()
-              for piece, at in zip(pieces, typos.split([len(p.targets) for p in pieces]), strict=True)]  # fmt: skip
+              for piece, at in zip(pieces, typos.tensor_split(len(pieces)), strict=True)]  # fmt: skip
     among = torch.cat(logits).float().masked_fill(~could, -math.inf).log_softmax(-1)
     gains = among.gather(1, instead[:, None])[:, 0] + could.sum(1).log()
     return float(gains.mean())

@@ -221,7 +221,7 @@ class AdditionRecipe:
     def _sample(self, n: int) -> Problem:
         """The n-th sample to be learnt: each once an epoch, in an order of its own."""
         epoch, rank = divmod(n, len(self.samples))
-        return self.samples[order_of(self.settings.seed, 4, epoch, len(self.samples))[rank]]
+        return self.samples[int(order_of(self.settings.seed, 4, epoch, len(self.samples))[rank])]
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match at the trained number of digits and at one and two more; `quality` is their mean."""
