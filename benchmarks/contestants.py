@@ -31,7 +31,7 @@ from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransform
 from benchmarks.entries import Entry
 from benchmarks.switches import SwitchedRecipe, Switches, model_of, optimizer_of
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage, passage, windows
-from tidal.config import Text, TidalConfig, Train
+from tidal.config import Text, Train
 from tidal.corpora.build import build
 from tidal.evaluate.boundary import Floats, cut_pairs, gap_between
 from tidal.model import TidalTransformer
@@ -226,7 +226,7 @@ class Runner(ABC):
             seen += int(pairs) * q.shape[1] * q.shape[3]
             return q + 0 * (k.sum() + v.sum())  # gradients still reach k and v
 
-        with mock.patch("tidal.model.interval_attention", stand_in), FlopCounterMode(display=False) as counter:
+        with mock.patch("tidal.layers.interval_attention", stand_in), FlopCounterMode(display=False) as counter:
             for _ in range(COUNTED):
                 self.step(0.0)
                 self.n_steps += 1
@@ -241,10 +241,8 @@ class TidalRunner(Runner):
     def __init__(self, entry: Entry, texts: Texts, seed: int, device: torch.device) -> None:
         super().__init__(entry, texts, seed, device)
         self.recipe = SwitchedRecipe(self.train, entry.switches)
-        t = self.recipe.tokenizer
         torch.manual_seed(seed)
-        config = TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, self.train.model)
-        self.model = model_of(config, entry.switches, t.spelling).to(device)
+        self.model = model_of(self.recipe.tokenizer, self.train.model, entry.switches).to(device)
         self.optimizer = optimizer_of(self.model, self.train.optim, entry.switches.matrices)
 
     def step(self, rate: float) -> None:

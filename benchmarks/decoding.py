@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from benchmarks.baselines import cached, causal
 from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
 from tidal.blocks import BlockTable, passage
-from tidal.config import Shape, TidalConfig
+from tidal.config import Shape
 from tidal.infer import engine
 from tidal.infer.sampling import Sampling, choose
-from tidal.model import Layer, TidalTransformer
+from tidal.layers import Layer
+from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.presets import PRESETS
@@ -185,9 +186,7 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
                   reader_ff=3 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
                   writer_attention=args.writer_attention, foretell=TEXT.foretell, recall=TEXT.recall)  # fmt: skip
-    config = TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
-                         tokenizer.fingerprint, shape)  # fmt: skip
-    tidal = TidalTransformer(config, tokenizer.spelling).eval().to(args.device)
+    tidal = TidalTransformer.of(tokenizer, shape).eval().to(args.device)
     if shape.suffix_rows:
         nn.init.normal_(tidal.suffix_embedding.weight, std=0.02)  # trained ones are not zero
     total = tidal.n_parameters()["total"]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tidal.cli import progress
-from tidal.config import Shape, TidalConfig
+from tidal.config import Shape
 from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
 from tidal.tokenizer import Block, MixedTokenizer
@@ -48,10 +48,7 @@ def random_model(tokenizer: MixedTokenizer, rng: np.random.Generator) -> TidalTr
         writer_attention=attention[rng.integers(3)], qk_norm=bool(rng.integers(2)),
         foretell=bool(rng.integers(2)), recall=bool(rng.integers(2)),
     )  # fmt: skip
-    t = tokenizer
-    model = TidalTransformer(
-        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape), t.spelling
-    )
+    model = TidalTransformer.of(tokenizer, shape)
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=float(rng.choice([0.02, 0.3, 3.0])))

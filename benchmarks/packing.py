@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import record
 from tidal.blocks import BlockTable, Passage, passage, windows
-from tidal.config import Shape, TidalConfig
+from tidal.config import Shape
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
@@ -40,11 +40,7 @@ def main() -> None:
     tokenizer = MixedTokenizer.train([text], vocab_size=1024)
     table = BlockTable(tokenizer)
     document = windows(passage(table, "", text), table, args.tokens, 1 << 30)[0]
-    shape = Shape()
-    model = TidalTransformer(
-        TidalConfig(tokenizer.vocab_size, tokenizer.n_writable, tokenizer.n_head, tokenizer.max_block_units,
-                    tokenizer.fingerprint, shape)
-    ).eval()  # fmt: skip
+    model = TidalTransformer.of(tokenizer, Shape()).eval()
     packed = [pack([[document]], table)]
     naive = [pack([[Passage(document.blocks[: i + 1], i)]], table) for i in range(1, len(document.blocks))]
     n_units = packed[0].n_units

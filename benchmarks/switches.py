@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
 from tidal.boundary_dropout import cut_blocks
-from tidal.config import Optim, TidalConfig, Train
+from tidal.config import Optim, Shape, TidalConfig, Train
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer, Spelling
@@ -97,7 +97,7 @@ class ForwardTable(BlockTable):
 class OwnHead(TidalTransformer):
     """A head of its own."""
 
-    def __init__(self, config: TidalConfig, spelling: Spelling) -> None:
+    def __init__(self, config: TidalConfig, spelling: Spelling | None = None) -> None:
         super().__init__(config, spelling)
         self.own_head = nn.Embedding(config.n_head, config.shape.d_model, _weight=self.unit_embedding.weight.clone())
 
@@ -113,11 +113,11 @@ def forward_spelling(tokenizer: MixedTokenizer) -> Spelling:
     return Spelling([(tokenizer.eos_id, (tokenizer.eos_id,)), *spelled], tokenizer.eob_id, tokenizer.eos_id)
 
 
-def model_of(config: TidalConfig, switches: Switches, spelling: Spelling) -> TidalTransformer:
+def model_of(tokenizer: MixedTokenizer, shape: Shape, switches: Switches) -> TidalTransformer:
     """A fresh model."""
-    model = (OwnHead if switches.head == "own" else TidalTransformer)(config, spelling)
+    model = (OwnHead if switches.head == "own" else TidalTransformer).of(tokenizer, shape)
     if switches.suffix_gains == "off":  # they begin as zeros, and so they stay
-        added = (torch.arange(2 * config.shape.d_model) >= config.shape.d_model).float()
+        added = (torch.arange(2 * shape.d_model) >= shape.d_model).float()
         model.suffix_embedding.weight.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient: gradient * added.to(gradient))  # fmt: skip
     return model

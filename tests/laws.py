@@ -109,7 +109,7 @@ def check_mates(model: TidalTransformer, table: BlockTable, rows: Sequence[Seque
     """Neither other rows nor other documents of the row nor the padding, whatever it holds, have any influence."""
     batch, reader, log_probs = packed_states(model, table, rows)
     generator = torch.Generator().manual_seed(0)
-    n_reader, n_writer, changed = [], [], {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    n_reader, n_writer, changed = list[int](), list[int](), dict[str, Tensor]()
     for i, row in enumerate(rows):
         parts = [packed_states(model, table, [[p]]) for p in row]
         n_reader.append(sum(p[0].reader_ids.shape[1] for p in parts))
@@ -120,12 +120,12 @@ def check_mates(model: TidalTransformer, table: BlockTable, rows: Sequence[Seque
               "reader_places": model.config.n_places, "writer_places": model.config.n_places,
               "reader_positions": 99, "writer_positions": 99}  # fmt: skip
     for name, limit in limits.items():
-        filled = changed[name].clone()
+        filled = getattr(batch, name).clone()
         for i, n in enumerate(n_reader if name in READER else n_writer):
             filled[i, n:] = torch.randint(limit, filled[i, n:].shape, generator=generator).to(filled.dtype)
         changed[name] = filled
     with torch.inference_mode():
-        again = model.log_probs(Batch(**changed))
+        again = model.log_probs(dataclasses.replace(batch, **changed))
     assert_close(again, packed_log_probs(model, table, rows), CAUSAL)
 
 

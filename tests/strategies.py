@@ -18,6 +18,7 @@ from tidal.boundary_dropout import cut_at_random
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
 from tidal.prepare.documents import Document, _hash, divide
+from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer
 
 # ------------------------------------------------------------------------------------------- tokenizers
@@ -110,8 +111,8 @@ def passages(draw: st.DrawFn, table: BlockTable, max_size: int = 4, dropout: boo
         draw(hostile_text(max_size=max_size)),
         ends=draw(st.booleans()),
         place_offset=draw(st.sampled_from((0, 0, 3))),
-        position_scale=draw(st.sampled_from((1.0, 1.0, 1.7))),
     )
+    whole = dataclasses.replace(whole, position_scale=draw(st.sampled_from((1.0, 1.0, 1.7))))
     if not dropout:
         return whole
     rng = np.random.default_rng(draw(st.integers(0, 9)))
@@ -129,6 +130,16 @@ def rows_of_passages(draw: st.DrawFn, table: BlockTable) -> list[list[Passage]]:
 def short_text() -> st.SearchStrategy[str]:
     """Hostile, and short enough to be decoded step by step."""
     return hostile_text(max_size=4).map(lambda text: text[:14])
+
+
+def differing(one: Batch, other: Batch) -> list[str]:
+    """The fields in which two batches differ, be it in dtype or padding."""
+    def alike(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return a == b
+
+    return [f.name for f in dataclasses.fields(Batch) if not alike(getattr(one, f.name), getattr(other, f.name))]
 
 
 def remembered(scripts: Sequence[list[int]], written: list[int]) -> list[int]:

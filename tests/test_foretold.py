@@ -9,7 +9,7 @@ import torch
 from tests.strategies import tokenizers
 from tidal.config import Shape, TidalConfig
 from tidal.foretold import Foretold
-from tidal.tokenizer import NO_NODE, Spelling
+from tidal.tokenizer import NO_NODE, ROOT, Spelling
 
 SHAPE = Shape(d_model=8, n_heads=1, n_kv_heads=1, foretell=True)
 
@@ -21,7 +21,10 @@ def both_ways(spelling: Spelling, n_vocab: int, n_head: int, dtype: torch.dtype)
     sums = foretold.sums(torch.randn(3, n_vocab, dtype=dtype).mul(4).log_softmax(-1))
     nodes = torch.arange(NO_NODE, len(spelling.nodes)).repeat(2, 1)  # [2, nodes], as rows of steps
     which = torch.randint(3, nodes.shape)
-    return foretold(sums, which, nodes), foretold.fixed(sums, which, nodes)
+    counted = foretold(sums, which, nodes), foretold.fixed(sums, which, nodes)
+    n_children = len(spelling.child_unit) - int(spelling.n_children[ROOT])  # of the nodes that are not the root
+    assert torch.equal(foretold(sums, which, nodes, n_begun=2, n_children=2 * n_children), counted[0])
+    return counted
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)

@@ -60,6 +60,20 @@ def test_unknown_and_missing_keys_are_refused() -> None:
             TidalConfig.from_dict({**values, "shape": broken})
 
 
+@pytest.mark.parametrize("wrong", [
+    {"rotary_places": "no"}, {"foretell": 0}, {"d_model": True}, {"n_heads": 4.0}, {"step_stride": "0"},
+    {"writer_attention": None},
+])  # fmt: skip
+def test_values_of_another_type_are_refused(wrong: dict[str, Any]) -> None:
+    """A string is true: places would turn queries, all weights load, and the model write garbage."""
+    values = config_of(tokenizers()["english"], Shape()).to_dict()
+    with pytest.raises(ValueError, match=rf"Shape: {next(iter(wrong))} is .*, which is no "):
+        TidalConfig.from_dict({**values, "shape": {**values["shape"], **wrong}})
+    for wrong in ({"vocab_size": "400"}, {"fingerprint": None}):
+        with pytest.raises(ValueError, match=rf"TidalConfig: {next(iter(wrong))} is .*, which is no "):
+            TidalConfig.from_dict({**values, **wrong})
+
+
 @pytest.mark.parametrize("bad", [
     {"d_model": 0}, {"d_model": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3}, {"n_heads": 0}, {"n_kv_heads": 0},
     {"reader_layers": -1}, {"writer_layers": 0}, {"reader_ff": 0}, {"writer_ff": 0}, {"suffix_rows": -1},

@@ -12,14 +12,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import passages, remembered, rows_of_passages, tokenizer_names, tokenizers
+from tests.strategies import differing, passages, remembered, rows_of_passages, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import hostile_text
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
 from tidal.config import LAYOUT, PLAIN_STEPS, Steps, TidalConfig
 from tidal.places import sinusoids
 from tidal.streams import Batch
-from tidal.tokenizer import NO_PLACE, MixedTokenizer
+from tidal.tokenizer import NO_PLACE, ROOT, MixedTokenizer, Spelling
 
 Row = dict[str, list[Any]]
 READER = ("reader_ids", "reader_positions", "reader_places", "reader_sees", "aux_targets")
@@ -27,18 +27,7 @@ DTYPES = {"reader_positions": np.float32, "writer_positions": np.float32, "reade
           "sees_reader": np.int32, "sees_writer": np.int32}  # fmt: skip
 
 
-def assert_same(one: Batch, other: Batch) -> None:
-    """Every field equal, dtype and padding included."""
-    for name in (f.name for f in dataclasses.fields(Batch)):
-        a, b = getattr(one, name), getattr(other, name)
-        if isinstance(a, torch.Tensor):
-            assert (a.dtype, a.shape) == (b.dtype, b.shape), name
-            assert torch.equal(a, b), f"{name}:\n{a}\n{b}"
-        else:
-            assert a == b, name
-
-
-def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps) -> Batch:
+def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps, spelling: Spelling) -> Batch:
     """Rows of lists, padded by hand."""
     n_reader = max(len(row["reader_ids"]) for row in rows)
     n_writer = max(len(row["targets"]) for row in rows)
@@ -51,7 +40,13 @@ def batch_of(rows: Sequence[Row], n_bytes: int, layout: Steps) -> Batch:
         for i, row in enumerate(rows):
             values[i, : len(row[name])] = np.array(row[name]).reshape(-1, *inner)
         fields[name] = torch.from_numpy(values)
-    return Batch(**fields, n_units=sum(len(row["targets"]) for row in rows), n_bytes=n_bytes, steps=layout)
+    n_children = tuple(sum(len(children_of(spelling, node)) for node in row["nodes"] if node > ROOT) for row in rows)
+    return Batch(**fields, n_bytes=n_bytes, n_children=n_children, steps=layout)
+
+
+def children_of(spelling: Spelling, node: int) -> range:
+    """Indices of what may follow at a node."""
+    return range(spelling.first_child[node], spelling.first_child[node + 1])
 
 
 def blocks_of(p: Passage, table: BlockTable) -> list[tuple[str, bool]]:
@@ -102,7 +97,7 @@ def fold(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) ->
             "sees_writer": [s.sees_writer for s in steps],
             "targets": targets,
         })  # fmt: skip
-    return batch_of(done, n_bytes, layout)
+    return batch_of(done, n_bytes, layout, tokenizer.spelling)
 
 
 def units_of(text: str, tokenizer: MixedTokenizer) -> list[int]:
@@ -115,8 +110,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
     """DESIGN section 3 written out a second time, straight from the table and the text."""
     tokenizer, n_bytes, done = table.tokenizer, 0, []
     for row in rows:
-        out: Row = {name: [] for name in (f.name for f in dataclasses.fields(Batch)) if name not in
-                    ("n_units", "n_bytes", "steps")}  # fmt: skip
+        out: Row = {f.name: [] for f in dataclasses.fields(Batch) if f.type == "torch.Tensor"}
         for p in row:
             start, own = len(out["reader_ids"]), len(out["targets"])
             blocks = [("", False), *blocks_of(p, table)]
@@ -154,7 +148,7 @@ def tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps) 
                     out["reader_sees"].append((start, start + n_j + len(ids[j])))
                     out["aux_targets"].append(NOTHING)
         done.append(out)
-    return batch_of(done, n_bytes, layout)
+    return batch_of(done, n_bytes, layout, tokenizer.spelling)
 
 
 def placed(data: bytes) -> bool:
@@ -169,14 +163,14 @@ def n_units_of(tokenizer: MixedTokenizer) -> Callable[[int], int]:
 
 def check_twin(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps = PLAIN_STEPS) -> None:
     """The vectorized twin equals the fold, field by field."""
-    assert_same(streams.pack(rows, table, steps=layout), fold(rows, table, layout))
+    assert differing(streams.pack(rows, table, steps=layout), fold(rows, table, layout)) == []
 
 
 def check_tabled(rows: Sequence[Sequence[Passage]], table: BlockTable, layout: Steps = PLAIN_STEPS) -> None:
     """The twin and the fold are what the design says."""
     expected = tabled(rows, table, layout)
-    assert_same(streams.pack(rows, table, steps=layout), expected)
-    assert_same(fold(rows, table, layout), expected)
+    assert differing(streams.pack(rows, table, steps=layout), expected) == []
+    assert differing(fold(rows, table, layout), expected) == []
 
 
 def check_targets_are_text(rows: Sequence[Sequence[Passage]], table: BlockTable) -> None:
@@ -276,7 +270,8 @@ def test_a_batch_moves_to_a_device_whole() -> None:
     moved = batch.to("meta")
     assert all(getattr(moved, f.name).is_meta for f in dataclasses.fields(Batch)
                if isinstance(getattr(batch, f.name), torch.Tensor))  # fmt: skip
-    assert (moved.n_units, moved.n_bytes) == (batch.n_units, batch.n_bytes)
+    for counted in ("n_units", "n_asked", "n_begun", "n_bytes", "n_children"):
+        assert getattr(moved, counted) == getattr(batch, counted)
 
 
 def test_the_example_of_the_design() -> None:

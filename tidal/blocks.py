@@ -195,22 +195,21 @@ class Passage:
         return learnt
 
 
-def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = True, place_offset: int = 0,
-            position_scale: float = 1.0) -> Passage:  # fmt: skip
+def passage(table: BlockTable, prompt: str, completion: str, *, ends: bool = True, place_offset: int = 0) -> Passage:
     """Split a prompt (unsupervised) and its completion into one passage, exactly as the decoder will.
 
     Raises ValueError on lone surrogates.
     """
     before, after = table.tokenizer.split(prompt), table.tokenizer.split(completion)
-    return joined(table, before, after, ends=ends, place_offset=place_offset, position_scale=position_scale)
+    return joined(table, before, after, ends=ends, place_offset=place_offset)
 
 
-def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, ends: bool = True, place_offset: int = 0,
-           position_scale: float = 1.0) -> Passage:  # fmt: skip
+def joined(table: BlockTable, before: Sequence[str], after: Sequence[str], *, ends: bool = True,
+           place_offset: int = 0) -> Passage:  # fmt: skip
     """A passage of the blocks of a prompt and of its completion."""
     last = [EOS_BLOCK] if ends else []
     blocks = np.concatenate([[BOS_BLOCK], table.indices([*before, *after]), last]).astype(np.int32)
-    return Passage(blocks, 1 + len(before), place_offset, position_scale)
+    return Passage(blocks, 1 + len(before), place_offset)
 
 
 def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: int,

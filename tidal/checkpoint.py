@@ -173,13 +173,7 @@ def verify(folder: Path) -> None:
 
 
 def set_pointer(run_dir: Path, pointer: Pointer, name: str) -> None:
-    """Make `latest` or `best` of a run name a checkpoint, such as "step-000500".
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
-    if name not in {folder.name for folder in checkpoints(run_dir)}:
-        raise ValueError(f"{pointer} cannot name {name!r}: {run_dir / 'checkpoints'} has no such checkpoint")
+    """Make `latest` or `best` of a run name a checkpoint, such as "step-000500"."""
     atomic_write(run_dir / pointer, name + "\n")
 
 

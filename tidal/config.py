@@ -47,7 +47,8 @@ class Shape:
     """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
     over spellings."""
     recall: bool = False
-    """Tell the writer what followed, the last time in this document, the units that its block now begins with."""
+    """Tell each step which unit came next the last time a block of this document ended as this one does so far; also
+    after the same block, and the same two."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -62,9 +63,9 @@ class Shape:
     place_jitter: int = 0
     """In training, every document's places are moved by a random number up to this one."""
     step_stride: float = 0.0
-    """How far apart, in reader positions, the steps of one block stand."""
+    """ALiBi distance between two characters of the block being written (writer steps, not training steps)."""
     step_window: int = 0
-    """Steps of its own block that a step sees, itself and those just before it; 0: all."""
+    """How many of its own block's last characters a writer step attends to, itself included; 0: all."""
 
     def __post_init__(self) -> None:
         for name, least in (("d_model", 1), ("n_heads", 1), ("n_kv_heads", 1), ("reader_layers", 0),
@@ -141,23 +142,8 @@ class TidalConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises ValueError on unknown or missing keys (law 7)."""
-        known = _checked(cls, values)
-        return cls(**{**known, "shape": Shape(**_checked(Shape, known["shape"]))})
-
-
-def _checked(kind: type, values: Any) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ValueError(f"{kind.__name__} is {values!r}; it must be an object")
-    names = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - names):
-        raise ValueError(f"{kind.__name__} has unknown keys {unknown}; known are {sorted(names)}")
-    if missing := sorted(names - set(values)):
-        raise ValueError(f"{kind.__name__} lacks the keys {missing}")
-    for f in dataclasses.fields(kind):
-        if f.type == "int" and type(values[f.name]) is not int:
-            raise ValueError(f"{f.name} is {values[f.name]!r:.60}; it must be a whole number")
-    return values
+        """The inverse of `to_dict`. Raises ValueError on unknown or missing keys and values of another type (law 7)."""
+        return _from_json(cls(0, 0, 0, 0, ""), values, complete=True)
 
 
 @dataclass(frozen=True)
@@ -242,7 +228,8 @@ class Text:
     reader_budget: int = 256
     """Reader tokens in a row."""
     cut_probability: float = 0.015
-    """Boundary dropout: how often a block of the training data is cut at a place between two characters."""
+    """Boundary dropout: the probability, at each place between two characters of a block, that training text is cut
+    there as a prompt is."""
     hold_out: float = 0.05
     """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
     end)."""
@@ -318,23 +305,25 @@ def flat(values: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, 
 T = TypeVar("T")
 
 
-def _from_json(default: T, values: Any) -> T:
-    """The dataclass `default` with those of its fields replaced that `values` has."""
-    kind = type(default).__name__
+def _from_json(default: T, values: Any, complete: bool = False) -> T:
+    """The dataclass `default` with those of its fields replaced that `values` has; if `complete`, it must have all."""
+    kind, types = type(default).__name__, {f.name: f.type for f in dataclasses.fields(default)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise ValueError(f"{kind} is {values!r:.60}; it must be an object")
+    if unknown := sorted(values.keys() - types.keys()):
+        raise ValueError(f"{kind} has unknown keys {unknown!r:.60}; known are {sorted(types)}")
+    if complete and (missing := sorted(types.keys() - values.keys())):
+        raise ValueError(f"{kind} lacks the keys {missing}")
     given: dict[str, Any] = {}
     for name, value in values.items():
-        if not hasattr(default, name):
-            raise ValueError(f"{kind} has the unknown key {name!r:.60}")
         old = getattr(default, name)
         if dataclasses.is_dataclass(old):
-            value = _from_json(old, value)
+            value = _from_json(old, value, complete)
         elif isinstance(old, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif isinstance(old, float) and type(value) is int:
             value = float(value)
-        elif type(value) is not type(old) and not (None in (old, value) and isinstance(old or value or "", str)):
-            raise ValueError(f"{kind}: {name} is {value!r:.60}, which is no {type(old).__name__}")
+        elif type(value) is not type(old) and not (types[name] == "str | None" and isinstance(value, str | None)):
+            raise ValueError(f"{kind}: {name} is {value!r:.60}, which is no {types[name]}")
         given[name] = value
     return type(default)(**given)

@@ -44,9 +44,9 @@ class Foretold(nn.Module):
             arrays = {"order": spelling.order, "nodes": np.concatenate([nodes, none]), "children_of_all": children}
         for name, array in arrays.items():
             self.register_buffer(name, None if array is None else torch.from_numpy(array), persistent=False)
-        self.n_first = int(spelling.first_child[ROOT + 1]) if spelling else 0
+        self.n_first = int(spelling.n_children[ROOT]) if spelling else 0
         """How many units a token may end with."""
-        self.n_most = int(np.diff(spelling.first_child).max()) if spelling else 0
+        self.n_most = int(spelling.n_children.max()) if spelling else 0
         """Children of the node that has most, in practice these."""
 
     @property
@@ -69,24 +69,27 @@ class Foretold(nn.Module):
             torch.cumsum(p_nt - sums[:, 0].diff(), -1, out=sums[:, 1, 1:])
         return sums
 
-    def forward(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:
+    def forward(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor, n_begun: int | None = None,
+                n_children: int | None = None) -> Tensor:  # fmt: skip
         """Hints [..., D] for steps at `nodes` [...], of row `which` [...] of the sums; zeros where there is no node.
 
         A first step may go on with any unit that a token ends with, a hundred or (Chinese) a thousand: that is a matrix
-        product. Later steps have a few to choose from, which are gathered one by one.
+        product. Later steps have a few to choose from, which are gathered one by one. `n_begun` and `n_children` count
+        the first steps and the choices of the later ones; where they are not given, a GPU is waited for.
         """
         table, node, row = self.embedding.weight, nodes.flatten(), which.flatten()
         from_child, to_child, *_ = (of := self.nodes[node]).unbind(1)
-        n_children = torch.where(node == ROOT, 0, to_child - from_child)
-        begins = n_children.cumsum(0) - n_children
-        step = torch.repeat_interleave(n_children)
+        begun = node == ROOT
+        n_own = torch.where(begun, 0, to_child - from_child)
+        begins = n_own.cumsum(0) - n_own
+        step = torch.repeat_interleave(n_own, output_size=n_children)
         child = from_child[step] + torch.arange(len(step), device=step.device) - begins[step]
         units = self.children_of_all[child]
         of_node = _between(sums_nkt, row, of[:, 2:])
         weights = self._weights(_between(sums_nkt, row[step], units[:, 1:]), of_node[step]).to(table.dtype)
         hints = F.embedding_bag(units[:, 0], table, begins, mode="sum", per_sample_weights=weights)
-        first = (node == ROOT).nonzero().squeeze(1)
-        if len(first):
+        if n_begun := int(begun.sum()) if n_begun is None else n_begun:
+            first = begun.nonzero_static(size=n_begun)[:, 0]
             units = self.children_of_all[: self.n_first]
             of_first = (sums_nkt[..., units[:, 2]] - sums_nkt[..., units[:, 1]]).sum(1)
             weights = self._weights(of_first, sums_nkt[..., -1].sum(1, keepdim=True)).to(table.dtype)

@@ -7,9 +7,8 @@ v reader vocabulary, u head columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,97 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tidal.blocks import NOTHING
-from tidal.config import TidalConfig
+from tidal.config import Shape, TidalConfig
 from tidal.foretold import Foretold
-from tidal.kernels import TilePlan, alibi_slopes, interval_attention, prepare
+from tidal.kernels import TilePlan, prepare
+from tidal.layers import KeysValues, Layer, View
 from tidal.linear import Linear, log_softmax, product
-from tidal.places import sinusoids, turned
+from tidal.places import sinusoids
 from tidal.recall import N_RECALLED
 from tidal.streams import Batch
-from tidal.tokenizer import Spelling
-
-KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class View:
-    """What the queries of a pass see: positions, ranges over the keys, and how those keys come together.
-
-    `extend` turns the keys and values of the queries' own elements into those attended to: as they are, behind
-    the keys of a memory, or stored in a cache.
-    """
-
-    ranges: Tensor
-    """int32 [B, L, 2, 2]"""
-    q_position: Tensor
-    """float32 [B, L]"""
-    k_position: Tensor
-    """float32 [B, K]"""
-    extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)
-    plan: TilePlan | None = None
-    rows: Sequence[int] | None = None
-    """Of these keys and values, one for each row of queries, where a cache has others, too."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        """Attention of queries [B, H, L, D] over these keys and values."""
-        return interval_attention(q, k, v, self.ranges, self.q_position, self.k_position, slopes, plan=self.plan,
-                                  rows=self.rows)  # fmt: skip
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.up = Linear(d_model, 2 * d_ff)
-        self.down = Linear(d_ff, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        down: Tensor = self.down(F.silu(gate) * value)
-        return down
-
-
-class Layer(nn.Module):
-    """One pre-norm transformer layer, for reader and writer alike; `attends=False` leaves the MLP only."""
-
-    slopes: Tensor
-
-    def __init__(self, config: TidalConfig, d_ff: int, attends: bool = True) -> None:
-        super().__init__()
-        shape = config.shape
-        self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
-        self.d_head, self.attends = shape.d_model // shape.n_heads, attends
-        if attends:
-            self.norm_attention = nn.RMSNorm(shape.d_model, eps=1e-6)
-            self.query = Linear(shape.d_model, self.n_heads * self.d_head)
-            self.key_value = Linear(shape.d_model, 2 * self.n_kv_heads * self.d_head)
-            self.out = Linear(self.n_heads * self.d_head, shape.d_model)
-            norms = nn.RMSNorm if shape.qk_norm else nn.Identity
-            self.norm_query, self.norm_key = norms(self.d_head, eps=1e-6), norms(self.d_head, eps=1e-6)
-            for gain in self.norm_query.parameters():
-                nn.init.constant_(gain, shape.query_gain)
-            self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
-        self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
-        self.mlp = SwiGLU(shape.d_model, d_ff)
-
-    def keys_values(self, x_bkd: Tensor, turns_bkr: Tensor | None = None) -> KeysValues:
-        """Keys and values [B, H_kv, K, D] of normalized states, the keys turned."""
-        kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        # under autocast products are bfloat16, norms are not
-        return turned(self.norm_key(k.to(x_bkd.dtype)), turns_bkr).to(v.dtype), v
-
-    def forward(self, x_bld: Tensor, view: View, turns_blr: Tensor | None = None) -> Tensor:
-        if self.attends:
-            h = self.norm_attention(x_bld)
-            q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-            k_bhkd, v_bhkd = view.extend(*self.keys_values(h, turns_blr))
-            q_bhld = turned(self.norm_query(q_bhld), turns_blr).to(v_bhkd.dtype)
-            a_bhld = view.attend(q_bhld, k_bhkd, v_bhkd, self.slopes)
-            x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
-        mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))
-        return x_bld + mlp_bld
+from tidal.tokenizer import MixedTokenizer, Spelling
 
 
 class Losses(NamedTuple):
@@ -161,6 +78,13 @@ class TidalTransformer(nn.Module):
         padding[config.n_writable :] = -math.inf
         self.register_buffer("head_mask", padding, persistent=False)
         self.reset()
+
+    @classmethod
+    def of(cls, tokenizer: MixedTokenizer, shape: Shape) -> Self:
+        """A fresh model of this shape, that reads and writes as `tokenizer` does."""
+        t = tokenizer
+        config = TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape)
+        return cls(config, t.spelling)
 
     def reset(self) -> None:
         """Initialise the weights: tables so that the tied head starts near logits of variance one."""
@@ -269,7 +193,7 @@ class TidalTransformer(nn.Module):
 
     def _foretell_blocks(self, batch: Batch, reader_brd: Tensor) -> Tensor:
         """`foretell` [n, V] of the n blocks that are learnt, at the last token before each."""
-        return self.foretell(reader_brd[batch.aux_targets != NOTHING])
+        return self.foretell(_rows(reader_brd, batch.asked))
 
     def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None) -> Tensor:
         first_b1 = reader_brd.shape[1] * torch.arange(len(reader_brd), device=reader_brd.device)[:, None]
@@ -279,7 +203,8 @@ class TidalTransformer(nn.Module):
         if self.foretold:
             assert next_nv is not None
             which_bs = ((batch.aux_targets != NOTHING).flatten().cumsum(0) - 1)[context_bs]
-            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes)
+            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes, batch.n_begun,
+                                      sum(batch.n_children))  # fmt: skip
         return self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled, context_bsd,
                           self._writer_views(batch, reader_brd), hints_bsd)  # fmt: skip
 
@@ -301,16 +226,16 @@ class TidalTransformer(nn.Module):
         reader_brd = self._reader_states(batch)
         next_nv = self._foretell_blocks(batch, reader_brd)
         writer_bsd = self._writer_states(batch, reader_brd, next_nv)
-        written, asked = batch.targets != NOTHING, batch.aux_targets != NOTHING
-        targets, aux_targets = batch.targets[written], batch.aux_targets[asked]
         # not cross_entropy: on a GPU, autocast would leave it in bfloat16
-        units = F.nll_loss(log_softmax(self.head(writer_bsd[written])), targets, reduction="sum")
-        return Losses(units, len(targets), F.nll_loss(next_nv, aux_targets, reduction="sum"), len(aux_targets))
+        logits = self.head(_rows(writer_bsd, written := batch.written))
+        units = F.nll_loss(log_softmax(logits), _rows(batch.targets, written), reduction="sum")
+        aux = F.nll_loss(next_nv, _rows(batch.aux_targets, batch.asked), reduction="sum")
+        return Losses(units, batch.n_units, aux, batch.n_asked)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Log-probability of every supervised unit [n_units], float32 or better, row by row."""
-        states = self.states(batch)[1][batch.targets != NOTHING]
-        targets = batch.targets[batch.targets != NOTHING]
+        written = batch.written
+        states, targets = (_rows(x, written) for x in (self.states(batch)[1], batch.targets))
         return log_softmax(self.head(states)).gather(-1, targets[:, None])[:, 0]
 
     def n_parameters(self) -> dict[str, int]:
@@ -345,6 +270,11 @@ class TidalTransformer(nn.Module):
         layers = shape.reader_layers + self.has_memory
         width = 2 * shape.n_kv_heads * (shape.d_model // shape.n_heads)
         return n_tokens * layers * width * self.unit_embedding.weight.element_size()
+
+
+def _rows(x_bl: Tensor, at: Tensor) -> Tensor:
+    """Elements `at` [n] of x [B, L, ...], counted over all rows: [n, ...]."""
+    return x_bl.flatten(0, 1).index_select(0, at)
 
 
 def _with_empty(sees: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
 from tidal.places import moved
 from tidal.recall import N_RECALLED, Recollection, recalled
-from tidal.tokenizer import NO_PLACE, Block, MixedTokenizer
+from tidal.tokenizer import NO_PLACE, ROOT, Block, MixedTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Batch:
     reader_sees: torch.Tensor
     """int32 [B, R, 2], half-open range of reader indices in the row"""
     aux_targets: torch.Tensor
-    """int64 [B, R]: the last token of the next block at the last token of a block, else -1"""
+    """int64 [B, R]: the last token of the next block at the last token of a block, if that block is learnt, else -1"""
     writer_ids: torch.Tensor
     """int64 [B, W]"""
     writer_positions: torch.Tensor
@@ -153,18 +153,42 @@ class Batch:
     """int32 [B, W, 2], half-open range of writer indices in the row"""
     targets: torch.Tensor
     """int64 [B, W], -1 in the padding"""
-    n_units: int
-    """Supervised units."""
     n_bytes: int
     """UTF-8 bytes of the supervised text."""
+    n_children: tuple[int, ...]
+    """Of each row: how many children the nodes of its steps have in the `Spelling`, but for those at the root."""
     steps: Steps = PLAIN_STEPS
     """What it was packed for."""
+    n_units: int = field(init=False)
+    """Targets: supervised units."""
+    n_asked: int = field(init=False)
+    """Auxiliary targets."""
+    n_begun: int = field(init=False)
+    """Steps at the root: first ones of a block."""
+
+    def __post_init__(self) -> None:
+        """Count here, where the batch is on the CPU: a GPU would have to be waited for."""
+        for name, there in (("n_units", self.targets != NOTHING), ("n_asked", self.aux_targets != NOTHING),
+                            ("n_begun", self.nodes == ROOT)):  # fmt: skip
+            object.__setattr__(self, name, int(there.sum()))
+
+    @property
+    def written(self) -> torch.Tensor:
+        """int64 [n_units]: where, of all rows' steps, the targets are. Nothing waits for a GPU."""
+        return (self.targets != NOTHING).flatten().nonzero_static(size=self.n_units)[:, 0]
+
+    @property
+    def asked(self) -> torch.Tensor:
+        """int64 [n_asked]: where, of all rows' tokens, the auxiliary targets are; likewise."""
+        return (self.aux_targets != NOTHING).flatten().nonzero_static(size=self.n_asked)[:, 0]
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on another device."""
-        tensors: dict[str, Any] = {f.name: value.to(device, non_blocking=True) for f in dataclasses.fields(self)
-                   if isinstance(value := getattr(self, f.name), torch.Tensor)}  # fmt: skip
-        return dataclasses.replace(self, **tensors)
+        moved = copy.copy(self)  # counts and all
+        for f in dataclasses.fields(self):
+            if isinstance(value := getattr(self, f.name), torch.Tensor):
+                object.__setattr__(moved, f.name, value.to(device, non_blocking=True))
+        return moved
 
 
 def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
@@ -173,7 +197,7 @@ def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps =
     return Batch(
         **_reader_stream(blocks, table),
         **_writer_stream(blocks, table, steps),
-        n_units=int(blocks.n_steps.sum()),
+        n_children=_children(blocks, table),
         n_bytes=int(table.n_bytes.view()[blocks.index[blocks.supervised]].sum()),
         steps=steps,
     )
@@ -250,6 +274,14 @@ def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str
         "sees_writer": padded(np.stack([own + unseen, own + t + 1], 1).astype(np.int32)),
         "targets": padded(targets, NOTHING),
     }
+
+
+def _children(blocks: _Blocks, table: BlockTable) -> tuple[int, ...]:
+    """How many children the nodes of each row's steps have, but for those at the root."""
+    b, t = _ragged(blocks.n_steps)
+    nodes = table.nodes.view()[table.target_start.view()[blocks.index][b] + t]
+    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0)
+    return tuple(map(int, np.bincount(blocks.row[b], n_children, blocks.n_rows)))
 
 
 def _recalled(blocks: _Blocks, table: BlockTable) -> Ints:

@@ -92,7 +92,8 @@ from tidal.infer import beam, engine, sampling
 from tidal.infer import decoder as decoding
 from tidal.infer.grammar import Grammar
 from tidal.kernels import api, cpu, cpu_rows
-from tidal.model import Layer, TidalTransformer
+from tidal.layers import Layer
+from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_are_refused(name: str, change: Change, tmp_path
     ("vocab_size", lambda c: c.update(vocab_size=c["vocab_size"] - 1)),
     ("vocab_size", lambda c: c.update(vocab_size="many")),
     *((n, lambda c, n=n: c["shape"].update({n: 1.5})) for n in ("reader_layers", "step_window", "n_heads")),
-    ("max_block_units is 1.5; it must be a whole number", lambda c: c.update(max_block_units=1.5)),
+    ("max_block_units is 1.5, which is no int", lambda c: c.update(max_block_units=1.5)),
     ("n_head", lambda c: c.update(n_head=c["n_head"] + 64)),
     ("max_block_units", lambda c: c.update(max_block_units=c["max_block_units"] + 1)),
 ])  # fmt: skip

@@ -24,13 +24,15 @@ from tidal.streams import Batch
 from tidal.train import loop
 from tidal.train.figures import MEASURED
 from tidal.train.gradient import gradients
-from tidal.train.loop import Recipe, train
+from tidal.train.loop import Recipe, model_for, train
 from tidal.train.optim import Optimizer
+from tidal.train.parallel import Parallel, full_tensor
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
+CPU = torch.device("cpu")
 STEPS, EVERY = 9, 3
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
               suffix_rows=50, place_jitter=3)  # fmt: skip
@@ -68,6 +70,11 @@ class Hooked(AdditionRecipe):
     def sample_prompts(self, step: int) -> list[str]:
         self.hook("samples", self.step)
         return ["1 + 2 ="]
+
+
+def quick(recipe: AdditionRecipe, model: TidalTransformer) -> dict[str, float]:
+    """Validation that takes no time, for `AdditionRecipe`."""
+    return {"quality": 0.0, "exact_1": model.token_embedding.weight.std().item()}
 
 
 def short_samples() -> Any:
@@ -154,6 +161,21 @@ def refused(function: Callable[..., object], *arguments: object, **more: object)
     with pytest.raises(UserError) as raised:
         function(*arguments, **more)
     return str(raised.value)
+
+
+def gradient(settings: Train = SETTINGS, step: int = 1,
+             parallel: Parallel | None = None) -> tuple[list[torch.Tensor], dict[str, float]]:  # fmt: skip
+    """The whole gradient of one step, in float64, and its figures."""
+    recipe, parallel = Hooked(settings), parallel or Parallel()
+    model = model_for(settings, recipe.tokenizer).double()
+    wrapped, optimizer = parallel.wrap(model, settings), Optimizer(model, settings.optim)
+    figures = gradients(wrapped, optimizer, recipe, step, settings, CPU, settings.parts, parallel)
+    return [full_tensor(p.grad) for p in model.parameters() if p.grad is not None], figures
+
+
+def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest difference of two entries."""
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
 def train_step(model: TidalTransformer, optimizer: Optimizer, recipe: Recipe, step: int, rate: float,

@@ -87,7 +87,7 @@ def test_answers_are_right(word: str, task: str, seed: int) -> None:
     assert (question.task, question.word) == (task, word)
     assert question.answer == solve(question.prompt)
     assert re.fullmatch(r"[a-z' ]+ =", question.prompt)
-    if task in characters.EDITS and len(set(word)) > 1:
+    if task in ("insert", "delete", "substitute", "swap") and len(set(word)) > 1:
         assert question.answer.strip() not in ("", word)
 
 

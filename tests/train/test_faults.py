@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks import faults, forgeries
 from tests.commands import ROOT, SMALL
-from tests.train.runs import EVERY, SETTINGS, STEPS, Hooked, results, unequal, whole
+from tests.train.runs import EVERY, SETTINGS, STEPS, Hooked, apart, gradient, quick, results, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.model import Losses, TidalTransformer
@@ -29,17 +30,14 @@ from tidal.train import loop
 from tidal.train import parallel as parallel_module
 from tidal.train import stop as stopping
 from tidal.train.__main__ import run
-from tidal.train.gradient import gradients
-from tidal.train.loop import model_for, train
+from tidal.train.loop import train
 from tidal.train.memory import out_of_memory
-from tidal.train.optim import Optimizer
 from tidal.train.parallel import Parallel
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.records import parts_of
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
-CPU = torch.device("cpu")
 SHORT = ["--no-doctor", "--max-steps", "4", "--validate-every", "2", "--rows", "2", "--digits", "1",
          "--max-block-units", "8", "--device", "cpu", "--out", "run", *SMALL]  # fmt: skip
 
@@ -183,34 +181,22 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(
 # -------------------------------------------------------------------------------------------- no memory
 
 
-def gradient(parts: int, step: int = 0) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Of one step of two batches, in float64."""
-    recipe = Hooked()
-    model = model_for(SETTINGS, recipe.tokenizer).double()
-    figures = gradients(model, Optimizer(model, SETTINGS.optim), recipe, step, SETTINGS, CPU, parts)
-    return [p.grad for p in model.parameters() if p.grad is not None], figures
-
-
-def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
-
-
 @pytest.mark.parametrize("parts", [2, 3, 4, 9])
 def test_parts_give_the_same_gradient(parts: int) -> None:
-    (wanted, figures), (found, its) = gradient(1), gradient(parts)
+    (wanted, figures), (found, its) = gradient(step=0), gradient(dataclasses.replace(SETTINGS, parts=parts), step=0)
     assert len({int(n) for n in (Hooked().batch(0).targets >= 0).sum(1)}) > 1  # rows differ in length
     assert apart(wanted, found) < 1e-13
     assert its == pytest.approx(figures, rel=1e-12)
 
 
 def test_planted_bug_parts_that_weigh_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = gradient(1)[0]
+    wanted = gradient(step=0)[0]
 
     def equal_parts(batch: Batch, n: int) -> list[Batch]:
         return parts_of(batch, n)[:1] * n
 
     monkeypatch.setattr(gradient_of_a_step, "parts_of", equal_parts)
-    assert apart(wanted, gradient(2)[0]) > 1e-6
+    assert apart(wanted, gradient(dataclasses.replace(SETTINGS, parts=2), step=0)[0]) > 1e-6
 
 
 def memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception] = torch.OutOfMemoryError) -> None:
@@ -324,8 +310,9 @@ def test_without_memory_for_a_copy_a_loss_that_is_not_finite_is_still_said_in_on
 # ----------------------------------------------------------------------------------------- the benchmark
 
 
-def test_faults_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILLs and all the rest, in small: `benchmarks/faults.py`."""
+    monkeypatch.setattr(AdditionRecipe, "validate", quick)  # also in the forks
     out = tmp_path / "new" / "faults.json"
     assert faults.command(["--quick", "--out", str(out)]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.train.runs import train_step
+from tests.train.runs import CPU, apart, train_step
 from tidal import checkpoint
 from tidal.blocks import BlockTable, Passage, passage
 from tidal.cli import UserError
@@ -39,7 +39,6 @@ SETTINGS = dataclasses.replace(
     PRESETS["addition"], max_steps=4, rows=4, validate_every=2, device="cpu", model=SHAPE,
     optim=Optim(lr=1e-2, warmup_steps=2, aux_weight=0.3), addition=Addition(digits=2, max_block_units=16),
 )  # fmt: skip
-CPU = torch.device("cpu")
 
 
 class Scripted(AdditionRecipe):
@@ -204,16 +203,12 @@ def gradients(batches: list[list[str]], accumulate: int) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
-
-
 def test_accumulated_batches_are_one_large_batch() -> None:
     texts = ["1 + 1 = 2\n", "12345 + 11111 = 23456\n", "99 + 17 = 116\n", "40 + 58 = 98\n"]  # not as many units
     together = gradients([texts], 1)
-    assert difference(gradients([texts[:2], texts[2:]], 2), together) < 1e-12
-    assert difference(gradients([[text] for text in texts], 4), together) < 1e-12
-    assert difference(gradients([texts[:2]], 1), together) > 1e-3
+    assert apart(gradients([texts[:2], texts[2:]], 2), together) < 1e-12
+    assert apart(gradients([[text] for text in texts], 4), together) < 1e-12
+    assert apart(gradients([texts[:2]], 1), together) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------ optimizer
@@ -272,6 +267,24 @@ def test_every_parameter_is_learnt_in_its_group() -> None:
         for name, p in model.named_parameters():  # without gradients, only decay moves them, and growth
             moved = 1 + rate * (growth if id(p) in of_queries else -0.5 if p.ndim == 2 and id(p) not in tables else 0)
             torch.testing.assert_close(p, moved * before[name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_rarely_met_learn_as_fast(dtype: torch.dtype) -> None:
+    """The more units a step has, the smaller is the gradient of a row that one of them meets; Adam undoes that."""
+    model = model_for(SETTINGS, AdditionRecipe(SETTINGS).tokenizer).to(dtype)
+    optimizer, table = Optimizer(model, SETTINGS.optim), model.suffix_embedding.weight  # all zeros
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert table.grad is not None
+    table.grad[5], table.grad[6] = 1e-3, 1e-9
+    others = {"token_embedding.weight": model.token_embedding.weight, "reader_norm.weight": model.reader_norm.weight}
+    before = {name: p.clone() for name, p in others.items()}
+    optimizer.step(1e-2)
+    torch.testing.assert_close(table[6], table[5], rtol=1e-2, atol=0)
+    assert table[5].abs().min() > 1e-2
+    assert not table[7:].any(), "a row that was not met moves"
+    assert same(others, before)
 
 
 # -------------------------------------------------------------------------------------------- metrics

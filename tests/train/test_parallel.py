@@ -17,15 +17,15 @@ import torch
 
 from tests.commands import ENVIRONMENT, SMALL, children, wait_for
 from tests.train import together as work
-from tests.train.runs import SETTINGS, Hooked, as_process, refused, results, train_step, whole
+from tests.train.runs import SETTINGS, Hooked, apart, as_process, gradient, refused, results, train_step, whole
 from tests.train.together import TWICE, Job, eager_blocks, processes, run_jobs, together
 from tidal import checkpoint
 from tidal.config import Text
-from tidal.model import Layer
+from tidal.layers import Layer
 from tidal.streams import Batch
 from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer
-from tidal.train.parallel import Parallel, joined
+from tidal.train.parallel import joined
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.resume import look_in
 
@@ -151,21 +151,24 @@ def test_options_leave_the_gradient_as_it_is(option: str, monkeypatch: pytest.Mo
         return real(layer, *x)
 
     monkeypatch.setattr(Layer, "forward", forward)
-    wanted, plain = work.gradient(Parallel(), SETTINGS), calls[0]
+    wanted, plain = gradient()[0], calls[0]
     torch.compiler.reset()
     with eager_blocks():
-        found = work.gradient(Parallel(), dataclasses.replace(SETTINGS, **{option: True}))  # type: ignore[arg-type]
-    assert work.apart(found, wanted) < 1e-12
+        found = gradient(dataclasses.replace(SETTINGS, **{option: True}))[0]  # type: ignore[arg-type]
+    assert apart(found, wanted) < 1e-12
     assert calls[0] - plain == 2 * plain if option == "checkpoint_activations" else calls[0] > plain
 
 
 # ----------------------------------------------------------------------------------------------- data
 
 
-def rows_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """What is read and written in each row, without the padding."""
+def rows_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
+    """What is read and written in each row, and at which places, without the padding."""
     read = [ids[sees[:, 1] > 0].tolist() for ids, sees in zip(batch.reader_ids, batch.reader_sees, strict=True)]
-    return list(zip(read, [row[row >= 0].tolist() for row in batch.targets], strict=True))
+    there = batch.targets >= 0
+    written, places = ([values[at].tolist() for values, at in zip(of_all, there, strict=True)]
+                       for of_all in (batch.targets, batch.writer_places))  # fmt: skip
+    return list(zip(read, written, places, strict=True))
 
 
 def text_recipe(folder: Path) -> TextRecipe:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.strategies import hold_out
+from tests.strategies import differing, hold_out
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage
 from tidal.cli import UserError
 from tidal.config import Addition, Shape, Text, Train
@@ -30,11 +30,6 @@ from tidal.train.recipes.text import TextRecipe
 
 SHAPE = Shape(d_model=8, n_heads=2, n_kv_heads=1, suffix_rows=50, place_jitter=4)
 SUMS = dataclasses.replace(PRESETS["addition"], rows=16, model=SHAPE, addition=Addition(digits=3, max_block_units=32))
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Batch)]
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 def read_text(batch: Batch, row: int, tokenizer: MixedTokenizer) -> list[str]:
@@ -153,9 +148,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def text_settings(folder: Path, seed: int = 0, **text: Any) -> Train:
+def text_settings(folder: Path, seed: int = 0, place_jitter: int = 4, **text: Any) -> Train:
     given = {"vocab_size": 320, "reader_budget": 100, "hold_out": 0.2, "cut_probability": 0.1, **text}
-    return dataclasses.replace(PRESETS["text"], seed=seed, rows=5, model=SHAPE, text=Text(data=(str(folder),), **given))
+    shape = dataclasses.replace(SHAPE, place_jitter=place_jitter)
+    return dataclasses.replace(PRESETS["text"], seed=seed, rows=5, model=shape, text=Text(data=(str(folder),), **given))
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +224,28 @@ def test_batches_hold_the_rows_with_some_blocks_cut(recipe: TextRecipe) -> None:
             assert "".join(recipe.tokenizer.split(text)) == text
 
 
+def test_places_of_texts_are_jittered_by_document(recipe: TextRecipe, folder: Path) -> None:
+    """And by nothing else: what is read and written is what it would be without; validation moves none."""
+    plain, offsets = TextRecipe(text_settings(folder, place_jitter=0)), Counter[int]()
+    for step in range(20):
+        batch, without = recipe.batch(step), plain.batch(step)
+        assert set(differing(batch, without)) <= {"reader_places", "writer_places"}
+        for row in range(5):
+            documents = (batch.reader_ids[row] == recipe.tokenizer.bos_id).cumsum(0)
+            placed = (batch.reader_sees[row, :, 1] > 0) & (without.reader_places[row] != NO_PLACE)
+            asked = batch.targets[row] >= 0
+            read = (batch.reader_places[row] - without.reader_places[row])[placed]
+            written = (batch.writer_places[row] - without.writer_places[row])[asked]
+            for n in documents.unique():
+                own = {*read[documents[placed] == n].tolist(),
+                       *written[documents[batch.context[row]][asked] == n].tolist()}  # fmt: skip
+                assert len(own) == 1, "reader and writer have one offset"
+                offsets[own.pop()] += 1
+    assert set(offsets) == set(range(SHAPE.place_jitter + 1))
+    assert min(offsets.values()) > 0.1 * offsets.total()  # a fifth each is expected
+    assert {p.place_offset for row in recipe.held_out for p in row} == {0}
+
+
 def test_without_boundary_dropout_blocks_are_those_of_the_tokenizer(folder: Path) -> None:
     plain = TextRecipe(text_settings(folder, cut_probability=0.0, reader_budget=5000))
     blocks = [b for b in written_blocks(plain.batch(0), 0, plain.tokenizer) if b != "<eos>"]
@@ -295,11 +313,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(
     steps = [0, 1, 2, 3, 7, 40]
     wanted = {step: one.batch(step) for step in steps}
     for step in reversed(steps):
-        assert equal(two.batch(step), wanted[step])
+        assert not differing(two.batch(step), wanted[step])
     monkeypatch.setattr("tidal.blocks.MAX_BLOCKS", 3)
     for step in steps:
         torch.manual_seed(step)
         np.random.seed(step)
-        assert equal(one.batch(step), wanted[step])
-    assert not any(equal(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
-    assert not equal(make(seed=1).batch(0), wanted[0])
+        assert not differing(one.batch(step), wanted[step])
+    assert all(differing(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
+    assert differing(make(seed=1).batch(0), wanted[0])

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tests.train.runs import SETTINGS, Hooked, short_samples, stop_at
+from tests.train.runs import CPU, SETTINGS, Hooked, apart, gradient, short_samples, stop_at
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import Train
@@ -27,15 +27,12 @@ from tidal.model import Losses, TidalTransformer
 from tidal.streams import Batch
 from tidal.train import __main__ as command
 from tidal.train import disk, loop, records
-from tidal.train.gradient import gradients
-from tidal.train.loop import model_for, train
+from tidal.train.loop import train
 from tidal.train.muon import Muon
-from tidal.train.optim import Optimizer
 from tidal.train.parallel import Parallel, full_tensor, joined, shard_like
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
 
-CPU = torch.device("cpu")
 SECONDS = 240.0
 """After which a test gives a process up."""
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -183,23 +180,9 @@ def one_without_memory(home: Path) -> str:
 # ------------------------------------------------------------------------------------------- gradients
 
 
-def gradient(parallel: Parallel, settings: Train) -> list[Tensor]:
-    """Of the second step, in float64."""
-    recipe = Hooked(settings)
-    model = model_for(settings, recipe.tokenizer).double()
-    wrapped = parallel.wrap(model, settings)
-    gradients(wrapped, Optimizer(model, settings.optim), recipe, 1, settings, CPU, settings.parts, parallel)
-    return [full_tensor(p.grad) for p in model.parameters() if p.grad is not None]
-
-
-def apart(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference of two entries."""
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
-
-
 def ddp_apart(parallel: Parallel, settings: Train = UNCLIPPED) -> float:
     """Of the gradient by several processes to that by one; two batches in two parts each, and no clipping."""
-    return apart(gradient(parallel, settings), gradient(Parallel(), UNCLIPPED))
+    return apart(gradient(settings, parallel=parallel)[0], gradient(UNCLIPPED)[0])
 
 
 def fsdp_apart(parallel: Parallel) -> float:
@@ -231,22 +214,22 @@ def bug_mean(parallel: Parallel) -> float:
         real(loss / parallel.size)
 
     with mock.patch.object(Tensor, "backward", backward):
-        mine = gradient(parallel, UNCLIPPED)
-    return apart(mine, gradient(Parallel(), UNCLIPPED))
+        mine = gradient(UNCLIPPED, parallel=parallel)[0]
+    return apart(mine, gradient(UNCLIPPED)[0])
 
 
 def bug_same_rows(parallel: Parallel) -> float:
     """Every process computes the same share."""
     with mock.patch.object(Parallel, "batch", lambda self, recipe, i: recipe.batch(i, (0, self.size))):
-        mine = gradient(parallel, UNCLIPPED)
-    return apart(mine, gradient(Parallel(), UNCLIPPED))
+        mine = gradient(UNCLIPPED, parallel=parallel)[0]
+    return apart(mine, gradient(UNCLIPPED)[0])
 
 
 def bug_never_reduced(parallel: Parallel) -> float:
     """Each process adds up its own gradients to the end."""
     with mock.patch.object(Parallel, "no_sync", lambda self, wrapped, last: wrapped.no_sync()):
-        mine = gradient(parallel, UNCLIPPED)
-    return apart(mine, gradient(Parallel(), UNCLIPPED))
+        mine = gradient(UNCLIPPED, parallel=parallel)[0]
+    return apart(mine, gradient(UNCLIPPED)[0])
 
 
 def muon_apart(parallel: Parallel, kind: Callable[..., torch.optim.Optimizer] = Muon) -> float:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidal.config import Shape
-from tidal.model import Layer, SwiGLU, TidalTransformer
+from tidal.layers import Layer, SwiGLU
+from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 N_CONTROLS, FIRST_BYTE, FIRST_CHAR = 2, 2, 258

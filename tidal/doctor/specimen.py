@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from tidal.config import Shape, TidalConfig
+from tidal.config import Shape
 from tidal.doctor.texts import BUILT_IN
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -31,16 +31,13 @@ def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTo
     words = [block.strip() for text in plain for block in find_blocks(text) if block.strip().isalpha()]
     prose = [" ".join(words[i:] + words[:i]) + ", " for i in range(len(words))]
     tokenizer = MixedTokenizer.train([*prose * 4, *plain], 520, max_block_units=12)
-    t = tokenizer
-    model = TidalTransformer(
-        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape), t.spelling
-    )
+    model = TidalTransformer.of(tokenizer, shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.3 * noise if "norm" in name else noise * shape.d_model**-0.5)
-        model.unit_embedding.weight[[t.eob_id, t.eos_id]] *= 3
+        model.unit_embedding.weight[[tokenizer.eob_id, tokenizer.eos_id]] *= 3
         if shape.suffix_rows:
             model.suffix_embedding.weight[0] = 0
     return model.eval(), tokenizer

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tidal.doctor.report import Skip
-from tidal.model import Layer, TidalTransformer, View
+from tidal.layers import Layer, View
+from tidal.model import TidalTransformer
 from tidal.streams import Batch
 
 FED = ("reader ids", "reader positions", "reader places", "writer ids", "writer positions", "writer places", "suffixes",

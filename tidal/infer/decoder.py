@@ -16,7 +16,8 @@ from tidal.infer import recorded
 from tidal.infer.sampling import NOT_FINITE
 from tidal.infer.upload import upload
 from tidal.kernels import TilePlan
-from tidal.model import KeysValues, TidalTransformer, View
+from tidal.layers import KeysValues, View
+from tidal.model import TidalTransformer
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
 

@@ -49,6 +49,7 @@ class Spelling:
         flat = np.array([child for mine in children for child in mine], np.int64).reshape(-1, 3)
         self.child_unit, self.child_from, self.child_to = flat.T.copy()
         self.first_child: Ints = np.cumsum([0, *map(len, children)])
+        self.n_children: Ints = np.diff(self.first_child)
         self.node_from, self.node_to = np.array(list(ranges.values()), np.int64).T.copy()
 
     def along(self, written: Sequence[int]) -> list[int]:

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 
-from tidal.blocks import NOTHING
 from tidal.cli import UserError
 from tidal.config import Train
 from tidal.train.optim import Optimizer
@@ -42,11 +41,11 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     optimizer.zero_grad()
     n = settings.optim.accumulate
     batches = [parallel.batch(recipe, step * n + i) for i in range(n)]
-    counts = [(b.n_units, b.n_bytes, int((b.aux_targets != NOTHING).sum())) for b in batches]
+    counts = [(b.n_units, b.n_bytes, b.n_asked) for b in batches]
     totals = parallel.all_reduce_sum([number for count in counts for number in count])
     n_units, n_bytes, n_aux = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])
     passes = [part for batch in batches for part in parts_of(batch, parts)]
-    nats = 0.0
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     for number, part in enumerate(passes, start=1):
         with parallel.no_sync(model, last=number == len(passes)):
             with products_in(settings.precision, device):
@@ -55,9 +54,10 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
             if settings.optim.aux_weight:
                 loss = loss + settings.optim.aux_weight * losses.aux / max(1, n_aux)
             (loss * parallel.size).backward()  # DDP and FSDP take the mean over processes
-        nats += losses.units.item()
+        sums += losses.units.detach()
+    norms = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip))
+    nats, norm = torch.stack([sums, norms.double()]).tolist()  # the one time that the device is waited for
     [nats] = parallel.all_reduce_sum([nats])
-    norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)).item()
     loss_per_unit = nats / n_units
     if not (math.isfinite(nats) and math.isfinite(norm)):
         raise NotFiniteError(step, loss_per_unit, norm)

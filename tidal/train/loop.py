@@ -75,10 +75,7 @@ def make_recipe(settings: Train) -> Recipe:
 def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
     """A fresh model, seeded."""
     torch.manual_seed(settings.seed)
-    t = tokenizer
-    return TidalTransformer(
-        TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, settings.model), t.spelling
-    )
+    return TidalTransformer.of(tokenizer, settings.model)
 
 
 def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None,

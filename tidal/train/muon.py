@@ -40,13 +40,13 @@ class Muon(torch.optim.Optimizer):
                 p.add_(shard_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
-def newton_schulz(g_mn: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz(g_mn: Tensor) -> Tensor:
     """U S Vᵀ [m, n] of g = U D Vᵀ with S near one (0.7 to 1.2), by Newton-Schulz iterations X ← aX + (bA + cA²)X,
-    A = XXᵀ, with Jordan's coefficients; in `dtype`, by default bfloat16 on GPUs and the gradient's own on CPUs.
+    A = XXᵀ, with Jordan's coefficients; in bfloat16 on GPUs, in the gradient's own precision on CPUs.
     """
     a, b, c = COEFFICIENTS
     wide = g_mn.shape[0] <= g_mn.shape[1]
-    x = (g_mn if wide else g_mn.mT).to(dtype or (torch.bfloat16 if g_mn.is_cuda else g_mn.dtype))
+    x = (g_mn if wide else g_mn.mT).to(torch.bfloat16 if g_mn.is_cuda else g_mn.dtype)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tidal.blocks import NOTHING
 from tidal.cli import note
 from tidal.config import Train
 from tidal.files import atomic_write
@@ -117,4 +116,4 @@ def take(batch: Batch, rows: torch.Tensor) -> Batch:
     """Rows of a batch that follow each other, by their numbers; bytes, which cannot be told apart, count as 0."""
     part: dict[str, Any] = {f.name: value[rows[0] : rows[-1] + 1] for f in dataclasses.fields(batch)
                             if isinstance(value := getattr(batch, f.name), torch.Tensor)}  # fmt: skip
-    return dataclasses.replace(batch, **part, n_units=int((part["targets"] != NOTHING).sum()), n_bytes=0)
+    return dataclasses.replace(batch, **part, n_children=batch.n_children[rows[0] : rows[-1] + 1], n_bytes=0)

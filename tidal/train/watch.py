@@ -22,7 +22,7 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.health import Health
-from tidal.train.records import take
+from tidal.train.records import parts_of, take
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -65,19 +65,18 @@ class Watch:
         text. `typo_gain`: how much better than chance misspelt letters are predicted; above 0 only where they leak.
         A batch is computed in `parts`, as in training.
         """
-        found, at_once = {}, -(-len(batch.targets) // parts)
-        rows = cut(batch, PROBE_ROWS)[0]
+        found, rows = {}, take(batch, torch.arange(min(PROBE_ROWS, len(batch.targets))))
         if len(rows.targets) > 1:
             swapped = dataclasses.replace(rows, reader_ids=rows.reader_ids.roll(1, 0))
-            found["context_gain"] = self._loss(model, swapped, at_once) - self._loss(model, rows, at_once)
+            found["context_gain"] = self._loss(model, swapped, parts) - self._loss(model, rows, parts)
         pair = misspelt(batch, self.tokenizer, self.settings)
-        if (gain := typo_gain(model, *pair, self.tokenizer, self.device, at_once)) is not None:
+        if (gain := typo_gain(model, *pair, self.tokenizer, self.device, parts)) is not None:
             found["typo_gain"] = gain
         return found
 
     @torch.no_grad()
-    def _loss(self, model: TidalTransformer, batch: Batch, at_once: int) -> float:
-        losses = [model(part.to(self.device)) for part in cut(batch, at_once)]
+    def _loss(self, model: TidalTransformer, batch: Batch, parts: int) -> float:
+        losses = [model(part.to(self.device)) for part in parts_of(batch, parts)]
         return float(sum(loss.units.item() for loss in losses) / sum(loss.n_units for loss in losses))
 
     def see(self, row: Mapping[str, Any]) -> None:
@@ -100,12 +99,6 @@ class Watch:
         """Write out what TensorBoard still holds."""
         if self._board is not None:
             self._board.close()
-
-
-def cut(batch: Batch, rows: int) -> list[Batch]:
-    """The batch in pieces of so many rows, but for the last one."""
-    n = len(batch.targets)
-    return [take(batch, torch.arange(i, min(i + rows, n))) for i in range(0, n, rows)]
 
 
 def peak_mib(device: torch.device) -> float:
@@ -135,7 +128,7 @@ def misspelt(batch: Batch, tokenizer: MixedTokenizer, settings: Train) -> tuple[
 
 @torch.no_grad()
 def typo_gain(model: TidalTransformer, right: Batch, wrong: Batch, tokenizer: MixedTokenizer, device: torch.device,
-              at_once: int) -> float | None:  # fmt: skip
+              parts: int = 1) -> float | None:  # fmt: skip
     """How much better than chance the letters of `misspelt` are predicted, in nats, among all that could stand there.
 
         log q(letter) - log Σ q(others of its kind, but the right one) + log 25        (9 for digits)
@@ -144,7 +137,7 @@ def typo_gain(model: TidalTransformer, right: Batch, wrong: Batch, tokenizer: Mi
     knows of the text (Gibbs' inequality). All the rest is what the model is used to; a leak that it has learnt to use
     serves it here, too. None where there are too few letters to say anything.
 
-    `at_once`: rows that are computed together.
+    The batch is computed in so many `parts`.
     """
     if right.targets.shape != wrong.targets.shape:
         return None
@@ -156,8 +149,9 @@ def typo_gain(model: TidalTransformer, right: Batch, wrong: Batch, tokenizer: Mi
     if len(there) < LEAST_TYPOS:
         return None
     could = kinds[(~kinds[0])[instead].long()].scatter(1, there[:, None], False)
-    logits = [model.head(model.states(part.to(device))[1][typos[i * at_once :][: len(part.targets)].to(device)]).cpu()
-              for i, part in enumerate(cut(wrong, at_once))]  # fmt: skip
+    pieces = parts_of(wrong, parts)
+    logits = [model.head(model.states(piece.to(device))[1][at.to(device)]).cpu()
+              for piece, at in zip(pieces, typos.tensor_split(len(pieces)), strict=True)]  # fmt: skip
     among = torch.cat(logits).float().masked_fill(~could, -math.inf).log_softmax(-1)
     gains = among.gather(1, instead[:, None])[:, 0] + could.sum(1).log()
     return float(gains.mean())

@@ -8,7 +8,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -73,7 +73,7 @@ class PrefetchLoader:
         """As the recipe's."""
         if self._next is None:  # the first: those that follow are expected
             self._coming = iter(DataLoader(
-                _Batches(self.recipe, share), batch_size=None, sampler=itertools.count(step), collate_fn=_as_it_is,
+                _Batches(self.recipe, share), batch_size=None, sampler=itertools.count(step),
                 num_workers=self.workers, multiprocessing_context="fork", worker_init_fn=_belong,
                 generator=torch.Generator(),  # its seed for workers is not to be drawn from the run's
             ))  # fmt: skip
@@ -99,10 +99,6 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         return self.recipe.batch(step, self.share)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _belong(_: int) -> None:

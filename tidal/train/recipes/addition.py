@@ -22,6 +22,7 @@ from tidal.model import TidalTransformer
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.recipes import order_of
 
 Sum = tuple[int, int]
 Problem = tuple[str, str]
@@ -139,7 +140,6 @@ class AdditionRecipe:
         self.tokenizer = MixedTokenizer.train(texts, max_block_units=self.own.max_block_units)
         self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
         self.samples = self._samples(np.random.default_rng([settings.seed, 3])) if self.own.samples else []
-        self._epoch, self._order = -1, list[int]()
         rng = np.random.default_rng([settings.seed, 1])
         lengths = (self.own.digits, self.own.digits + 1, self.own.digits + 2)
         self.held_out = {n: self._held_out(rng, n) for n in lengths}
@@ -194,9 +194,8 @@ class AdditionRecipe:
         self.table.indices(chain.from_iterable(chain(*some) for row in blocks for some in row))  # new ones, all at once
 
         def document(a: Asked, stray: list[str], prompt: list[str], answer: list[str]) -> Passage:
-            p = joined(self.table, [*stray, *prompt], answer, place_offset=a.place_offset,
-                       position_scale=a.position_scale)  # fmt: skip
-            return replace(p, n_stray=len(stray), stray_offset=a.stray_offset)
+            p = joined(self.table, [*stray, *prompt], answer, place_offset=a.place_offset)
+            return replace(p, position_scale=a.position_scale, n_stray=len(stray), stray_offset=a.stray_offset)
 
         documents = [[document(a, *some) for some, a in zip(*both, strict=True)]
                      for both in zip(blocks, rows, strict=True)]  # fmt: skip
@@ -221,11 +220,8 @@ class AdditionRecipe:
 
     def _sample(self, n: int) -> Problem:
         """The n-th sample to be learnt: each once an epoch, in an order of its own."""
-        epoch, i = divmod(n, len(self.samples))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.settings.seed, 4, epoch]).permutation(len(self.samples)).tolist()
-        return self.samples[self._order[i]]
+        epoch, rank = divmod(n, len(self.samples))
+        return self.samples[int(order_of(self.settings.seed, 4, epoch, len(self.samples))[rank])]
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match at the trained number of digits and at one and two more; `quality` is their mean."""

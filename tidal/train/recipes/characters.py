@@ -89,7 +89,6 @@ TASKS: dict[str, Callable[[str, str, str], tuple[str, str]]] = {
 }
 
 SEARCHES = ("contains", "count")
-EDITS = ("insert", "delete", "substitute", "swap")
 WEIGHTS = {"contains": 2, "count": 2, "insert": 4, "delete": 3, "substitute": 2, "swap": 3, "reverse": 2}
 """How often tasks are asked in training; the others once."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tidal.blocks import BlockTable, Passage
@@ -14,6 +16,7 @@ from tidal.prepare.corpus import Rows
 from tidal.prepare.make import prepare_for_training
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
+from tidal.train.recipes import order_of
 
 STEPS_PER_TOKEN = 8  # writer budget for a token of the reader budget; English writes about four
 VALIDATION_ROWS = 96  # at most, drawn once
@@ -56,8 +59,11 @@ class TextRecipe:
         s, cut = self.settings, []
         for i in share_of(s.rows, share):
             rng = np.random.default_rng([s.seed, 2, step, i])  # of the row, whoever builds it
-            row = self.rows[self._row(step * s.rows + i)]
-            cut.append([self.cut(p, rng) for p in row])
+            row = [self.cut(p, rng) for p in self.rows[self._row(step * s.rows + i)]]
+            if s.model.place_jitter:
+                offsets = rng.integers(0, s.model.place_jitter + 1, len(row)).tolist()
+                row = [replace(p, place_offset=offset) for p, offset in zip(row, offsets, strict=True)]
+            cut.append(row)
         return pack(cut, self.table, steps=s.model.steps)
 
     def cut(self, p: Passage, rng: np.random.Generator) -> Passage:
@@ -66,10 +72,7 @@ class TextRecipe:
 
     def _row(self, i: int) -> int:
         epoch, rank = divmod(i, len(self.rows))
-        if epoch != self.__dict__.get("_epoch"):
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.settings.seed, 3, epoch]).permutation(len(self.rows))
-        return int(self._order[rank])
+        return int(order_of(self.settings.seed, 3, epoch, len(self.rows))[rank])
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Bits per byte of the held-out documents, cut into windows like the training data; of 96 rows at most."""
