@@ -19,6 +19,7 @@ from tidal.kernels.triton_tiles import (
     partial_tiles,
     score_of,
     segment_tile,
+    slot_and_head,
     store_rows,
 )
 
@@ -84,7 +85,7 @@ def dq_kernel(
     q, dout and dq [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. If SLOPES, also the tile's
     part of the slopes' gradient, dslopes float32 [B · n_tiles, H].
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     inside = local < n_left
@@ -196,7 +197,7 @@ def dkdv_kernel(
     to dq, float32 [B, H, Lq, D], which must begin as zeros. That takes five products a tile instead of seven, but
     programs come in any order, so the last bits differ from run to run.
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * N
     key, n_left = first.to(tl.int32) + tl.arange(0, N), (n_keys - first).to(tl.int32)
     slope, scale_in = in_base(tl.load(slopes + head), FAST), in_base(scale, FAST)

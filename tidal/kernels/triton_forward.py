@@ -19,6 +19,7 @@ from tidal.kernels.triton_tiles import (
     partial_tiles,
     score_of,
     segment_tile,
+    slot_and_head,
     store_rows,
 )
 
@@ -66,7 +67,7 @@ def forward_kernel(
 
     q and out [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse float32 [B, H, Lq]; rows and order are of the plan.
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     row = rows + slot * ROW

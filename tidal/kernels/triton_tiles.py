@@ -78,6 +78,20 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def slot_and_head(order, n_heads):
+    """What this program works on: an entry of the plan's order, as int64, and a head.
+
+    One head after another, each from its longest tiles on, so that programs which run at the same time read the same
+    keys and values (in dkdv queries), and find them in the L2 cache. Batch rows are mixed: one head of all rows still
+    fits there (16 MB of keys and values for 32,768 tokens at D 128), and fewer long tiles are left for the end than if
+    rows, too, came one after another.
+    """
+    n_slots = tl.num_programs(0) // n_heads
+    slot = tl.load(order + tl.program_id(0) % n_slots)
+    return slot.to(tl.int64), (tl.program_id(0) // n_slots).to(tl.int64)
+
+
+@triton.jit
 def partial_tiles(row):
     """Read the tiles that need the mask from a row of the plan (ROW numbers, triton_plan.py).
 
