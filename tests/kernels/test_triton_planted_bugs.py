@@ -26,10 +26,16 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     # name: (module, mask that shows it, what stands there, what is planted)
     "wrong sign of ALiBi": ("tiles", "causal", "- slope * tl.abs(q_position", "+ slope * tl.abs(q_position"),
     "signed distance": ("tiles", "random", "tl.abs(q_position - k_position)", "(q_position - k_position)"),
-    "end of a range inclusive": ("tiles", "random", "(key < end_0)", "(key <= end_0)"),
-    "start of a range off by one": ("tiles", "streams", "(key >= start_1)", "(key > start_1)"),
-    "second range ignored": ("tiles", "streams", "| ((key >= start_1) & (key < end_1))", ""),
-    "runs never merged": ("plan", "touching", "merged = (lo_0 <= hi_1) & (lo_1 <= hi_0)", "merged = lo_0 < 0"),
+    "end of a range inclusive": ("tiles", "random", "(key < end_1)", "(key <= end_1)"),
+    "start of a range off by one": ("tiles", "streams", "(key >= start) &", "(key > start) &"),
+    "second range ignored": ("tiles", "touching", "| ((key >= start_1) & (key < end_1))", ""),
+    "the other run's range": ("forward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i < 0)"),
+    "the other run's range in dq": (
+        "backward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i >= segments[0])",
+    ),
+    "the other run's range in dkdv": ("backward", "streams", "entry & 1, key_n1", "1 - (entry & 1), key_n1"),
+    "both runs' tiles told of one": ("plan", "touching", "tl.where(n_ahead == 0, 1, 0), n_both", "0, 0 * n_both"),
+    "runs never merged": ("plan", "touching", "merged = (lo_0 < hi_1) & (lo_1 < hi_0)", "merged = lo_0 < 0"),
     "partial tiles called full": ("plan", "causal", "tl.maximum(tl.min(end, 0), 0)", "tl.max(end, 0)"),
     "last key tile forgotten": (
         "plan", "one_key", "hi = tl.cdiv(tl.max(tl.where(seen, end, 0), 0), TILE_K)", "hi = tl.max(end, 0) // TILE_K",
