@@ -31,7 +31,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "second range ignored": ("tiles", "touching", "| ((key >= start_1) & (key < end_1))", ""),
     "the other run's range": ("forward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i < 0)"),
     "the other run's range in dq": (
-        "backward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i >= segments[0])",
+        "backward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i < segments[1])",
     ),
     "the other run's range in dkdv": ("backward", "streams", "entry & 1, key_n1", "1 - (entry & 1), key_n1"),
     "both runs' tiles told of one": ("plan", "touching", "tl.where(n_ahead == 0, 1, 0), n_both", "0, 0 * n_both"),
@@ -40,8 +40,8 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "last key tile forgotten": (
         "plan", "one_key", "hi = tl.cdiv(tl.max(tl.where(seen, end, 0), 0), TILE_K)", "hi = tl.max(end, 0) // TILE_K",
     ),
-    "full tiles missing from the transpose": ("plan", "causal", "full = within(row + 8, tile, inside) |", "full ="),
-    "short last tile without a mask": ("plan", "causal", "short = (t + 1) * TILE_Q > n_queries", "short = t < 0"),
+    "full tiles missing from the transpose": ("plan", "causal", "full = (full_0 | full_1) &", "full = full_1 &"),
+    "short last tile without a mask": ("plan", "causal", "= (t + 1) * TILE_Q > n_queries,", "= t < 0,"),
     "mixed tiles said to lie in the past": ("plan", "positions", "(high <= low).to(tl.int32)", "1"),
     "shift not taken off log Σ exp": ("forward", "causal", "highest - shift + logarithm", "highest + logarithm"),
     "running sum not rescaled": ("forward", "causal", "total * decay + tl.sum", "total + tl.sum"),
