@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if pool:
                     list(pool.map(functools.partial(compile_one, form, kernel, head_dim), tiles))
                 if kernel == "decode":
-                    p = decode_problem(1, *((args.keys, args.batch) if args.tiny else CACHE), head_dim, form)
+                    n_keys, n_batch = (args.keys, args.batch) if args.tiny else CACHE
+                    p = decode_problem(1, n_keys, n_batch, head_dim, form)
                 else:
                     p = problem(args.mask, args.keys, args.batch, head_dim, form)
                 results.append(compare(p, kernel, tiles, clock, args.repeats))
@@ -144,7 +145,7 @@ def attention_with(p: Problem, tiles: Mapping[str, Tile | Launch], kernel: str =
     if kernel == "decode":
         return lambda q, k, v: decode(q, k, v, *p.rest, q.shape[3] ** -0.5, None, list(tiles[kernel]))
     chosen = configuration(p.q.dtype, p.q.shape[3], architecture(p.q.device))
-    config: Config = chosen._replace(**{name: tile for name, tile in tiles.items() if name != "decode"})
+    config: Config = chosen._replace(**{name: tile for name, tile in tiles.items() if isinstance(tile, Tile)})
     plan = TilePlan.build(p.ranges, p.k.shape[2])
     slopes = p.slopes.clone().requires_grad_(kernel == "dq_slopes")
 

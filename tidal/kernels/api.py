@@ -136,7 +136,7 @@ def interval_attention(
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
     name = choose_backend(q, backend)
-    attend = BACKENDS[name].attend
+    attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
         if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows):
             attend = functools.partial(cpu_rows.attend_rows, rows=rows)

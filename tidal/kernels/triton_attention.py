@@ -132,10 +132,10 @@ def attend(
     dq = config.dq_slopes if slopes.requires_grad else config.dq
     dkdv = config.dkdv_atomic if atomic else config.dkdv
     wanted = needed(config.forward, config.forward if atomic else dq, dkdv, learning(q, k, v, slopes))
-    rows, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
+    table, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
     tiles = [*config.forward, *dq, *dkdv]
     out: Tensor = attend_fused(
-        q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles, atomic
+        q, k, v, ranges, q_position, k_position, slopes, table, order, backward_plan, scale, tiles, atomic
     )[0]
     return out
 
