@@ -93,6 +93,12 @@ def test_the_fastest_tiles_race(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "plan_result", lambda *_: {"mask": "two-stream", "keys": 8, "times": {}})
         patch.setattr(attention, "GOALS", (("sdpa", "forward", ("two-stream",), 1.0, 2.0),))
+        patch.setattr(attention, "problem", lambda mask, *_: problem(mask, 40, 1, 32, FORM))
+        patch.setattr(
+            attention,
+            "times_of",
+            lambda _p, runs, *_: {name: {"forward_ms": 1.0 + i, "backward_ms": 1.0} for i, name in enumerate(runs)},
+        )
         attention.main([*flags, "--tiles", str(tiles), "--out", str(out)])
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert [set(r["times"]) for r in result["results"]] == [{"tidal", "tidal-tiles", "sdpa"}] * 2
