@@ -32,9 +32,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ from benchmarks.attention_problems import (
     ready,
     said,
 )
+from benchmarks.clock import Clock, median_times
 
-GOALS = (  # rival, direction, masks, floor, goal: issue 3
+GOALS: tuple[tuple[str, str, tuple[str, ...], float, float], ...] = (  # rival, direction, masks, floor, goal: issue 3
     ("flex", "forward", ("causal",), 1.1, 1.25),
     ("flex", "forward", ("packed", "two-stream"), 1.2, 1.5),
     ("flex", "backward", ("causal",), 1.2, 1.5),
@@ -64,8 +65,9 @@ GOALS = (  # rival, direction, masks, floor, goal: issue 3
     ("flash-attention-2", "backward", ("causal",), 0.9, 1.05),
     ("flex", "decode", ("decode",), 1.2, 2.0),
     ("create_block_mask", "plan", MASKS, 20.0, 100.0),
+    ("create_block_mask, compiled", "plan", MASKS, 20.0, 100.0),
 )
-GOALS_AT = 8192  # keys
+GOALS_AT = 8192  # keys: measured first, and the only ones for which the goals of the plan are
 
 Named = tuple[str, str, Callable[[], dict[str, Any]]]  # a problem: its name, part of the results, what measures it
 
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: all but max-autotune; sdpa if --tiny)")
     parser.add_argument("--backend", help="of interval_attention (default: the device's)")
+    parser.add_argument("--tiles", type=Path, help="measure Tidal also with the fastest tiles in this file, which "
+                        "benchmarks.attention_tiles wrote, as tidal-tiles")  # fmt: skip
     parser.add_argument("--decode-queries", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--decode-contexts", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--decode-batch", type=int, default=8)
@@ -102,6 +106,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ":" in args.device:  # events are recorded and awaited on the current device
         torch.cuda.set_device(args.device)
     args.form = Form(args.heads, args.kv_heads, getattr(torch, args.dtype), args.device)
+    args.found = {}
+    if args.tiles and args.backend != "triton":
+        parser.error(f"--tiles: those are of the backend triton, not of {args.backend}")
+    if args.tiles:
+        from benchmarks.attention_tiles import fastest_tiles  # which needs triton, and this module
+
+        try:
+            args.found = fastest_tiles(args.tiles, args.dtype)
+        except (OSError, ValueError) as reason:
+            parser.error(f"--tiles: {reason}")
     torch.manual_seed(0)
 
     started, clock = time.monotonic(), Clock(args.device)
@@ -115,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "heads": args.heads, "kv_heads": args.kv_heads, "tokens": args.tokens, "repeats": args.repeats,
         "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **versions(),
         "roofline_tflops": roofline, "goals": against_goals(), **results, "failed": failed, "left_out": left_out,
+        "tiles": args.found, "goals_with_tiles": against_goals(ours="tidal-tiles") if args.found else [],
     }  # fmt: skip
     for name, section, measure in problems(args, clock, roofline):
         if time.monotonic() - started > args.budget_s:
@@ -126,12 +141,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             failed[name] = said(reason)
             print(f"{name}: {failed[name]}", flush=True)
         line["goals"] = against_goals(*results.values())
+        if args.found:
+            line["goals_with_tiles"] = against_goals(*results.values(), ours="tidal-tiles")
+        line["sleep_ms"], line["runs_with_late_launches"] = round(clock.sleep_ms, 1), clock.late
         save(line, args.out)
-    for goal in line["goals"]:
-        known = goal["worst"] is not None
-        found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
-        print(f"{goal['direction']:<9} against {goal['rival']:<18} {'/'.join(goal['masks']):<40} "
-              f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
+    for ours, goals in (("tidal", line["goals"]), ("tidal-tiles", line["goals_with_tiles"])):
+        for goal in goals:
+            known = goal["worst"] is not None
+            found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
+            print(f"{ours:<11} {goal['direction']:<9} against {goal['rival']:<27} {'/'.join(goal['masks']):<40} "
+                  f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
     for what, names in (("not asked for", line["not_asked"]), ("no time left for", left_out), ("failed", [*failed])):
         if names:
             print(f"{what}: {', '.join(names)}")
@@ -163,51 +182,6 @@ def problems(args: argparse.Namespace, clock: Clock, roofline: float) -> list[Na
 # -------------------------------------------------------------------------------------------------- timing
 
 
-class Clock:
-    """Times work in milliseconds: device events on a GPU, the wall clock elsewhere."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.cuda else None
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        """Time of the device, launches hidden: it finds the cache cold and sleeps until all is in the queue."""
-        if self.flush is None:
-            return self.wall(work)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self.flush.zero_()
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles, about a millisecond
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
-
-    def wall(self, work: Callable[[], object]) -> float:
-        """Time until all is done, launches included."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if self.cuda:
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
-
-
-Work = TypeVar("Work", bound=Callable[[], object])
-
-
-def alternating(time_of: Callable[[Work], float], works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in `repeats` rounds, one run each a round, after a round that warms up."""
-    rounds = [{name: time_of(work) for name, work in works.items()} for _ in range(repeats + 1)]
-    return {name: [times[name] for times in rounds[1:]] for name in works}
-
-
-def median_times(time_of: Callable[[Work], float], works: Mapping[str, Work], repeats: int) -> dict[str, float]:
-    """Medians of alternating runs."""
-    return {name: statistics.median(times) for name, times in alternating(time_of, works, repeats).items()}
-
-
 def measure_roofline(clock: Clock, form: Form, size: int) -> float:
     """TFLOP/s of a large matrix product."""
     a, b = (torch.randn(size, size, dtype=form.dtype, device=form.device) for _ in range(2))
@@ -237,7 +211,12 @@ def attention_result(
     """Forward and backward of one mask, length and head dimension."""
     n_batch = max(1, args.tokens // n_keys)
     p = problem(mask, n_keys, n_batch, head_dim, args.form)
-    entrants = ready(p, args.rivals, args.backend)
+    more: dict[str, Callable[[], Attend]] = {}
+    if head_dim in args.found:
+        from benchmarks.attention_tiles import attention_with
+
+        more["tidal-tiles"] = functools.partial(attention_with, p, args.found[head_dim])
+    entrants = ready(p, args.rivals, args.backend, more=more)
     times = times_of(p, entrants.runs, clock, args.repeats)
     for name, t in times.items():
         cells = f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18}"
@@ -292,17 +271,18 @@ def decode_result(args: argparse.Namespace, clock: Clock, n_queries: int, n_keys
 # ------------------------------------------------------------------------------------------------- results
 
 
-def against_goals(*sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times faster than a rival in its best form, at worst and in the median, beside floor and goal;
-    None where nothing was measured."""
+def against_goals(*sections: list[dict[str, Any]], ours: str = "tidal") -> list[dict[str, Any]]:
+    """How many times faster than a rival in its best form one of ours is, at worst and in the median, beside floor and
+    goal; None where nothing was measured."""
     met = []
     for rival, direction, masks, floor, goal in GOALS:
         ratios = []
         for result in (r for section in sections for r in section if r.get("mask", "decode") in masks):
-            times = result["times"]
-            theirs = [t[f"{direction}_ms"] for n, t in times.items() if n.startswith(rival) and f"{direction}_ms" in t]
-            if theirs:
-                ratios.append(min(theirs) / times["tidal"][f"{direction}_ms"])
+            key = f"{direction}_ms"
+            times = {name: t[key] for name, t in result["times"].items() if key in t}
+            theirs = [t for name, t in times.items() if name == rival or name.startswith(f"{rival}-")]
+            if theirs and ours in times and (direction != "plan" or result["keys"] == GOALS_AT):
+                ratios.append(min(theirs) / times[ours])
         met.append({"rival": rival, "direction": direction, "masks": masks, "floor": floor, "goal": goal,
                     "worst": round(min(ratios), 3) if ratios else None,
                     "median": round(statistics.median(ratios), 3) if ratios else None})  # fmt: skip

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import Clock, alternating, device_name, versions, write
+from benchmarks.attention import device_name, versions, write
 from benchmarks.attention_problems import Attend, Form, Problem, problem, ready, sdpa, tidal
+from benchmarks.clock import Clock, alternating
 
 GOAL_AT, GOAL = 4096, 2.0  # keys, times faster than dense SDPA forward and backward: issue 3
 

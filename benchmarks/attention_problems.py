@@ -6,8 +6,9 @@ import functools
 import importlib
 import importlib.util
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ MASKS = ("causal", "packed", "block-causal", "two-stream")
 RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
+FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's mask
 FAILURES: tuple[type[BaseException], ...] = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError,
     subprocess.SubprocessError, SystemExit,
@@ -100,6 +102,8 @@ def problem(mask: str, n_keys: int, n_batch: int, head_dim: int, form: Form) -> 
         end_0 = ends.gather(1, torch.searchsorted(ends, index.contiguous(), right=True)).clamp(max=n_keys)
     elif mask == "two-stream":
         n_steps = n_keys * 11 // 15
+        if n_steps > FLEX_BLOCK:  # else FlexAttention would look for the end of the queries in every block
+            n_steps -= n_steps % FLEX_BLOCK
         n_reader, step = n_keys - n_steps, torch.arange(n_steps).expand(n_batch, -1).contiguous()
         step_ends, token_ends = lengths(3, 8).cumsum(1), lengths(1, 3).cumsum(1)
         block = torch.searchsorted(step_ends, step, right=True)
@@ -144,19 +148,17 @@ def make(mask: str, ranges: Tensor, q_position: Tensor, k_position: Tensor, head
         "decode": lambda b, h, i, j: j < end_0[b, i],
     }
 
-    def by_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (q_position[b, i] - k_position[b, j]).abs()
-
-    def by_index(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i - j).abs()
-
-    def in_cache(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # keys stand where they lie
-        return score - slopes[h] * (q_position[b, i] - j).abs()
-
-    bias = {"two-stream": by_position, "decode": in_cache}.get(mask, by_index)
+    # Where no visible key stands behind its query, one addition a score; the products are of a row or a column.
+    bias: dict[str, Modifier] = {
+        "causal": lambda score, b, h, i, j: score + slopes[h] * j - slopes[h] * i,
+        "packed": lambda score, b, h, i, j: score + slopes[h] * j - slopes[h] * i,
+        "block-causal": lambda score, b, h, i, j: score - slopes[h] * (i - j).abs(),
+        "two-stream": lambda score, b, h, i, j: score + slopes[h] * k_position[b, j] - slopes[h] * q_position[b, i],
+        "decode": lambda score, b, h, i, j: score - slopes[h] * (q_position[b, i] - j).abs(),  # keys stand in order
+    }
     return Problem(
         mask, normal(form.heads, n_queries), normal(form.kv_heads, n_keys), normal(form.kv_heads, n_keys), ranges,
-        q_position, k_position, slopes, sees[mask], bias,
+        q_position, k_position, slopes, sees[mask], bias[mask],
     )  # fmt: skip
 
 
@@ -217,9 +219,12 @@ def flash_attention(p: Problem) -> Attend:
     return run
 
 
-def contestants(p: Problem, rivals: Sequence[str], backend: str) -> Iterator[tuple[str, Callable[[], Attend]]]:
+def contestants(
+    p: Problem, rivals: Sequence[str], backend: str, more: Mapping[str, Callable[[], Attend]]
+) -> Iterator[tuple[str, Callable[[], Attend]]]:
     """Who takes part in this one, and how each is made ready."""
     yield "tidal", lambda: tidal(p, backend)
+    yield from more.items()
     for name in rivals:
         if name == "tidal-atomic" and p.mask != "decode" and backend == "triton":
             yield name, lambda: tidal(p, "triton-atomic")
@@ -284,8 +289,11 @@ class Ready:
     """Tidal's largest."""
 
 
-def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = True) -> Ready:
-    """Make the contestants ready and check them.
+def ready(
+    p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = True,
+    more: Mapping[str, Callable[[], Attend]] = MappingProxyType({}),
+) -> Ready:  # fmt: skip
+    """Make the contestants ready and check them; `more` makes others ready, by name.
 
     Raises:
         SystemExit: Tidal's result is wrong.
@@ -295,7 +303,7 @@ def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = T
     runs: dict[str, Attend] = {}
     failed: dict[str, str] = {}
     error = 0.0
-    for name, prepare in contestants(p, rivals, backend):
+    for name, prepare in contestants(p, rivals, backend, more):
         try:
             attend = prepare()
             errors = check.errors(attend)

@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python -m benchmarks.attention_tiles --tiny     what of it runs without a GPU
 
 For one kernel after another the tile is varied, with those of tidal/kernels/triton_attention.py for the others: the
-forward pass is timed for `forward`, the backward for the rest. "(now)" marks the tile in use. First the candidates are
+forward pass is timed for `forward`, the backward for the rest, and for `decode` a step of 8 rows over caches of up to
+32,768 keys, with other tiles of keys and numbers of programs. "(now)" marks the tile in use. First the candidates are
 compiled, in as many processes as there are cores, into Triton's cache. One that is wrong, or wants more than a block
 may have, is reported and not timed. --out is written anew after every kernel, and none is begun after --budget-s
 seconds. Ends in one JSON line; what is taken from it goes into TILES, and must then show no spills
@@ -16,11 +17,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -30,14 +32,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import Clock, device_name, median_times, save, times_of, versions, write
-from benchmarks.attention_problems import FAILURES, MASKS, Attend, Check, Form, Problem, problem, said, wrong
+from benchmarks.attention import device_name, save, times_of, versions, write
+from benchmarks.attention_problems import (
+    FAILURES,
+    MASKS,
+    Attend,
+    Check,
+    Form,
+    Problem,
+    decode_problem,
+    problem,
+    said,
+    wrong,
+)
+from benchmarks.clock import Clock, median_times
 from tidal.kernels import TilePlan
 from tidal.kernels.triton_attention import Config, Tile, architecture, attend, configuration
+from tidal.kernels.triton_decode import Launch, decode, launch_of, rows_of_tile
 from tidal.kernels.triton_tiles import INTERPRETED
 
-KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic", "dq_slopes")
+KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic", "dq_slopes", "decode")
 TINY = [Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)]
+TINY_DECODE = [Launch(16, 4, 1, 1), Launch(32, 4, 1, 4)]
+CACHE = (32768, 8)  # keys and rows, for decoding
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,11 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if time.monotonic() - started > args.budget_s:
                 left_out.append(name)
                 continue
-            tiles = candidates(kernel, now(kernel, head_dim, form), TINY if args.tiny else None)
+            tiny = (TINY_DECODE if kernel == "decode" else TINY) if args.tiny else None
+            tiles = candidates(kernel, now(kernel, head_dim, form), tiny)
             try:
                 if pool:
                     list(pool.map(functools.partial(compile_one, form, kernel, head_dim), tiles))
-                p = problem(args.mask, args.keys, args.batch, head_dim, form)
+                if kernel == "decode":
+                    n_keys, n_batch = (args.keys, args.batch) if args.tiny else CACHE
+                    p = decode_problem(1, n_keys, n_batch, head_dim, form)
+                else:
+                    p = problem(args.mask, args.keys, args.batch, head_dim, form)
                 results.append(compare(p, kernel, tiles, clock, args.repeats))
             except FAILURES as reason:
                 failed[name] = said(reason)
@@ -97,25 +119,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def now(kernel: str, head_dim: int, form: Form) -> Tile:
+def now(kernel: str, head_dim: int, form: Form) -> Tile | Launch:
     """The tile in use."""
+    if kernel == "decode":
+        return launch_of(rows_of_tile(form.heads // form.kv_heads, form.dtype), head_dim, form.dtype)
     tile: Tile = getattr(configuration(form.dtype, head_dim, architecture(torch.device(form.device))), kernel)
     return tile
 
 
-def candidates(kernel: str, in_use: Tile, others: list[Tile] | None = None) -> list[Tile]:
+def candidates(
+    kernel: str, in_use: Tile | Launch, others: Sequence[Tile | Launch] | None = None
+) -> list[Tile | Launch]:
     """The tile in use, then those of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the
-    others."""
+    others. For decoding, 64 or 128 keys and up to four programs a multiprocessor."""
+    if kernel == "decode" and others is None:
+        others = [Launch(*fields) for fields in itertools.product((64, 128), (4, 8), (2, 3, 4), (1, 2, 4))]
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
     if others is None:
         others = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
     return list(dict.fromkeys([in_use, *others]))
 
 
-def attention_with(p: Problem, kernel: str, tile: Tile) -> Attend:
-    """Tidal's kernels with one tile in place of the chosen one."""
+def attention_with(p: Problem, tiles: Mapping[str, Tile | Launch], kernel: str = "") -> Attend:
+    """Tidal's kernels with these tiles in place of the chosen ones; in the form that launches `kernel`."""
+    if kernel == "decode":
+        return lambda q, k, v: decode(q, k, v, *p.rest, q.shape[3] ** -0.5, None, list(tiles[kernel]))
     chosen = configuration(p.q.dtype, p.q.shape[3], architecture(p.q.device))
-    config: Config = chosen._replace(**{kernel: tile})
+    config: Config = chosen._replace(**{name: tile for name, tile in tiles.items() if isinstance(tile, Tile)})
     plan = TilePlan.build(p.ranges, p.k.shape[2])
     slopes = p.slopes.clone().requires_grad_(kernel == "dq_slopes")
 
@@ -128,25 +158,30 @@ def attention_with(p: Problem, kernel: str, tile: Tile) -> Attend:
     return run
 
 
-def compile_one(form: Form, kernel: str, head_dim: int, tile: Tile) -> None:
+def compile_one(form: Form, kernel: str, head_dim: int, tile: Tile | Launch) -> None:
     """In a process of its own: run it once on little, so that Triton's cache has it; failures come again later."""
-    p = problem("causal", 256, 1, head_dim, form)
+    decoding = kernel == "decode"  # over enough keys to split them
+    p = decode_problem(1, 4096, 1, head_dim, form) if decoding else problem("causal", 256, 1, head_dim, form)
     try:
-        torch.autograd.grad(attention_with(p, kernel, tile)(p.q, p.k, p.v).sum(), (p.q, p.k, p.v))
+        out = attention_with(p, {kernel: tile}, kernel)(p.q, p.k, p.v)
+        if kernel not in ("forward", "decode"):
+            torch.autograd.grad(out.sum(), (p.q, p.k, p.v))
     except FAILURES as reason:  # comes again, and is reported, where it is timed
         print(f"{kernel} D {head_dim} {tuple(tile)}: {type(reason).__name__}", file=sys.stderr)
 
 
-def compare(p: Problem, kernel: str, tiles: list[Tile], clock: Clock, repeats: int) -> dict[str, Any]:
+def compare(p: Problem, kernel: str, tiles: list[Tile | Launch], clock: Clock, repeats: int) -> dict[str, Any]:
     """The candidates of a kernel, the one in use first among them, from the fastest on."""
-    head_dim, check = p.q.shape[3], Check(p)
+    head_dim, check = p.q.shape[3], Check(p, backward=kernel != "decode")
     runs: dict[str, Attend] = {}
+    labels: dict[str, Tile | Launch] = {}
     failed: dict[str, str] = {}
     for tile in tiles:
-        mark = " (now)" if tile == tiles[0] else ""
-        label = f"{tile.m}×{tile.n}, {tile.warps} warps, {tile.stages} stages{mark}"
+        label = f"{tile.m}×{tile.n}" if isinstance(tile, Tile) else f"{tile.n} keys, {tile.per_core} a core"
+        label += f", {tile.warps} warps, {tile.stages} stages" + " (now)" * (tile == tiles[0])
+        labels[label] = tile
         try:
-            attention = attention_with(p, kernel, tile)
+            attention = attention_with(p, {kernel: tile}, kernel)
             bad = wrong(check.errors(attention), p.q.dtype)
         except FAILURES as reason:
             failed[label] = said(reason)
@@ -155,8 +190,8 @@ def compare(p: Problem, kernel: str, tiles: list[Tile], clock: Clock, repeats: i
             failed[label] = f"wrong result: errors {bad}"
         else:
             runs[label] = attention
-    part = "forward_ms" if kernel == "forward" else "backward_ms"
-    if kernel == "forward":
+    part = {"forward": "forward_ms", "decode": "decode_ms"}.get(kernel, "backward_ms")
+    if part != "backward_ms":
         works: dict[str, Callable[[], Tensor]] = {
             label: functools.partial(run, p.q, p.k, p.v) for label, run in runs.items()
         }
@@ -166,10 +201,30 @@ def compare(p: Problem, kernel: str, tiles: list[Tile], clock: Clock, repeats: i
     times = {label: float(f"{t:.5g}") for label, t in sorted(times.items(), key=lambda item: item[1])}
     for label, t in times.items():
         slower = t / min(times.values())
-        print(f"{kernel:<12} D {head_dim:>3}  {label:<34} {t:>9.3f} ms  × {slower:.2f}", flush=True)
+        print(f"{kernel:<12} D {head_dim:>3}  {label:<42} {t:>9.3f} ms  × {slower:.2f}", flush=True)
     for label, why in failed.items():
-        print(f"{kernel:<12} D {head_dim:>3}  {label:<34} {why}", flush=True)
-    return {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "failed": failed}
+        print(f"{kernel:<12} D {head_dim:>3}  {label:<42} {why}", flush=True)
+    fastest = labels[next(iter(times))] if times else None
+    return {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "fastest": fastest, "failed": failed}
+
+
+def fastest_tiles(path: Path, dtype: str) -> dict[int, dict[str, Tile]]:
+    """By head dimension and kernel, the tiles that were fastest in a file of this benchmark's results; not decoding's.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else, or the results of another dtype.
+    """
+    line = json.loads(path.read_text())
+    if not isinstance(line, dict) or line.get("benchmark") != "attention-tiles":
+        raise ValueError(f"{path} does not come from benchmarks.attention_tiles")
+    if line["dtype"] != dtype:
+        raise ValueError(f"the tiles in {path} are for {line['dtype']}, not {dtype}")
+    found: dict[int, dict[str, Tile]] = {}
+    for result in line["results"]:
+        if result["fastest"] and result["kernel"] != "decode":
+            found.setdefault(result["head_dim"], {})[result["kernel"]] = Tile(*result["fastest"])
+    return found
 
 
 if __name__ == "__main__":

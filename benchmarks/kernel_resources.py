@@ -4,8 +4,9 @@
 
 Every kernel is compiled as it would be launched (tidal/kernels/aot.py), once for each architecture, dtype and head
 dimension; a "!" marks one that spills or wants more shared memory than a block may have. The last column counts the
-machine instructions that a thread issues for each of its scores, in the loops over tiles that are shifted, full and
-partial (docs/kernels.md), as the kernel has them. Ends in one JSON line.
+machine instructions that a thread issues for each of its scores, in the loops over tiles that are shifted, full, and
+partial with the mask of one range and of both (docs/kernels.md), as the kernel has them; "blocks" is how many a
+multiprocessor holds at a time. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any
 import torch
 
 from benchmarks.attention import versions, write
-from tidal.kernels.aot import KernelSpec, kernel_specs, resources, score_loops
+from tidal.kernels.aot import KernelSpec, Resources, kernel_specs, resources, score_loops
 
 ARCHITECTURES = (80, 90, 100)
 """compute capabilities (× 10) that are tried: A100, H100 and H200, B200"""
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """bytes of shared memory that one block may have (CUDA C++ Programming Guide, "Compute Capabilities")"""
+RESERVED, REGISTERS, WARPS = 1024, 65536, {86: 48}
+"""of a multiprocessor: bytes of shared memory that each block takes besides, registers, warps (64 on others)"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     print(f"{'arch':<6} {'dtype':<9} {'D':>3}  {'kernel':<16} {'tile':>8} {'warps':>5} {'stages':>6}"
-          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8}  a score")  # fmt: skip
+          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8} {'blocks':>6}  a score")  # fmt: skip
     kernels: list[dict[str, Any]] = []
     for arch in args.archs:
         for dtype in args.dtypes:
@@ -52,21 +55,35 @@ def main(argv: Sequence[str] | None = None) -> None:
                         parser.error(str(reason))
                     per_score = instructions_per_score(spec, found.cubin)
                     share = found.shared / SHARED_LIMIT[arch]
+                    blocks = resident_blocks(spec.num_warps, found, arch)
                     mark = "  !" if found.spills or share > 1 else ""
                     print(f"sm_{arch:<3} {dtype:<9} {head_dim:>3}  {spec.name:<16} {spec.tile:>8} {spec.num_warps:>5}"
                           f" {spec.num_stages:>6} {found.registers:>9} {found.spills:>5} B {found.shared:>7} B"
-                          f" {share:>8.0%}  {' '.join(f'{x:.1f}' for x in per_score)}{mark}", flush=True)  # fmt: skip
+                          f" {share:>8.0%} {blocks:>6}  {' '.join(f'{x:.1f}' for x in per_score)}{mark}",
+                          flush=True)  # fmt: skip
                     kernels.append({
                         "arch": arch, "dtype": dtype, "head_dim": head_dim, "kernel": spec.name, "tile": spec.tile,
                         "warps": spec.num_warps, "stages": spec.num_stages, "registers": found.registers,
                         "spill_bytes": found.spills, "shared_bytes": found.shared, "shared_limit": SHARED_LIMIT[arch],
-                        "instructions_per_score": per_score,
+                        "resident_blocks": blocks, "instructions_per_score": per_score,
                     })  # fmt: skip
     spilling = sum(k["spill_bytes"] > 0 for k in kernels)
     too_large = sum(k["shared_bytes"] > k["shared_limit"] for k in kernels)
     print(f"{len(kernels)} kernels: {spilling} spill, {too_large} want more shared memory than there is")
     write({"benchmark": "kernel-resources", "kernels": kernels, "spilling": spilling, "too_large": too_large,
            **versions()}, args.out)  # fmt: skip
+
+
+def resident_blocks(num_warps: int, found: Resources, arch: int) -> int:
+    """How many blocks of a kernel a multiprocessor holds at a time: as many as its registers, which a warp gets in
+    units of 256, its shared memory and its warps allow. 0 where not even one fits."""
+    of_a_warp = -(-found.registers * 32 // 256) * 256
+    return min(
+        REGISTERS // (of_a_warp * num_warps),
+        (SHARED_LIMIT[arch] + RESERVED) // (found.shared + RESERVED),
+        WARPS.get(arch, 64) // num_warps,
+        32 if arch in (80, 90, 100) else 16,
+    )
 
 
 def instructions_per_score(spec: KernelSpec, cubin: bytes) -> list[float]:

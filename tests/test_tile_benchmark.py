@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_problems, attention_tiles
+from benchmarks import attention, attention_problems, attention_tiles
 from benchmarks.attention_problems import Problem, problem
 from tests.test_kernel_benchmarks import FORM, nan_gradient, wrong_output
 from tidal.kernels import triton_attention
 from tidal.kernels.triton_attention import Tile
+from tidal.kernels.triton_decode import Launch
 from tidal.kernels.triton_tiles import INTERPRETED
 
 
@@ -23,34 +24,44 @@ def test_tiles_are_ranked_and_the_wrong_ones_refused(
 ) -> None:
     tile_of, out, saved = attention_tiles.attention_with, tmp_path / "tiles.json", []
 
-    def planted(p: Problem, kernel: str, tile: Tile) -> attention_problems.Attend:
+    def planted(p: Problem, tiles: dict[str, Tile], kernel: str) -> attention_problems.Attend:
+        ((name, tile),) = tiles.items()
+        assert name == kernel
         if (kernel, tile[:2]) == ("dkdv", (32, 16)):
             raise RuntimeError("out of resources\nmore of it")
         if (kernel, tile[:2]) == ("dq_slopes", (16, 32)):
             saved.append(json.loads(out.read_text()))
-        attend = tile_of(p, kernel, tile)
+        attend = tile_of(p, tiles, kernel)
         if (kernel, tile[:2]) == ("dkdv", (16, 32)):
             return nan_gradient(attend)
         return wrong_output(attend, 1.1) if (kernel, tile[:2]) == ("forward", (16, 32)) else attend
 
     monkeypatch.setattr(attention_tiles, "attention_with", planted)
-    attention_tiles.main(["--tiny", "--kernels", "forward", "dkdv", "dq_slopes", "--out", str(out)])
+    attention_tiles.main(["--tiny", "--kernels", "forward", "dkdv", "dq_slopes", "decode", "--out", str(out)])
     printed = capsys.readouterr().out.splitlines()
     line = json.loads(printed[-1])
     assert line == json.loads(out.read_text())
-    forward, dkdv, dq_slopes = line["results"]
+    forward, dkdv, dq_slopes, decode = line["results"]
     assert saved[0]["results"] == [forward, dkdv]
     in_use = "{}×{}, 4 warps, 1 stages (now)".format(*triton_attention.INTERPRETER.forward[:2])
     assert set(forward["times"]) == {in_use, "32×16, 4 warps, 1 stages"}
     assert forward["failed"]["16×32, 4 warps, 1 stages"].startswith("wrong result: errors {'out': 0.")
     assert (forward["of"], dkdv["of"], dq_slopes["of"]) == ("forward_ms", "backward_ms", "backward_ms")
     assert set(dkdv["times"]) == {in_use}
+    assert dkdv["fastest"] == list(triton_attention.INTERPRETER.dkdv)
     assert dkdv["failed"] == {
         "16×32, 4 warps, 1 stages": "wrong result: errors {'dk': nan}",
         "32×16, 4 warps, 1 stages": "RuntimeError: out of resources",
     }
     assert set(dq_slopes["times"]) == {in_use, "16×32, 4 warps, 1 stages", "32×16, 4 warps, 1 stages"}
-    assert len(printed) == 10
+    in_use = "128 keys, 2 a core, 4 warps, 3 stages (now)"
+    assert decode["of"] == "decode_ms"
+    assert set(decode["times"]) == {
+        in_use,
+        "16 keys, 1 a core, 4 warps, 1 stages",
+        "32 keys, 4 a core, 4 warps, 1 stages",
+    }
+    assert len(printed) == 13
     assert all(t > 0 for result in line["results"] for t in result["times"].values())
 
 
@@ -65,8 +76,44 @@ def test_tiles_of_learned_slopes_are_launched(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(triton_attention, "attend_fused", spy)
     p = problem("causal", 20, 1, 32, FORM)
-    attention_tiles.attention_with(p, "dq_slopes", Tile(16, 64, 4, 1))(p.q, p.k, p.v)
+    attention_tiles.attention_with(p, {"dq_slopes": Tile(16, 64, 4, 1)}, "dq_slopes")(p.q, p.k, p.v)
     assert launched[0][4:8] == [16, 64, 4, 1]
+
+
+@pytest.mark.skipif(not INTERPRETED.value, reason="Triton does not interpret here")
+def test_the_fastest_tiles_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside those in use, and goals are told for both."""
+    tiles, out = tmp_path / "tiles.json", tmp_path / "out.json"
+    found = [{"kernel": "forward", "head_dim": 32, "fastest": [16, 32, 4, 1]},
+             {"kernel": "dq", "head_dim": 32, "fastest": None},
+             {"kernel": "dq", "head_dim": 64, "fastest": [8, 8, 4, 1]}]  # fmt: skip
+    line = {"benchmark": "attention-tiles", "dtype": "float32", "results": found}
+    tiles.write_text(json.dumps(line))
+    flags = ["--device", "cpu", "--tiny", "--backend", "triton", "--masks", "two-stream", "--decode-queries"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "plan_result", lambda *_: {"mask": "two-stream", "keys": 8, "times": {}})
+        patch.setattr(attention, "GOALS", (("sdpa", "forward", ("two-stream",), 1.0, 2.0),))
+        patch.setattr(attention, "problem", lambda mask, *_: problem(mask, 40, 1, 32, FORM))
+        patch.setattr(
+            attention,
+            "times_of",
+            lambda _p, runs, *_: {name: {"forward_ms": 1.0 + i, "backward_ms": 1.0} for i, name in enumerate(runs)},
+        )
+        attention.main([*flags, "--tiles", str(tiles), "--out", str(out)])
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert [set(r["times"]) for r in result["results"]] == [{"tidal", "tidal-tiles", "sdpa"}] * 2
+    assert result["tiles"] == {"32": {"forward": [16, 32, 4, 1]}, "64": {"dq": [8, 8, 4, 1]}}
+    for ours, goals in (("tidal", result["goals"]), ("tidal-tiles", result["goals_with_tiles"])):
+        ratios = [r["times"]["sdpa"]["forward_ms"] / r["times"][ours]["forward_ms"] for r in result["results"]]
+        assert goals[0]["worst"] == pytest.approx(min(ratios), abs=1e-3)
+        assert f"\n{ours:<11} forward " in printed
+    for change, message in (({"benchmark": "other"}, "does not come from benchmarks.attention_tiles"),
+                            ({"dtype": "float16"}, "are for float16, not float32")):  # fmt: skip
+        tiles.write_text(json.dumps(line | change))
+        with pytest.raises(SystemExit) as stop:
+            attention.main([*flags, "--tiles", str(tiles)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="Triton does not interpret here")
@@ -82,7 +129,9 @@ def test_tiles_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
             attention_tiles.main([])
         assert "no GPU here; TRITON_INTERPRET=1 and --tiny show that the benchmark works" in capsys.readouterr().err
     for kernel in attention_tiles.KERNELS:
-        for in_use, n in (Tile(16, 128, 8, 3), 1), (Tile(64, 64, 8, 3), 0):
+        of_decoding = (Launch(16, 4, 3), 1), (Launch(64, 4, 3), 0)
+        of_training = (Tile(16, 128, 8, 3), 1), (Tile(64, 64, 8, 3), 0)
+        for in_use, n in of_decoding if kernel == "decode" else of_training:
             tiles = attention_tiles.candidates(kernel, in_use)
             assert tiles[0] == in_use
-            assert len(set(tiles)) == len(tiles) == n + (24 if "dkdv" in kernel else 20)
+            assert len(set(tiles)) == len(tiles) == n + {"dkdv": 24, "dkdv_atomic": 24, "decode": 36}.get(kernel, 20)

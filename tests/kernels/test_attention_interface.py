@@ -82,6 +82,26 @@ def test_rows_in_place_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(event.name == "aten::stack" for event in profile.events()) == copied
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-atomic"])
+def test_rows_are_decoded_where_they_lie(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is stacked, one upload of the rows' numbers serves all layers, and none is needed for all rows."""
+    if backend not in available_backends() or not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("no Triton here")
+    from tidal.kernels import triton_decode
+
+    triton_decode.on_device.cache_clear()
+    case = make_case(0, n_batch=3, n_queries=2, n_keys=40, head_dim=32, dtype=torch.float32)
+    q, k, v, *others = (x.detach() for x in case.inputs())
+    for rows, uploads in (([2, 0, 2], 1), ([0, 1, 2], 1), ([1, 0, 2], 2)):
+        wanted = interval_attention(q, k[rows], v[rows], *others, backend="reference")
+        with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profile:
+            found = [interval_attention(q, k, v, *others, rows=rows, backend=backend) for _ in range(2)]
+        torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+        assert found[1].equal(found[0])
+        assert not any(event.name == "aten::stack" for event in profile.events())
+        assert triton_decode.on_device.cache_info().misses == uploads
+
+
 def largest_tensor(length: int) -> int:
     """Elements of the largest tensor that enters any operation, also inside the operator, forward and backward."""
     case = make_case(0, 1, 2, 2, length, 2 * length, 8, torch.float32, structure="streams")

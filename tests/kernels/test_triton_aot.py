@@ -31,7 +31,7 @@ for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
             found = resources(spec, arch)
             print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared]))
 """
-TRAINING = ["forward", "delta", "dq", "dkdv", "dkdv_atomic", "rows", "columns"]
+TRAINING = ["forward", "delta", "dq", "dkdv", "dkdv_atomic", "rows", "columns", "order"]
 
 Found = tuple[int, str, str, int, int, int]
 """architecture, name, tile, registers, spilled bytes, bytes of shared memory"""

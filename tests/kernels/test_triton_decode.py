@@ -122,7 +122,7 @@ def test_only_tiles_that_are_seen_are_read() -> None:
     """NaN in all others would show."""
     case = ranges_of(make_case(2, 1, 2, 1, 4, 400, 32, dtype=torch.float32), (40, 60, 290, 310))
     wanted = decode(case)
-    tile = triton_decode.tiles(8, 32, torch.float32)[1]
+    tile = triton_decode.launch_of(16, 32, torch.float32).n
     for x in (case.k, case.v):
         for first in range(0, 400, tile):
             if not any(first < end and start < first + tile for start, end in ((40, 60), (290, 310))):
@@ -186,11 +186,11 @@ def test_what_fits() -> None:
 
 
 def test_splits_keep_a_gpu_busy_and_depend_on_shapes_alone() -> None:
-    assert triton_decode.count_splits(n_programs=8, n_tiles=512, cores=132) == 33
-    assert triton_decode.count_splits(n_programs=1000, n_tiles=512, cores=132) == 1
-    assert triton_decode.count_splits(n_programs=1, n_tiles=512, cores=132) == triton_decode.MOST_SPLITS
-    assert triton_decode.count_splits(n_programs=1, n_tiles=5, cores=132) == 2
-    assert triton_decode.count_splits(n_programs=1, n_tiles=1, cores=132) == 1
+    assert triton_decode.count_splits(n_programs=8, n_tiles=512, n_wanted=264) == 33
+    assert triton_decode.count_splits(n_programs=1000, n_tiles=512, n_wanted=264) == 1
+    assert triton_decode.count_splits(n_programs=1, n_tiles=512, n_wanted=264) == triton_decode.MOST_SPLITS
+    assert triton_decode.count_splits(n_programs=1, n_tiles=5, n_wanted=264) == 2
+    assert triton_decode.count_splits(n_programs=1, n_tiles=1, n_wanted=264) == 1
 
 
 BUGS = {

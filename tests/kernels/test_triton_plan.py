@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,33 +17,40 @@ from triton_cases import DEVICE, STRUCTURES, exact, fused, poisoned, structured,
 from tidal.kernels import TilePlan, triton_attention
 from tidal.kernels.reference import visible_keys
 from tidal.kernels.triton_plan import HEAD, interval_plan
+from tidal.kernels.triton_tiles import slot_and_head
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
+EMPTY, FIRST, SECOND, BOTH, FULL = range(5)
+"""what is done with a tile: nothing, the mask of range 0, of range 1, of both, no mask"""
 INT32_MAX = 2**31 - 1
 
 
-def states_of_rows(rows: Tensor, n_key_tiles: int) -> Tensor:
-    """[B, Tq, Tk] from the segments; fails where a tile is visited twice."""
+def states_of_rows(rows: Tensor, n_key_tiles: int, short: bool = False) -> Tensor:
+    """[B, Tq, Tk] from the segments; fails where a tile is visited twice. If `short`, the last tile of queries is not
+    called full."""
     states = torch.zeros(*rows.shape[:2], n_key_tiles, dtype=torch.int64)
     for b, t in torch.cartesian_prod(*map(torch.arange, rows.shape[:2])).tolist():
         bounds = rows[b, t, :12].view(6, 2).tolist()
-        for segment, (start, end) in enumerate(bounds):
+        kinds = [BOTH] * 4 if rows[b, t, 13] else [FIRST, FIRST, SECOND, SECOND]
+        full = [kinds[0], kinds[2]] if short and t == rows.shape[1] - 1 else [FULL, FULL]
+        for state, (start, end) in zip(kinds + full, bounds, strict=True):
             assert 0 <= start <= end <= n_key_tiles or start == end
             assert (states[b, t, start:end] == EMPTY).all(), "a tile is visited twice"
-            states[b, t, start:end] = PARTIAL if segment < 4 else FULL
+            states[b, t, start:end] = state
     return states
 
 
 def states_of_columns(columns: Tensor) -> Tensor:
     """[B, Tq, Tk] from the lists."""
-    n_batch, n_key_tiles, n_query_tiles = *columns.shape[:2], columns.shape[2] - HEAD.value
+    n_batch, n_key_tiles, n_query_tiles = *columns.shape[:2], (columns.shape[2] - HEAD.value) // 2
     states = torch.zeros(n_batch, n_query_tiles, n_key_tiles, dtype=torch.int64)
     for b, t in torch.cartesian_prod(torch.arange(n_batch), torch.arange(n_key_tiles)).tolist():
-        n_partial, n_full = columns[b, t, :2].tolist()
-        entries = columns[b, t, HEAD.value :].tolist()
-        visited = entries[:n_partial] + entries[n_query_tiles - n_full :]
-        assert len(set(visited)) == n_partial + n_full, "a tile is visited twice"
-        states[b, visited, t] = torch.tensor([PARTIAL] * n_partial + [FULL] * n_full, dtype=torch.int64)
+        n_single, n_full, _, n_both = columns[b, t, : HEAD.value].tolist()
+        entries, both = columns[b, t, HEAD.value :].view(2, -1).tolist()
+        visited = [(x // 2, FIRST + x % 2) for x in entries[:n_single]] + [(x, BOTH) for x in both[:n_both]]
+        visited += [(x, FULL) for x in entries[n_query_tiles - n_full :]]
+        assert len({x for x, _ in visited}) == len(visited), "a tile is visited twice"
+        for tile, state in visited:
+            states[b, tile, t] = state
     return states
 
 
@@ -57,9 +69,8 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
         rows, rows_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, False))
         columns, columns_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, True))
     states = states_of_rows(rows, -(-n_keys // tile_k))
-    by_columns = states.clone()  # the last queries are loaded under a mask where they fill no tile
-    if len(q_position[0]) % tile_q:
-        by_columns[:, -1].clamp_(max=PARTIAL)
+    # The last queries are loaded under a mask where they fill no tile.
+    by_columns = states_of_rows(rows, -(-n_keys // tile_k), short=len(q_position[0]) % tile_q > 0)
     assert torch.equal(states_of_columns(columns), by_columns)
 
     visible = visible_keys(ranges, n_keys).float()
@@ -68,6 +79,9 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
     # Queries that are not there do not count, keys that are not there do: full tiles are loaded without a mask.
     n_real = (torch.arange(len(visible[0])) // tile_q).bincount() * tile_k
     covered = [visible, *(visible_keys(ranges[:, :, [r]], n_keys).float() for r in (0, 1))]
+    for state, other in ((FIRST, covered[2]), (SECOND, covered[1])):
+        hidden = tiled(other, 0.0, tile_q, tile_k).amax(-1) == 0
+        assert hidden[by_columns == state].all(), "a tile is masked by one range that two reach"
     by_both, by_first, by_second = (tiled(x, 0.0, tile_q, tile_k).sum(-1) == n_real[:, None] for x in covered)
     assert by_both[states == FULL].all(), "a tile is called full that is not"
     assert (states[by_first | by_second] == FULL).all(), "a tile that one range covers is not called full"
@@ -77,8 +91,8 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
     assert torch.equal(rows[..., 12] == 1, ~(mixed & (states == FULL)).any(2))
     assert torch.equal(columns[..., 2] == 1, ~(mixed & (by_columns == FULL)).any(1))
     for order, work in ((rows_order, (states > 0).sum(2)), (columns_order, (states > 0).sum(1))):
-        assert sorted(order.tolist()) == list(range(work.numel()))
-        assert (work.flatten()[order.long()].diff() <= 0).all(), "not the longest first"
+        wanted = work.flatten().argsort(descending=True, stable=True)
+        assert torch.equal(order.long(), wanted), "not the longest first"
 
 
 @settings(max_examples=12)
@@ -109,6 +123,23 @@ def test_plan_of_two_runs(data: st.DataObject) -> None:
     check_plan(ranges, torch.arange(10.0)[None], torch.arange(41.0)[None], 16, 4)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        ((1, 23), (0, 0), [FIRST, FULL, FIRST]),  # alone, up to the last tile
+        ((24, 24), (1, 23), [SECOND, FULL, SECOND]),
+        ((1, 16), (16, 23), [FIRST, FULL, SECOND]),  # next to each other
+        ((1, 16), (15, 23), [BOTH, FULL, BOTH]),
+    ],
+)
+def test_runs_are_merged_only_where_they_share_a_tile(
+    first: tuple[int, int], second: tuple[int, int], wanted: list[int]
+) -> None:
+    ranges = torch.tensor([first, second], dtype=torch.int32).expand(1, 8, 2, 2)
+    on_device = [x.to(DEVICE) for x in (ranges, torch.zeros(1, 8), torch.zeros(1, 24))]
+    assert states_of_rows(interval_plan(*on_device, 8, 8, False)[0].cpu(), 3).tolist() == [[wanted]]
+
+
 def test_empty_ranges_may_start_anywhere() -> None:
     """And end anywhere: rounding up to a tile must not go beyond 32 bits. Their neighbours see all keys."""
     g = torch.Generator().manual_seed(0)
@@ -124,6 +155,20 @@ def test_more_tiles_than_one_step_looks_at() -> None:
     g = torch.Generator().manual_seed(0)
     check_plan(*structured("packed", 1, 12, 550, g), 8, 8)
     check_plan(*structured("packed", 1, 550, 12, g), 8, 8)
+
+
+@triton.jit
+def launch_order_kernel(order: Any, found: Any, n_heads: Any) -> None:
+    slot, head = slot_and_head(order, n_heads)
+    tl.store(found + 2 * tl.program_id(0), head)
+    tl.store(found + 2 * tl.program_id(0) + 1, slot)
+
+
+def test_programs_start_head_by_head_and_longest_first() -> None:
+    order, n_heads = torch.tensor([3, 0, 2, 1, 4], dtype=torch.int32, device=DEVICE), 3
+    found = torch.full((n_heads * len(order), 2), -1, device=DEVICE)
+    launch_order_kernel[(len(found),)](order, found, n_heads)
+    assert found.tolist() == [list(x) for x in itertools.product(range(n_heads), order.tolist())]
 
 
 def test_one_plan_for_many_layers() -> None:

@@ -119,7 +119,8 @@ def argument_type(argument: str, kernel: str, dtype: str) -> str:
 
 
 def plan_specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tuple[int, int]]) -> list[KernelSpec]:
-    """The kernels that plan for these (tile_q, tile_k): those of rows, and of columns, which need the rows, too."""
+    """The kernels that plan for these (tile_q, tile_k): those of rows, of columns, which need the rows, too, and of the
+    order."""
     row_tiles, column_tiles = set(row_tiles), set(column_tiles)
     found = []
     for name, kernel, tiles in (
@@ -133,7 +134,8 @@ def plan_specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tupl
             types |= dict.fromkeys(sizes, "constexpr")
             pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
             found.append(KernelSpec(name, kernel, types, sizes, 4, 3, f"{tile_q}×{tile_k}", pointers))
-    return found
+    order = {"work": "*i32", "order": "*i32", "n": "i32"}
+    return [*found, KernelSpec("order", triton_plan.order_kernel, order, {}, 4, 3, aligned=("work", "order"))]
 
 
 def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:
@@ -141,13 +143,14 @@ def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:
     that the results go into the caller's tensor in its dtype."""
     name = TRITON_NAMES[dtype]
     pointers = {"q": name, "k": name, "v": name, "ranges": "i32", "q_position": "fp32", "k_position": "fp32",
-                "slopes": "fp32", "out": "fp32", "lse": "fp32"}  # fmt: skip
+                "slopes": "fp32", "kv_rows": "i32", "out": "fp32", "lse": "fp32"}  # fmt: skip
     strides = [f"stride_{axis}" for axis in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "pb")]
     counts = ["n_queries", "n_keys", "n_splits", "n_kv_heads"]
     numbers = {**dict.fromkeys(strides + counts, "i32"), "scale_log2e": "fp32"}
     listed = []
     for n_rows, whole in itertools.product((4, 256), (False, True)):
-        tile_m, tile_n, num_warps, num_stages = triton_decode.tiles(n_rows, head_dim, dtype)
+        tile_m = triton_decode.rows_of_tile(n_rows, dtype)
+        tile_n, num_warps, num_stages, _ = triton_decode.launch_of(tile_m, head_dim, dtype)
         constants = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
         pointers["out"] = name if whole else "fp32"
         types = {**{p: f"*{t}" for p, t in pointers.items()}, **numbers, **dict.fromkeys(constants, "constexpr")}

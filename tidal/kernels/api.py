@@ -26,6 +26,8 @@ class Backend:
     """device types it runs on; None: all"""
     preferred_on: tuple[str, ...] = ()
     """device types where it is taken when no backend is asked for"""
+    takes_rows: Callable[[Tensor, Tensor, Tensor, Tensor], bool] = lambda q, k, v, slopes: False
+    """function(q, k, v, slopes): whether `attend` takes `rows`, too, and reads those of k and v where they lie"""
     supports: Callable[[torch.dtype, int], bool] = lambda dtype, head_dim: True
     """function(dtype, head_dim): whether it has a kernel for them"""
     prepare: Callable[[TilePlan, Tensor, Tensor, Tensor, torch.dtype, int], None] | None = None
@@ -44,12 +46,13 @@ if importlib.util.find_spec("triton"):  # operators are registered here, before 
     from tidal.kernels import triton_attention
 
     BACKENDS["triton"] = Backend(
-        triton_attention.attend, triton_attention.DEVICES, ("cuda",), triton_attention.supports,
-        triton_attention.prepare,
+        triton_attention.attend, triton_attention.DEVICES, ("cuda",), triton_attention.decodes,
+        triton_attention.supports, triton_attention.prepare,
     )  # fmt: skip
     BACKENDS["triton-atomic"] = Backend(
         functools.partial(triton_attention.attend, atomic=True), triton_attention.DEVICES, (),
-        triton_attention.supports, functools.partial(triton_attention.prepare, atomic=True), learns_slopes=False,
+        triton_attention.decodes, triton_attention.supports,
+        functools.partial(triton_attention.prepare, atomic=True), learns_slopes=False,
     )  # fmt: skip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,8 +121,9 @@ def interval_attention(
         plan: ``TilePlan.build(ranges, Lk)``, to be shared by all layers that use these ranges and positions;
             built inside when missing.
         rows: for each row of q, the row of k and v that it attends to. k and v may then have any number of rows: those
-            of a cache are attended to where they lie, if that is cheaper than copying them. On a CPU each row
-            ends at the last key that it sees, where lengths differ much. If missing, row i of q attends to row i.
+            of a cache are attended to where they lie, if that is cheaper than copying them (on a GPU for up to 64
+            queries). On a CPU each row ends at the last key that it sees, where lengths differ much. If missing, row i
+            of q attends to row i.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
@@ -132,11 +136,15 @@ def interval_attention(
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
     name = choose_backend(q, backend)
-    attend = BACKENDS[name].attend
+    attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
         if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows):
             attend = functools.partial(cpu_rows.attend_rows, rows=rows)
-        elif not cpu_rows.all_in_order(rows, k):  # whole stretches: a half to a quarter of the time of indexing
+        elif cpu_rows.all_in_order(rows, k):
+            pass
+        elif BACKENDS[name].takes_rows(q, k, v, slopes):
+            attend = functools.partial(attend, rows=rows)
+        else:  # whole stretches: a half to a quarter of the time of indexing
             k, v = (torch.stack([x[row] for row in rows]) for x in (k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5

@@ -112,31 +112,42 @@ def attend(
     plan: TilePlan | None,
     config: Config | None = None,
     atomic: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
 
-    Without gradients, up to 64 queries go to the decode kernel, unless a config is given.
+    Without gradients, up to 64 queries go to the decode kernel, unless a config is given; only that one takes `rows`.
 
     Raises:
         ValueError: `atomic`, and slopes need a gradient, which is made by the kernel that is left out.
     """
     if atomic and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("backend 'triton-atomic' has no gradient of slopes; take 'triton'")
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slopes))
     if config is None:
-        if not learning and triton_decode.fits(q, k):
-            decoded: Tensor = triton_decode.decode(q, k, v, ranges, q_position, k_position, slopes, scale)
+        if decodes(q, k, v, slopes):
+            kv_rows = None if rows is None else triton_decode.on_device(tuple(rows), q.device)
+            decoded: Tensor = triton_decode.decode(q, k, v, ranges, q_position, k_position, slopes, scale, kv_rows)
             return decoded
         config = configuration(q.dtype, q.shape[-1], architecture(q.device))
     dq = config.dq_slopes if slopes.requires_grad else config.dq
     dkdv = config.dkdv_atomic if atomic else config.dkdv
-    wanted = needed(config.forward, config.forward if atomic else dq, dkdv, learning)
-    rows, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
+    wanted = needed(config.forward, config.forward if atomic else dq, dkdv, learning(q, k, v, slopes))
+    table, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
     tiles = [*config.forward, *dq, *dkdv]
     out: Tensor = attend_fused(
-        q, k, v, ranges, q_position, k_position, slopes, rows, order, backward_plan, scale, tiles, atomic
+        q, k, v, ranges, q_position, k_position, slopes, table, order, backward_plan, scale, tiles, atomic
     )[0]
     return out
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether any of them will get a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def decodes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> bool:
+    """Whether :func:`attend` hands these to the decode kernel, which reads rows of a cache where they lie."""
+    return not learning(q, k, v, slopes) and triton_decode.fits(q, k)
 
 
 def needed(forward: Tile, dq: Tile, dkdv: Tile, learning: bool) -> list[tuple[int, int, bool]]:
@@ -276,7 +287,7 @@ def attend_fused_backward(
         triton_backward.dkdv_kernel[(n_batch * n_key_tiles * n_heads,)](
             q, k, v, dout, lse, delta, dk_part, dv_part, dq_sum, ranges, q_position, k_position, slopes_float, columns,
             columns_order, *strides(q, k, v, dout, dk_part, dq_sum), n_heads, group, n_queries, n_keys, n_key_tiles,
-            columns.shape[2] - HEAD.value, scale, ATOMIC=atomic, **constants(q, tile_k),
+            (columns.shape[2] - HEAD.value) // 2, scale, ATOMIC=atomic, **constants(q, tile_k),
         )  # fmt: skip
     if atomic:
         dq.copy_(dq_sum)

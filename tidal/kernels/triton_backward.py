@@ -12,13 +12,16 @@ from tidal.kernels.triton_tiles import (
     exponential,
     full_tiles,
     in_base,
+    load_range,
     load_ranges,
     load_rows,
     load_some,
     may_shift,
+    one_range,
     partial_tiles,
     score_of,
     segment_tile,
+    slot_and_head,
     store_rows,
 )
 
@@ -40,14 +43,15 @@ def delta_kernel(
 
 @triton.jit
 def dq_tile(
-    state, tile, q_md, dout_md, keys, q_position, ranges, lse, delta, origin, scale, slope,
-    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, SLOPES: tl.constexpr,
+    state, tile, q_md, dout_md, keys, q_position, bounds, lse, delta, origin, scale, slope,
+    N: tl.constexpr, D: tl.constexpr, RANGES: tl.constexpr, SHIFTED: tl.constexpr, SLOPES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of keys contributes to dq [M, D] and, if SLOPES, to three sums [M] for the slopes' gradient.
 
-    q_position, each of the ranges, lse (shifted as the scores are) and delta: [M, 1].
+    q_position, each of the bounds (of RANGES ranges), lse (shifted as the scores are) and delta: [M, 1].
     """
+    MASKED: tl.constexpr = RANGES > 0
     dq, slope_sums = state
     k, stride_kl, v, stride_vl, k_position, n_keys = keys
     first = tile * N
@@ -57,7 +61,7 @@ def dq_tile(
     k_position_n = tl.load(k_position + key, mask=key < n_keys, other=0.0) if MASKED else tl.load(k_position + key)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
-        q_position, k_position_n[None, :], key[None, :], ranges, origin, scale, slope, MASKED, SHIFTED,
+        q_position, k_position_n[None, :], key[None, :], bounds, origin, scale, slope, RANGES, SHIFTED,
     )  # fmt: skip
     dweight = dot(dout_md, tl.trans(v_nd))
     weight = exponential(score - lse, FAST)
@@ -79,12 +83,12 @@ def dq_kernel(
     stride_gb, stride_gh, stride_gl, stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """dq for one tile of queries and head. Programs start with the tiles that visit most keys (`order`).
+    """dq for one tile of queries and head. A head's programs start with the longest (`order`).
 
     q, dout and dq [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. If SLOPES, also the tile's
     part of the slopes' gradient, dslopes float32 [B · n_tiles, H].
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     inside = local < n_left
@@ -113,7 +117,7 @@ def dq_kernel(
             tile = segment_tile(i, segments)
             state = dq_tile(
                 state, tile, q_md, dout_md, keys, 0.0, 0, lse_shifted, delta_m1, origin, scale_in, slope,
-                N, D, False, True, SLOPES, FAST,
+                N, D, 0, True, SLOPES, FAST,
             )  # fmt: skip
         n_full = tl.where(shifts, 0, n_full)
     q_position_m1 = tl.load(q_position + local, mask=inside, other=0.0)[:, None]
@@ -121,15 +125,21 @@ def dq_kernel(
         tile = segment_tile(i, segments)
         state = dq_tile(
             state, tile, q_md, dout_md, keys, q_position_m1, 0, lse_m1, delta_m1, 0.0, scale_in, slope,
-            N, D, False, False, SLOPES, FAST,
+            N, D, 0, False, SLOPES, FAST,
         )  # fmt: skip
-    n_partial, segments = partial_tiles(row)
+    n_partial, n_single, segments = partial_tiles(row)
     bounds = load_ranges(ranges, local, n_left, n_keys, 1)
-    for i in range(0, n_partial):
+    for i in range(0, n_single):
+        tile, bound = segment_tile(i, segments), one_range(bounds, i >= segments[1])
+        state = dq_tile(
+            state, tile, q_md, dout_md, keys, q_position_m1, bound, lse_m1, delta_m1, 0.0, scale_in, slope,
+            N, D, 1, False, SLOPES, FAST,
+        )  # fmt: skip
+    for i in range(n_single, n_partial):
         tile = segment_tile(i, segments)
         state = dq_tile(
             state, tile, q_md, dout_md, keys, q_position_m1, bounds, lse_m1, delta_m1, 0.0, scale_in, slope,
-            N, D, True, False, SLOPES, FAST,
+            N, D, 2, False, SLOPES, FAST,
         )  # fmt: skip
     dq += batch * stride_ob + head * stride_oh
     store_rows(dq, first, stride_ol, n_queries - first, state[0] * scale, M, D)
@@ -142,15 +152,17 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_tile(
-    state, tile, k_nd, v_nd, queries, added, key, k_position, origin, scale, slope,
-    M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
+    state, tile, k_nd, v_nd, queries, added, second, key, k_position, origin, scale, slope,
+    M: tl.constexpr, D: tl.constexpr, RANGES: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """Add what one tile of queries contributes to dk and dv, both [N, D]. The score matrix is transposed: [N, M].
 
-    key and k_position: [N, 1]. Unless MASKED, the tile is full of queries. If ATOMIC, the keys' share of dq is added to
-    memory; `added` is the pointer, the stride of its rows, and the factor of q·k in the scores.
+    key and k_position: [N, 1]. RANGES: 2 for the mask of both ranges, 1 for that of range `second`, 0 for none, where
+    the tile is full of queries, too. If ATOMIC, the keys' share of dq is added to memory; `added` is the pointer, the
+    stride of its rows, and the factor of q·k in the scores.
     """
+    MASKED: tl.constexpr = RANGES > 0
     dk, dv = state
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
@@ -159,7 +171,9 @@ def dkdv_tile(
     q_position_m = load_some(q_position + first, local, n_left, 0.0, MASKED)
     lse_m = load_some(lse + first, local, n_left, float("inf"), MASKED)
     bounds = 0
-    if MASKED:
+    if RANGES == 1:
+        bounds = load_range(ranges + first.to(tl.int64) * 4 + second * 2, local, n_left, n_keys, 0)
+    if RANGES == 2:
         bounds = load_ranges(ranges + first.to(tl.int64) * 4, local, n_left, n_keys, 0)
     if SHIFTED:
         lse_m += tl.fma(q_position_m, slope, -origin)
@@ -167,7 +181,7 @@ def dkdv_tile(
     product = dot(k_nd, tl.trans(q_md)) if FAST else tl.trans(dot(q_md, tl.trans(k_nd)))
     score = score_of(
         product,
-        q_position_m[None, :], k_position, key, bounds, origin, scale, slope, MASKED, SHIFTED,
+        q_position_m[None, :], k_position, key, bounds, origin, scale, slope, RANGES, SHIFTED,
     )  # fmt: skip
     weight = exponential(score - lse_m[None, :], FAST)
     dout_md = load_rows(dout, first, stride_gl, n_left, M, D, MASKED)
@@ -189,14 +203,14 @@ def dkdv_kernel(
     n_heads, group, n_queries, n_keys, n_tiles, n_query_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv for one tile of keys and query head. Programs start with the tiles that most queries visit (`order`).
+    """dk and dv for one tile of keys and query head. A head's programs start with the longest (`order`).
 
     q and dout [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. dk and dv [B, H, Lk, D] are of
     query heads: where a group shares a key head, they are added up later. If ATOMIC, the program also adds its part
     to dq, float32 [B, H, Lq, D], which must begin as zeros. That takes five products a tile instead of seven, but
     programs come in any order, so the last bits differ from run to run.
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * N
     key, n_left = first.to(tl.int32) + tl.arange(0, N), (n_keys - first).to(tl.int32)
     slope, scale_in = in_base(tl.load(slopes + head), FAST), in_base(scale, FAST)
@@ -215,25 +229,31 @@ def dkdv_kernel(
     added = (dq + batch * stride_dqb + head * stride_dqh, stride_dql, scale)
     state = (tl.zeros([N, D], dtype=tl.float32), tl.zeros([N, D], dtype=tl.float32))
 
-    column = columns + slot * (n_query_tiles + HEAD)
+    column = columns + slot * (2 * n_query_tiles + HEAD)
     n_full, last = tl.load(column + 1), column + HEAD + n_query_tiles - 1
     if FAST:
         shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             state = dkdv_tile(
-                state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, origin,
-                scale_in, slope, M, D, False, True, FAST, ATOMIC,
+                state, tl.load(last - i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, origin,
+                scale_in, slope, M, D, 0, True, FAST, ATOMIC,
             )  # fmt: skip
         n_full = tl.where(shifts, 0, n_full)
     for i in range(0, n_full):
         state = dkdv_tile(
-            state, tl.load(last - i), k_nd, v_nd, queries, added, key_n1, k_position_n1, 0.0, scale_in, slope,
-            M, D, False, False, FAST, ATOMIC,
+            state, tl.load(last - i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, 0, False, FAST, ATOMIC,
         )  # fmt: skip
     for i in range(0, tl.load(column)):
+        entry = tl.load(column + HEAD + i)
         state = dkdv_tile(
-            state, tl.load(column + HEAD + i), k_nd, v_nd, queries, added, key_n1, k_position_n1, 0.0, scale_in,
-            slope, M, D, True, False, FAST, ATOMIC,
+            state, entry >> 1, k_nd, v_nd, queries, added, entry & 1, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, 1, False, FAST, ATOMIC,
+        )  # fmt: skip
+    for i in range(0, tl.load(column + 3)):
+        state = dkdv_tile(
+            state, tl.load(column + HEAD + n_query_tiles + i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1,
+            0.0, scale_in, slope, M, D, 2, False, FAST, ATOMIC,
         )  # fmt: skip
     offset = batch * stride_ob + head * stride_oh
     store_rows(dk + offset, first, stride_ol, n_keys - first, state[0] * scale, N, D)

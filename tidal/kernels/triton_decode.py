@@ -18,6 +18,8 @@ nothing waits for the device.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,9 +32,20 @@ MOST_QUERIES = 64
 """queries per row and head that this kernel takes; more of them are not decoding but reading"""
 
 MOST_SPLITS = 128
-PROGRAMS_PER_CORE = 2
 LEAST_TILES = 2
 """key tiles that a split should have, if all keys were seen: fewer are not worth merging"""
+
+
+class Launch(NamedTuple):
+    """How the kernel is launched."""
+
+    n: int
+    """TILE_N, keys per tile"""
+    warps: int
+    stages: int
+    per_core: int = 2
+    """programs per multiprocessor, if there are enough keys to split"""
+
 
 UNSPECIALIZED = ("n_queries", "n_keys", "n_splits")
 """vary from step to step: a kernel must not be compiled anew for those that are 1 or multiples of 16"""
@@ -40,15 +53,16 @@ UNSPECIALIZED = ("n_queries", "n_keys", "n_splits")
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def partial_kernel(
-    q, k, v, ranges, q_position, k_position, slopes, out, lse,
+    q, k, v, ranges, q_position, k_position, slopes, kv_rows, out, lse,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb,
     n_queries, n_keys, n_splits, n_kv_heads, scale_log2e,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """The attention of one tile of rows to one split of the keys.
 
-    Program (tile, split): the tile is one of a key head of a batch row. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D];
-    out [S, B, Hq, Lq, D] in float32, or in the dtype of q where there is one split; lse float32 [S, B, Hq, Lq].
+    Program (tile, split): the tile is one of a key head of a batch row. q [B, Hq, Lq, D], k and v [R, Hkv, Lk, D], of
+    whose rows batch row b attends to kv_rows[b], or, where that is None, to b; out [S, B, Hq, Lq, D] in float32, or in
+    the dtype of q where there is one split; lse float32 [S, B, Hq, Lq].
     """
     n_rows = n_queries * GROUP
     n_row_tiles = tl.cdiv(n_rows, TILE_M)
@@ -75,8 +89,9 @@ def partial_kernel(
     q_position_m = tl.load(q_position + batch * n_queries + query_m, mask=live_m, other=0.0)
     slope_m = tl.load(slopes + head_m, mask=live_m, other=0.0).to(tl.float32) * LOG2E
     n = tl.arange(0, TILE_N)
-    k_nd = k + batch * stride_kb + kv_head * stride_kh + n.to(tl.int64)[:, None] * stride_kn + d[None, :]
-    v_nd = v + batch * stride_vb + kv_head * stride_vh + n.to(tl.int64)[:, None] * stride_vn + d[None, :]
+    kv_row = batch if kv_rows is None else tl.load(kv_rows + batch).to(tl.int64)
+    k_nd = k + kv_row * stride_kb + kv_head * stride_kh + n.to(tl.int64)[:, None] * stride_kn + d[None, :]
+    v_nd = v + kv_row * stride_vb + kv_head * stride_vh + n.to(tl.int64)[:, None] * stride_vn + d[None, :]
 
     top_m = tl.full([TILE_M], float("-inf"), tl.float32)
     sum_m = tl.zeros([TILE_M], tl.float32)
@@ -172,11 +187,15 @@ def decode(
     k_position: Tensor,
     slopes: Tensor,
     scale: float,
+    kv_rows: Tensor | None = None,
+    launch: Sequence[int] | None = None,
 ) -> Tensor:
     """Interval attention without gradients, for q and k that pass :func:`fits`.
 
-    Shapes and dtypes as in :func:`tidal.kernels.interval_attention`, none of them checked here. Slices of a cache,
-    ``k[:, :, :n]``, are read where they are; only the head dimension must be contiguous, else there is a copy.
+    Shapes and dtypes as in :func:`tidal.kernels.interval_attention`, none of them checked here; kv_rows is its `rows`,
+    int32 [B] on the device, and k and v then have any number of rows. Slices of a cache, ``k[:, :, :n]``, are read
+    where they are; only the head dimension must be contiguous, else there is a copy.
+    `launch` has the fields of a :class:`Launch`, in place of those that :func:`launch_of` chooses.
 
     Returns:
         [B, Hq, Lq, D], contiguous, in the dtype of q.
@@ -187,14 +206,15 @@ def decode(
         return out.zero_()
     q, k, v, k_position = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, k_position))
     group, n_rows = n_heads // n_kv_heads, n_batch * n_heads * n_queries
-    tile_m, tile_n, num_warps, num_stages = tiles(group * n_queries, head_dim, q.dtype)
+    tile_m = rows_of_tile(group * n_queries, q.dtype)
+    tile_n, num_warps, num_stages, per_core = launch or launch_of(tile_m, head_dim, q.dtype)
     n_programs = n_batch * n_kv_heads * -(-group * n_queries // tile_m)
-    n_splits = count_splits(n_programs, -(-n_keys // tile_n), n_cores(q.device))
+    n_splits = count_splits(n_programs, -(-n_keys // tile_n), per_core * n_cores(q.device))
     lse = torch.empty(n_splits * n_rows, dtype=torch.float32, device=q.device)
     part = out if n_splits == 1 else torch.empty(n_splits * n_rows * head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         partial_kernel[(n_programs, n_splits)](
-            q, k, v, ranges.contiguous(), q_position.contiguous(), k_position, slopes.contiguous(), part, lse,
+            q, k, v, ranges.contiguous(), q_position.contiguous(), k_position, slopes.contiguous(), kv_rows, part, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], k_position.stride(0),
             n_queries, n_keys, n_splits, n_kv_heads, scale * LOG2E.value,
             GROUP=group, HEAD_DIM=head_dim, TILE_M=tile_m, TILE_N=tile_n,
@@ -210,27 +230,38 @@ def _(q, *_):
     return q.new_empty(q.shape)
 
 
-def tiles(n_rows: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """TILE_M, TILE_N, warps and stages for `n_rows` packed rows (query heads of a group × queries).
+@functools.lru_cache(maxsize=16)
+def on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """kv_rows for these rows: copied to the device once for all layers of a step, without waiting for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
 
-    A product of tensor cores has at least 16 rows. float32 is multiplied without tensor cores, which would round to
-    tf32. A product then holds more in registers, so float32 has smaller tiles and more threads.
+
+def rows_of_tile(n_rows: int, dtype: torch.dtype) -> int:
+    """TILE_M for `n_rows` packed rows (query heads of a group × queries). A product of tensor cores has at least 16."""
+    return 16 if n_rows <= 16 else 32 if n_rows <= 32 or dtype == torch.float32 else 64
+
+
+def launch_of(tile_m: int, head_dim: int, dtype: torch.dtype) -> Launch:
+    """How the kernel is launched for tiles of TILE_M rows.
+
+    float32 is multiplied without tensor cores, which would round to tf32. A product then holds more in registers, so
+    float32 has smaller tiles and more threads.
     """
-    tile_m = 16 if n_rows <= 16 else 32 if n_rows <= 32 or dtype == torch.float32 else 64
     if dtype == torch.float32:
-        return tile_m, 16 if head_dim == 128 else 32, 8, 2
-    return tile_m, 64 if head_dim == 128 or tile_m == 64 else 128, 4, 3
+        return Launch(16 if head_dim == 128 else 32, 8, 2)
+    return Launch(64 if head_dim == 128 or tile_m == 64 else 128, 4, 3)
 
 
-def count_splits(n_programs: int, n_tiles: int, cores: int) -> int:
+def count_splits(n_programs: int, n_tiles: int, n_wanted: int) -> int:
     """How many programs share the keys of one tile of rows, so that all multiprocessors are busy.
 
     Args:
         n_programs: tiles of rows, of all heads and batch rows.
         n_tiles: tiles of keys, if all keys were seen.
-        cores: multiprocessors of the GPU.
+        n_wanted: programs that keep the GPU busy.
     """
-    wanted = -(-PROGRAMS_PER_CORE * cores // n_programs)
+    wanted = -(-n_wanted // n_programs)
     return max(1, min(wanted, n_tiles // LEAST_TILES, MOST_SPLITS))
 
 

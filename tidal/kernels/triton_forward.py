@@ -16,23 +16,26 @@ from tidal.kernels.triton_tiles import (
     load_rows,
     logarithm,
     may_shift,
+    one_range,
     partial_tiles,
     score_of,
     segment_tile,
+    slot_and_head,
     store_rows,
 )
 
 
 @triton.jit
 def forward_tile(
-    state, tile, q_md, keys, q_position, ranges, shift, origin, scale, slope,
-    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
+    state, tile, q_md, keys, q_position, bounds, shift, origin, scale, slope,
+    N: tl.constexpr, D: tl.constexpr, RANGES: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Continue the running softmax with one tile of keys.
 
     state: float32 sums of weighted values [M, D], of weights [M], and the highest score + shift so far [M].
-    q_position and each of the ranges: [M, 1]; shift: [M].
+    q_position and each of the bounds (of RANGES ranges): [M, 1]; shift: [M].
     """
+    MASKED: tl.constexpr = RANGES > 0
     acc, total, highest = state
     k, stride_kl, v, stride_vl, k_position, n_keys = keys
     first = tile * N
@@ -41,7 +44,7 @@ def forward_tile(
     k_position_n = tl.load(k_position + key, mask=key < n_keys, other=0.0) if MASKED else tl.load(k_position + key)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
-        q_position, k_position_n[None, :], key[None, :], ranges, origin, scale, slope, MASKED, SHIFTED,
+        q_position, k_position_n[None, :], key[None, :], bounds, origin, scale, slope, RANGES, SHIFTED,
     )  # fmt: skip
     if SHIFTED:
         highest_new = tl.maximum(highest, tl.max(score, 1))
@@ -62,11 +65,11 @@ def forward_kernel(
     stride_ob, stride_oh, stride_ol, n_heads, group, n_queries, n_keys, n_tiles, scale,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The output of one tile of queries and head. Programs start with the tiles that visit most keys (`order`).
+    """The output of one tile of queries and head. A head's programs start with the longest (`order`).
 
     q and out [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse float32 [B, H, Lq]; rows and order are of the plan.
     """
-    slot, head = tl.load(order + tl.program_id(0) // n_heads).to(tl.int64), (tl.program_id(0) % n_heads).to(tl.int64)
+    slot, head = slot_and_head(order, n_heads)
     batch, first = slot // n_tiles, slot % n_tiles * M
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     row = rows + slot * ROW
@@ -91,23 +94,24 @@ def forward_kernel(
         shifts, origin = may_shift(q_position_m, local < n_left, tl.load(row + 12), slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
-            state = forward_tile(
-                state, tile, q_md, keys, 0.0, 0, 0.0, origin, scale, slope, N, D, False, True, FAST
-            )
+            state = forward_tile(state, tile, q_md, keys, 0.0, 0, 0.0, origin, scale, slope, N, D, 0, True, FAST)
         n_full = tl.where(shifts, 0, n_full)
         shift = tl.where(shifts, tl.fma(q_position_m, slope, -origin), 0.0)
     q_position_m1 = tl.load(q_position + local, mask=local < n_left, other=0.0)[:, None]
     for i in range(0, n_full):
         tile = segment_tile(i, segments)
-        state = forward_tile(
-            state, tile, q_md, keys, q_position_m1, 0, 0.0, 0.0, scale, slope, N, D, False, False, FAST
-        )
-    n_partial, segments = partial_tiles(row)
+        state = forward_tile(state, tile, q_md, keys, q_position_m1, 0, 0.0, 0.0, scale, slope, N, D, 0, False, FAST)
+    n_partial, n_single, segments = partial_tiles(row)
     bounds = load_ranges(ranges, local, n_left, n_keys, 1)
-    for i in range(0, n_partial):
+    for i in range(0, n_single):
+        tile, bound = segment_tile(i, segments), one_range(bounds, i >= segments[1])
+        state = forward_tile(
+            state, tile, q_md, keys, q_position_m1, bound, shift, 0.0, scale, slope, N, D, 1, False, FAST
+        )
+    for i in range(n_single, n_partial):
         tile = segment_tile(i, segments)
         state = forward_tile(
-            state, tile, q_md, keys, q_position_m1, bounds, shift, 0.0, scale, slope, N, D, True, False, FAST
+            state, tile, q_md, keys, q_position_m1, bounds, shift, 0.0, scale, slope, N, D, 2, False, FAST
         )
 
     acc, total, highest = state

@@ -2,16 +2,18 @@
 """The tile plan on the device: which key tiles a tile of queries visits, and which query tiles a key tile.
 
     rows      for each tile of queries, the tiles of keys in up to four segments that need the mask and two that
-              do not. No key tile is in two of them: where the two runs meet, they are merged.
+              do not. No key tile is in two of them: where the two runs share one, they are merged. Where they do not,
+              a tile needs the mask of one range only: the first two segments that of range 0, the others range 1's.
 
         keys →     ░░░░████████████████░░░░              ░░░░████████░░░░
                    └──┘└──────────────┘└──┘              └──┘└──────┘└──┘
                   partial    full    partial           partial full partial
                    └──── hull of range 0 ───┘             └ hull of range 1 ┘
 
-    columns   for each tile of keys, the list of the query tiles that visit it: partial ones from the front of
-              the list, full ones from its back; a tile that the last queries do not fill is partial here, so that
-              full ones are loaded without a mask
+    columns   for each tile of keys, the list of the query tiles that visit it: from the front partial ones that
+              need one range (as 2 · tile + range), from the back full ones; and a second list of those that need both
+              ranges. A tile that the last queries do not fill is partial here, so that full ones are loaded without
+              a mask.
 
 Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
 no absolute value (tidal/kernels/triton_tiles.py). Memory is O((Lq / tile) · (Lk / tile)), time O((Lq / tile) · Lk), and
@@ -28,9 +30,11 @@ from torch import Tensor
 from tidal.kernels.plan import TilePlan
 
 ROW = tl.constexpr(16)
-"""int32 numbers per tile of queries: (start, end) of 4 partial segments and of 2 full ones, flag, 3 unused"""
+"""int32 numbers per tile of queries: (start, end) of 4 partial segments and of 2 full ones, flag, whether runs are
+merged, 2 unused"""
 HEAD = tl.constexpr(4)
-"""int32 numbers before the list of a tile of keys: how many are partial, how many are full, flag, 1 unused"""
+"""int32 numbers before the lists of a tile of keys: how many need one range, how many are full, flag, how many need
+both ranges"""
 CHUNK, KEYS = tl.constexpr(64), tl.constexpr(4096)
 """how many tiles, and how many positions of keys, a planning kernel looks at in one step"""
 LENGTHS = ("n_queries", "n_keys", "n_query_tiles", "n_key_tiles")
@@ -54,8 +58,8 @@ def rows_kernel(
     lo_0, a_0, b_0, hi_0 = hull_and_core(ranges + query * 4, n_keys, n_key_tiles, TILE_K)
     lo_1, a_1, b_1, hi_1 = hull_and_core(ranges + query * 4 + 2, n_keys, n_key_tiles, TILE_K)
 
-    # Runs that overlap or touch become one, with the cores in order; a core that is missing stands at its end.
-    merged = (lo_0 <= hi_1) & (lo_1 <= hi_0)
+    # Runs that share a tile become one, with the cores in order; a core that is missing stands at its end.
+    merged = (lo_0 < hi_1) & (lo_1 < hi_0)
     end = tl.maximum(hi_0, hi_1)
     lo_0 = tl.where(merged, tl.minimum(lo_0, lo_1), lo_0)
     none_0, none_1 = a_0 >= b_0, a_1 >= b_1
@@ -78,7 +82,7 @@ def rows_kernel(
 
     k_position += batch * n_keys
     high = tl.maximum(highest(k_position, a_0 * TILE_K, b_0 * TILE_K), highest(k_position, a_1 * TILE_K, b_1 * TILE_K))
-    put(row + 12, (high <= low).to(tl.int32), 0)
+    put(row + 12, (high <= low).to(tl.int32), merged.to(tl.int32))
     put(row + 14, 0, 0)
     tl.store(q_low + slot, low)
     tl.store(work + slot, tiles)
@@ -126,35 +130,38 @@ def columns_kernel(
 ):  # fmt: skip
     """List the query tiles that visit one tile of keys of a batch row, as their rows say.
 
-    rows int32 [B, Tq, ROW], q_low float32 [B, Tq]; columns int32 [B, Tk, HEAD + Tq], work int32 [B, Tk].
+    rows int32 [B, Tq, ROW], q_low float32 [B, Tq]; columns int32 [B, Tk, HEAD + 2 Tq], work int32 [B, Tk].
     """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * tl.num_programs(0) + tile
     key = tile * TILE_K + tl.arange(0, TILE_K)
     high = tl.max(tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=float("-inf")), 0)
-    column = columns + slot * (n_query_tiles + HEAD)
-    n_partial, n_full, n_ahead = 0, 0, 0
+    column = columns + slot * (2 * n_query_tiles + HEAD)
+    n_single, n_both, n_full, n_ahead = 0, 0, 0, 0
     for first in range(0, n_query_tiles, CHUNK):
         t = first + tl.arange(0, CHUNK)
         inside = t < n_query_tiles
         row = rows + (batch * n_query_tiles + t) * ROW
-        full = within(row + 8, tile, inside) | within(row + 10, tile, inside)
-        partial = within(row, tile, inside) | within(row + 2, tile, inside)
-        partial |= within(row + 4, tile, inside) | within(row + 6, tile, inside)
-        short = (t + 1) * TILE_Q > n_queries
-        partial |= full & short
-        full &= ~short
+        short, merged = (t + 1) * TILE_Q > n_queries, tl.load(row + 13, mask=inside, other=0) != 0
+        full_0, full_1 = within(row + 8, tile, inside), within(row + 10, tile, inside)
+        first_range = within(row, tile, inside) | within(row + 2, tile, inside) | (full_0 & short)
+        second_range = within(row + 4, tile, inside) | within(row + 6, tile, inside) | (full_1 & short)
+        single = (first_range | second_range) & ~merged
+        both = (first_range | second_range) & merged
+        full = (full_0 | full_1) & ~short
         low = tl.load(q_low + batch * n_query_tiles + t, mask=inside, other=0.0)
         n_ahead += tl.sum((full & (low < high)).to(tl.int32), 0)
         # cumsum counts from 1
-        tl.store(column + HEAD + n_partial + tl.cumsum(partial.to(tl.int32), 0) - 1, t, mask=partial)
+        entry = 2 * t + second_range.to(tl.int32)
+        tl.store(column + HEAD + n_single + tl.cumsum(single.to(tl.int32), 0) - 1, entry, mask=single)
         tl.store(column + HEAD + n_query_tiles - n_full - tl.cumsum(full.to(tl.int32), 0), t, mask=full)
-        n_partial += tl.sum(partial.to(tl.int32), 0)
+        tl.store(column + HEAD + n_query_tiles + n_both + tl.cumsum(both.to(tl.int32), 0) - 1, t, mask=both)
+        n_single += tl.sum(single.to(tl.int32), 0)
+        n_both += tl.sum(both.to(tl.int32), 0)
         n_full += tl.sum(full.to(tl.int32), 0)
-    tl.store(column, n_partial)
-    tl.store(column + 1, n_full)
-    tl.store(column + 2, tl.where(n_ahead == 0, 1, 0))
-    tl.store(work + slot, n_partial + n_full)
+    put(column, n_single, n_full)
+    put(column + 2, tl.where(n_ahead == 0, 1, 0), n_both)
+    tl.store(work + slot, n_single + n_both + n_full)
 
 
 @triton.jit
@@ -162,6 +169,22 @@ def within(segment, tile, inside):
     """bool [rows]: whether the key tile lies in the segment stored at each of these pointers; False unless `inside`."""
     start = tl.load(segment, mask=inside, other=0)
     return (start <= tile) & (tile < tl.load(segment + 1, mask=inside, other=0))
+
+
+@triton.jit(do_not_specialize=("n",))
+def order_kernel(work, order, n):
+    """Put CHUNK indices at their places among all: the longest first, those with as much work as they come.
+
+    work and order int32 [n]. Each is compared with every other one, of which there are few, in one launch.
+    """
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    mine = tl.load(work + i, mask=i < n, other=0)[:, None]
+    place = tl.zeros([CHUNK], dtype=tl.int32)
+    for first in range(0, n, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        other = tl.load(work + j, mask=j < n, other=-1)[None, :]
+        place += tl.sum(((other > mine) | ((other == mine) & (j[None, :] < i[:, None]))).to(tl.int32), 1)
+    tl.store(order + place, i, mask=i < n)
 
 
 @torch.library.custom_op("tidal::interval_plan", mutates_args=())
@@ -179,7 +202,7 @@ def interval_plan(
         transpose: columns instead of rows.
 
     Returns:
-        table: int32, rows [B, Tq, ROW] or columns [B, Tk, HEAD + Tq].
+        table: int32, rows [B, Tq, ROW] or columns [B, Tk, HEAD + 2 Tq].
         order: int32 [B·Tq] or [B·Tk], the indices of the rows or columns (b · T + t), longest first.
     """
     (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
@@ -195,12 +218,14 @@ def interval_plan(
         )
         table = rows
         if transpose:
-            table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + n_query_tiles)
+            table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + 2 * n_query_tiles)
             work = ranges.new_empty(n_batch * n_key_tiles)
             columns_kernel[(n_key_tiles, n_batch)](
                 rows, q_low, k_position, table, work, n_queries, n_keys, n_query_tiles, **sizes
             )
-    return table, work.argsort(descending=True, stable=True).to(torch.int32)
+        order = torch.empty_like(work)
+        order_kernel[(-(-work.numel() // CHUNK.value),)](work, order, work.numel())
+    return table, order
 
 
 @interval_plan.register_fake
@@ -209,7 +234,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
     n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
-    n_tiles, width = (n_key_tiles, HEAD.value + n_query_tiles) if transpose else (n_query_tiles, ROW.value)
+    n_tiles, width = (n_key_tiles, HEAD.value + 2 * n_query_tiles) if transpose else (n_query_tiles, ROW.value)
     return ranges.new_empty(n_batch, n_tiles, width), ranges.new_empty(n_batch * n_tiles)
 
 

@@ -78,17 +78,33 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def slot_and_head(order, n_heads):
+    """What this program works on: an entry of the plan's order, as int64, and a head.
+
+    One head after another, each from its longest tiles on, so that programs which run at the same time read the same
+    keys and values (in dkdv queries), and find them in the L2 cache. Batch rows are mixed: one head of all rows still
+    fits there (16 MB of keys and values for 32,768 tokens at D 128), and fewer long tiles are left for the end than if
+    rows, too, came one after another.
+    """
+    n_slots = tl.num_programs(0) // n_heads
+    slot = tl.load(order + tl.program_id(0) % n_slots)
+    return slot.to(tl.int64), (tl.program_id(0) // n_slots).to(tl.int64)
+
+
+@triton.jit
 def partial_tiles(row):
     """Read the tiles that need the mask from a row of the plan (ROW numbers, triton_plan.py).
 
-    Returns how many there are, and their four segments in the form that `segment_tile` takes.
+    Returns how many there are, how many of these need one range only, which is all or none, and their four segments in
+    the form that `segment_tile` takes.
     """
     a_0, a_1, a_2, a_3 = tl.load(row), tl.load(row + 2), tl.load(row + 4), tl.load(row + 6)
     n_0 = tl.load(row + 1) - a_0
     n_1 = n_0 + tl.load(row + 3) - a_1
     n_2 = n_1 + tl.load(row + 5) - a_2
     n_3 = n_2 + tl.load(row + 7) - a_3
-    return n_3, (n_0, n_1, n_2, a_0, a_1 - n_0, a_2 - n_1, a_3 - n_2)
+    n_single = tl.where(tl.load(row + 13) != 0, 0, n_3)
+    return n_3, n_single, (n_0, n_1, n_2, a_0, a_1 - n_0, a_2 - n_1, a_3 - n_2)
 
 
 @triton.jit
@@ -148,36 +164,49 @@ def add_rows(pointer, first, stride, n_left, value, N: tl.constexpr, D: tl.const
 
 
 @triton.jit
-def load_ranges(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
-    """Load both ranges of some queries: int32 start_0, end_0, start_1, end_1, ends cut to n_keys.
+def load_range(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
+    """Load one of the two ranges of some queries: int32 start and end, which is cut to n_keys.
 
-    Each has a new axis AXIS, so that it broadcasts over keys. Queries from n_left on have empty ranges.
+    Both have a new axis AXIS, so that they broadcast over keys. Queries from n_left on have empty ranges.
     """
-    inside = local < n_left
-    start_0 = tl.load(ranges + local * 4, mask=inside, other=0)
-    end_0 = tl.minimum(tl.load(ranges + local * 4 + 1, mask=inside, other=0), n_keys)
-    start_1 = tl.load(ranges + local * 4 + 2, mask=inside, other=0)
-    end_1 = tl.minimum(tl.load(ranges + local * 4 + 3, mask=inside, other=0), n_keys)
-    return (
-        tl.expand_dims(start_0, AXIS), tl.expand_dims(end_0, AXIS),
-        tl.expand_dims(start_1, AXIS), tl.expand_dims(end_1, AXIS),
-    )  # fmt: skip
+    start = tl.load(ranges + local * 4, mask=local < n_left, other=0)
+    end = tl.minimum(tl.load(ranges + local * 4 + 1, mask=local < n_left, other=0), n_keys)
+    return tl.expand_dims(start, AXIS), tl.expand_dims(end, AXIS)
+
+
+@triton.jit
+def load_ranges(ranges, local, n_left, n_keys, AXIS: tl.constexpr):
+    """Load both ranges, as load_range: start_0, end_0, start_1, end_1."""
+    start_0, end_0 = load_range(ranges, local, n_left, n_keys, AXIS)
+    start_1, end_1 = load_range(ranges + 2, local, n_left, n_keys, AXIS)
+    return start_0, end_0, start_1, end_1
+
+
+@triton.jit
+def one_range(bounds, second):
+    """The first or the second of the ranges that `load_ranges` loaded: start and end."""
+    start_0, end_0, start_1, end_1 = bounds
+    return tl.where(second, start_1, start_0), tl.where(second, end_1, end_0)
 
 
 @triton.jit
 def score_of(
-    product, q_position, k_position, key, ranges, origin, scale, slope,
-    MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+    product, q_position, k_position, key, bounds, origin, scale, slope,
+    RANGES: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile from its products q·k, float32; all arguments broadcast against these.
 
-    If SHIFTED, the shift (see above) is in them, and nothing is masked. If MASKED, keys outside the ranges get −inf.
+    If SHIFTED, the shift (see above) is in them, and nothing is masked. Keys outside the ranges get −inf: `bounds` has
+    the start and end of one or two of them (RANGES; 0 for no mask).
     """
     if SHIFTED:
         return product * scale + tl.fma(k_position, slope, -origin)
     score = product * scale - slope * tl.abs(q_position - k_position)
-    if MASKED:
-        start_0, end_0, start_1, end_1 = ranges
+    if RANGES == 1:
+        start, end = bounds
+        score = tl.where((key >= start) & (key < end), score, float("-inf"))
+    if RANGES == 2:
+        start_0, end_0, start_1, end_1 = bounds
         seen = ((key >= start_0) & (key < end_0)) | ((key >= start_1) & (key < end_1))
         score = tl.where(seen, score, float("-inf"))
     return score

@@ -1,0 +1,83 @@
+"""The script for a GPU that is lent for minutes: it fits into the lease, its commands exist, and it loses nothing."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import attention, attention_tiles
+from tests.commands import ROOT, run
+
+SCRIPT = ROOT / "benchmarks" / "first_gpu_session.sh"
+KILL_S = 5
+LEASE_S, START_S, COMMAND_S, SPARE_S = 900, 120, 590, 100
+
+
+def steps() -> dict[str, tuple[int, list[str]]]:
+    """Seconds and arguments of every step."""
+    text = SCRIPT.read_text().replace("\\\n", " ")
+    assert f"--kill-after={KILL_S} " in text
+    found = [shlex.split(line) for line in re.findall(r"^step .*$", text, re.MULTILINE)]
+    return {name: (int(seconds), arguments) for _, name, seconds, _python, *arguments in found}
+
+
+def test_it_fits_into_the_lease() -> None:
+    seconds = [limit + KILL_S for limit, _ in steps().values()]
+    assert sum(seconds) <= COMMAND_S
+    assert sum(seconds) + START_S <= LEASE_S - SPARE_S
+    for name in ("tiles", "race"):  # and each step ends by itself before it is ended
+        limit, arguments = steps()[name]
+        assert float(arguments[arguments.index("--budget-s") + 1]) + 20 <= limit
+
+
+@pytest.mark.parametrize(("name", "module"), [("tiles", attention_tiles), ("race", attention)])
+def test_flags_are_accepted(name: str, module: object, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    _, (minus_m, command, *flags) = steps()[name]
+    assert (minus_m, f"{command}") == ("-m", module.__name__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        module.main([x.replace("$out", str(tmp_path)) for x in flags if "found" not in x])  # type: ignore[attr-defined]
+    assert stop.value.code == 2
+    assert "no GPU here" in capsys.readouterr().err  # said after the flags were read
+
+
+def test_the_tests_are_there() -> None:
+    _, arguments = steps()["tests"]
+    assert arguments[:2] == ["-m", "pytest"]
+    assert "-x" not in arguments
+    names = [x for x in arguments if x.startswith("tests/")]
+    assert names
+    for path, _, function in (name.partition("::") for name in names):
+        assert f"def {function}(" in (ROOT / path).read_text() if function else (ROOT / path).exists()
+    marked = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
+              if re.search(r"^@?\s*.*pytest\.mark\.gpu", path.read_text(), re.MULTILINE)}  # fmt: skip
+    assert marked - {"tests/test_first_gpu_session.py"} <= {name.partition("::")[0] for name in names}
+
+
+def test_a_step_that_fails_or_hangs_loses_nothing(tmp_path: Path) -> None:
+    """With another program in place of Python: it fails, writes tiles or not, and hangs."""
+    program, out = tmp_path / "python", tmp_path / "out"
+    program.write_text(
+        '#!/bin/sh\necho "$@"\ncase "$2" in\npytest) exit 1;;\n'
+        "*tiles) echo '{}' >\"$OUT/tiles.json\"; exec sleep 60;;\nesac\n"
+    )
+    program.chmod(0o755)
+    quick = tmp_path / "benchmarks" / SCRIPT.name
+    quick.parent.mkdir()
+    quick.write_text(re.sub(r"^step (\w+) \d+", r"step \1 1", SCRIPT.read_text(), flags=re.MULTILINE))
+    done = run(["bash", str(quick)], tmp_path, env={"OUT": str(out), "PYTHON": str(program)})
+    assert done.code == 1
+    assert re.findall(r"== (\w+): exit code (\d+)", done.out) == [("tests", "1"), ("tiles", "124"), ("race", "0")]
+    assert (out / "tests.txt").read_text().startswith("-m pytest -n 12")
+    assert (out / "race.txt").read_text().endswith(f"--tiles {out}/tiles.json\n")
+
+
+def test_it_asks_for_a_folder(tmp_path: Path) -> None:
+    done = run(["bash", str(SCRIPT)], tmp_path, env={"OUT": ""})
+    assert done.code != 0
+    assert "set OUT to the folder that the results go to" in done.err
