@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.doctor.plant import Patch, Plant, replacing
 from tidal.blocks import BlockTable, Passage
 from tidal.config import Addition, Shape, Text, Train
-from tidal.model import TidalTransformer, View
+from tidal.layers import View
+from tidal.model import TidalTransformer
 from tidal.prepare import seams
 from tidal.prepare.reading import Part
 from tidal.prepare.shards import Shard
