@@ -21,14 +21,8 @@ seconds. A failure of Tidal's is reported, the rest is measured nevertheless, an
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import functools
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -40,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from benchmarks import record
 from benchmarks.attention_problems import (
     FAILURES,
     MASKS,
@@ -120,14 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     started, clock = time.monotonic(), Clock(args.device)
     roofline = measure_roofline(clock, args.form, 256 if args.tiny else 8192)
-    print(f"{device_name(args.device)}, {args.dtype}: a matrix product runs at {roofline:.4g} TFLOP/s", flush=True)
+    device = record.device_name(args.device)
+    print(f"{device}, {args.dtype}: a matrix product runs at {roofline:.4g} TFLOP/s", flush=True)
     results: dict[str, list[dict[str, Any]]] = {"results": [], "plans": [], "decode": []}
     failed: dict[str, str] = {}
     left_out: list[str] = []
     line: dict[str, Any] = {
-        "benchmark": "attention", "device": device_name(args.device), "backend": args.backend, "dtype": args.dtype,
+        "benchmark": "attention", "device": device, "backend": args.backend, "dtype": args.dtype,
         "heads": args.heads, "kv_heads": args.kv_heads, "tokens": args.tokens, "repeats": args.repeats,
-        "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **versions(),
+        "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **record.machine(),
         "roofline_tflops": roofline, "goals": against_goals(), **results, "failed": failed, "left_out": left_out,
         "tiles": args.found, "goals_with_tiles": against_goals(ours="tidal-tiles") if args.found else [],
     }  # fmt: skip
@@ -144,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.found:
             line["goals_with_tiles"] = against_goals(*results.values(), ours="tidal-tiles")
         line["sleep_ms"], line["runs_with_late_launches"] = round(clock.sleep_ms, 1), clock.late
-        save(line, args.out)
+        if args.out:
+            record.save(args.out, line)
     for ours, goals in (("tidal", line["goals"]), ("tidal-tiles", line["goals_with_tiles"])):
         for goal in goals:
             known = goal["worst"] is not None
@@ -154,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, names in (("not asked for", line["not_asked"]), ("no time left for", left_out), ("failed", [*failed])):
         if names:
             print(f"{what}: {', '.join(names)}")
-    write(line, args.out)
+    record.write(line, args.out)
     if failed:
         sys.exit(1)
 
@@ -292,40 +289,6 @@ def against_goals(*sections: list[dict[str, Any]], ours: str = "tidal") -> list[
 def rounded(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Five digits are more than the clock has."""
     return {name: {key: float(f"{value:.5g}") for key, value in t.items()} for name, t in times.items()}
-
-
-def device_name(device: str) -> str:
-    """The GPU's or the CPU's."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def versions() -> dict[str, Any]:
-    """Versions and the date, for the results."""
-    named = {}
-    for name in ("triton", "flash_attn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            named[name] = importlib.metadata.version(name)
-    return {**named, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-            "date": datetime.date.today().isoformat()}  # fmt: skip
-
-
-def write(line: dict[str, Any], out: Path | None) -> None:
-    """Print the results as one line, and save them."""
-    save(line, out)
-    print(json.dumps(line))
-
-
-def save(line: dict[str, Any], out: Path | None) -> None:
-    """A file has the results whole or not at all."""
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(line, indent=1) + "\n")
-        os.replace(temporary, out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import device_name, versions, write
+from benchmarks import record
 from benchmarks.attention_problems import Attend, Form, Problem, problem, ready, sdpa, tidal
 from benchmarks.clock import Clock, alternating
 
@@ -60,11 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     goal = next((r["times_faster"]["both"]["sdpa"] for r in results if r["keys"] == GOAL_AT), None)
     if goal is not None:
         print(f"goal: at least {GOAL}× SDPA with a dense bias, forward and backward, {GOAL_AT} keys; measured {goal}×")
-    write({
+    record.write({
         "benchmark": "attention-cpu", "mask": "two-stream", "results": results, "goal": {"at": GOAL_AT, "goal": GOAL,
         "measured": goal}, "heads": args.heads, "head_dim": args.head_dim, "repeats": args.repeats,
-        "threads": torch.get_num_threads(), "device": device_name("cpu"), "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2), **versions(),
+        **record.machine(),
     }, args.out)  # fmt: skip
 
 

@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import device_name, save, times_of, versions, write
+from benchmarks import record
+from benchmarks.attention import times_of
 from benchmarks.attention_problems import (
     FAILURES,
     MASKS,
@@ -84,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     left_out: list[str] = []
-    line = {"benchmark": "attention-tiles", "device": device_name(form.device), "mask": args.mask, "keys": args.keys,
-            "batch": args.batch, "heads": args.heads, "dtype": args.dtype, "repeats": args.repeats,
-            "results": results, "failed": failed, "left_out": left_out, **versions()}  # fmt: skip
+    line = {"benchmark": "attention-tiles", "device": record.device_name(form.device), "mask": args.mask,
+            "keys": args.keys, "batch": args.batch, "heads": args.heads, "dtype": args.dtype, "repeats": args.repeats,
+            "results": results, "failed": failed, "left_out": left_out, **record.machine()}  # fmt: skip
     with ExitStack() as stack:
         workers = functools.partial(ProcessPoolExecutor, args.processes, multiprocessing.get_context("spawn"))
         pool = None if INTERPRETED.value else stack.enter_context(workers())
@@ -110,11 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 failed[name] = said(reason)
                 if isinstance(reason, BrokenProcessPool):  # a compiler crashed
                     pool = stack.enter_context(workers())
-            save(line, args.out)
+            if args.out:
+                record.save(args.out, line)
     for what, names in (("no time left for", left_out), ("failed", [*failed])):
         if names:
             print(f"{what}: {', '.join(names)}")
-    write(line, args.out)
+    record.write(line, args.out)
     if failed:
         sys.exit(1)
 

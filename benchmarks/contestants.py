@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import causal
-from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
+from benchmarks.baselines.causal import BYTES, CausalConfig, CausalTransformer, Document, coder_of
 from benchmarks.entries import Entry
 from benchmarks.switches import SwitchedRecipe, Switches, model_of, optimizer_of
 from tidal.blocks import EOS_BLOCK, BlockTable, Passage, passage, windows
@@ -275,7 +275,7 @@ class BaselineRunner(Runner):
     def __init__(self, entry: Entry, texts: Texts, seed: int, device: torch.device) -> None:
         super().__init__(entry, texts, seed, device)
         self.recipe = SwitchedRecipe(self.train, Switches())
-        self.coder: Coder = ByteCoder() if entry.kind == "byte" else TokenCoder(self.recipe.tokenizer)
+        self.coder = BYTES if entry.kind == "byte" else coder_of(self.recipe.tokenizer)
         shape, b = self.train.model, entry.baseline
         torch.manual_seed(seed)
         self.model = CausalTransformer(CausalConfig.of(

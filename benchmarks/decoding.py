@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
-import functools
 import json
 import os
-import platform
 import statistics
 import sysconfig
 import time
@@ -34,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import record
 from benchmarks.baselines import cached, causal
-from benchmarks.baselines.causal import ByteCoder, CausalConfig, CausalTransformer, Coder, Document, TokenCoder
+from benchmarks.baselines.causal import BYTES, CausalConfig, CausalTransformer, Coder, Document, coder_of
 from tidal.blocks import BlockTable, passage
 from tidal.config import Shape
 from tidal.infer import engine
@@ -95,11 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     line: dict[str, Any] = {
         "benchmark": "decoding", "results": [], "d_model": args.d_model, "layers": args.layers,
         "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
-        "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu",
-        "precision": args.precision, "cuda_graphs": args.cuda_graphs, "torch": torch.__version__,
-        "python": platform.python_version(), "machine": platform.machine(), "processor": processor(),
-        "cores": os.cpu_count(), "date": datetime.date.today().isoformat(),
+        "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars,
+        "device": record.device_name(str(args.device)), "precision": args.precision, "cuda_graphs": args.cuda_graphs,
+        **record.machine(),
     }  # fmt: skip
     for context in args.context:
         for batch in args.batch:
@@ -110,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             line["results"].append({"batch": batch, "context": context, "load": load, **figures})
             print_result(line["results"][-1], header=len(line["results"]) == 1)
             if args.out:  # now: the larger ones take long
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(line, indent=1) + "\n")
+                record.save(args.out, line)
     print(json.dumps(line))
 
 
@@ -197,7 +192,7 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
         lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),
         lambda text: tidal.cache_bytes(1 + len(tokenizer.encode(text))),
     )]  # fmt: skip
-    coders: dict[str, Coder] = {"byte": ByteCoder(), "token": TokenCoder(tokenizer)}
+    coders = {"byte": BYTES, "token": coder_of(tokenizer)}
     for name, coder in coders.items():
         plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
         runners.append(baseline(name, coder, plain.with_parameters(total), args.device))
@@ -339,14 +334,6 @@ def print_result(result: dict[str, Any], header: bool) -> None:
         print(f"{result['batch']:>5} {result['context']:>8}  {name:<6} {f['chars_per_second']:>10,.0f}"
               f" {f['layer_passes_per_char']:>12.2f} {f['cache_bytes_per_char']:>13,.0f}"
               f" {ratios[0]:>8.2f} {ratios[1]:>9.2f} {ratios[2]:>8.2f}", flush=True)  # fmt: skip
-
-
-@functools.cache
-def processor() -> str:
-    """Name of the CPU, as far as it is known."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

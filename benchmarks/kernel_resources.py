@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import versions, write
+from benchmarks import record
 from tidal.kernels.aot import KernelSpec, Resources, kernel_specs, resources, score_loops
 
 ARCHITECTURES = (80, 90, 100)
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     spilling = sum(k["spill_bytes"] > 0 for k in kernels)
     too_large = sum(k["shared_bytes"] > k["shared_limit"] for k in kernels)
     print(f"{len(kernels)} kernels: {spilling} spill, {too_large} want more shared memory than there is")
-    write({"benchmark": "kernel-resources", "kernels": kernels, "spilling": spilling, "too_large": too_large,
-           **versions()}, args.out)  # fmt: skip
+    record.write({"benchmark": "kernel-resources", "kernels": kernels, "spilling": spilling, "too_large": too_large,
+                  **record.machine()}, args.out)  # fmt: skip
 
 
 def resident_blocks(num_warps: int, found: Resources, arch: int) -> int:

@@ -41,6 +41,13 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def write(line: dict[str, Any], out: Path | None) -> None:
+    """Print results as one line of JSON, and save them."""
+    if out:
+        save(out, line)
+    print(json.dumps(line))
+
+
 def save(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A plain causal transformer over bytes or over tokens, made of Tidal's own layers and attention.
 
-    coder = ByteCoder()                         or TokenCoder(tokenizer)
+    coder = BYTES                               or coder_of(tokenizer)
     model = CausalTransformer(CausalConfig.of(coder, d_model=256, layers=10))
     losses = model(pack([[Document(coder.encode("prompt"), coder.encode("completion"))]], coder))
 
@@ -12,9 +12,9 @@ Shape suffixes as in tidal/model.py: b rows, l positions, d width, v vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,57 +36,26 @@ NOTHING = -1  # the target of a position that is not learnt
 # --------------------------------------------------------------------------------------------- text ⇄ ids
 
 
-class Coder(Protocol):
-    """Text ⇄ ids."""
+@dataclass(frozen=True)
+class Coder:
+    """How a text becomes ids."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-
-    @property
-    def bos_id(self) -> int:
-        """Opens a document."""
-
-    @property
-    def eos_id(self) -> int:
-        """Ends one."""
-
-    @property
-    def never(self) -> tuple[int, ...]:
-        """Ids that are never written."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without `<bos>` and `<eos>`."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The inverse of `encode`; what is no UTF-8 becomes U+FFFD."""
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    never: tuple[int, ...]
+    """Ids that are never written."""
+    encode: Callable[[str], list[int]]
+    """Ids of a text, without `<bos>` and `<eos>`."""
 
 
-class ByteCoder:
-    """UTF-8 bytes, `<bos>` and `<eos>`."""
-
-    vocab_size, bos_id, eos_id, never = 258, 256, 257, (256,)
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
+BYTES = Coder(258, 256, 257, (256,), lambda text: list(text.encode()))
 
 
-class TokenCoder:
-    """The tokens Tidal's reader reads."""
-
-    def __init__(self, tokenizer: MixedTokenizer) -> None:
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
-        self.never = (tokenizer.eob_id, tokenizer.bob_id, tokenizer.bos_id)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(self.tokenizer.id_bytes[i] for i in ids).decode(errors="replace")
+def coder_of(tokenizer: MixedTokenizer) -> Coder:
+    """The tokens that Tidal's reader reads."""
+    t = tokenizer
+    return Coder(t.vocab_size, t.bos_id, t.eos_id, (t.eob_id, t.bob_id, t.bos_id), t.encode)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -180,7 +149,7 @@ class CausalConfig:
     @classmethod
     def of(cls, coder: Coder, **shape: Any) -> CausalConfig:
         """For the ids of `coder`."""
-        return cls(coder.vocab_size, coder.bos_id, coder.eos_id, tuple(coder.never), **shape)
+        return cls(coder.vocab_size, coder.bos_id, coder.eos_id, coder.never, **shape)
 
     def with_parameters(self, total: int) -> CausalConfig:
         """With the feed-forward width, a multiple of 8, that brings the parameters nearest to `total`."""

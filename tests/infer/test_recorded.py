@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import decoding
 from benchmarks.baselines import cached
-from benchmarks.baselines.causal import CausalConfig, CausalTransformer, TokenCoder
+from benchmarks.baselines.causal import CausalConfig, CausalTransformer, coder_of
 from tests.infer.test_engine import PROMPTS, same
 from tests.infer.test_requests import SETTINGS
 from tests.strategies import random_model, tiny, tiny_copy, tokenizers
@@ -172,7 +172,7 @@ def test_inputs_are_replaced_and_values_kept(recorder: Recorder) -> None:
 
 def test_baselines_are_recorded_too(recorder: Recorder) -> None:
     tokenizer = tokenizers()["english"]
-    coder = TokenCoder(tokenizer)
+    coder = coder_of(tokenizer)
     torch.manual_seed(0)
     config = CausalConfig.of(coder, d_model=16, n_heads=2, n_kv_heads=2, layers=2, d_ff=16)
     model = CausalTransformer(config).double()

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contestants
 from benchmarks.baselines import causal
-from benchmarks.baselines.causal import CausalTransformer, Document, TokenCoder
+from benchmarks.baselines.causal import CausalTransformer, Document
 from benchmarks.contestants import BaselineRunner, Runner, Texts, TidalRunner, Window, runner
 from benchmarks.entries import KINDS, entries_of
 from benchmarks.quality import Budget, Racer
@@ -221,7 +221,7 @@ def test_boundary_gap(trio: dict[str, Runner], texts: Texts) -> None:
         for p in cut_pairs(tokenizer, texts.held_out, count=20, context_chars=400, continuation_chars=80):
             parts = p.text[p.start : (at := getattr(p, kind))], p.text[at : p.end]
             before, after = ([i for b in tokenizer.split(t) for i in tokenizer.encode_block(b).tokens] for t in parts)
-            batch = causal.pack([[Document(before, after, ends=False)]], TokenCoder(tokenizer))
+            batch = causal.pack([[Document(before, after, ends=False)]], causal.coder_of(tokenizer))
             with torch.inference_mode():
                 means.append(-model.log_probs(batch).double().sum().item() / len(parts[1].encode()))
         assert token.boundary_gap(20)[f"{kind}_nats_per_byte"] == pytest.approx(sum(means) / len(means), rel=1e-5)
