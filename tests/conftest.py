@@ -33,10 +33,10 @@ settings.register_profile(
 )
 settings.load_profile("tidal")
 
-LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_attention", "test_mutants", "test_engine",
-           "test_commands", "test_own_text", "test_triton_planted_bugs", "test_triton_operator", "test_recorded",
-           "test_faults", "test_laws", "test_resume", "test_workers", "test_prepare_command",
-           "test_continue")  # fmt: skip
+LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_aot", "test_triton_attention",
+           "test_mutants", "test_commands", "test_own_text", "test_triton_planted_bugs", "test_engine",
+           "test_triton_operator", "test_resume", "test_recorded", "test_laws", "test_continue", "test_workers",
+           "test_beam", "test_faults", "test_prepare_command")  # fmt: skip
 """Files that take about half a minute or more, longest first: a process that began one last would be the only one at
 work."""
 

@@ -15,8 +15,7 @@ import torch
 from commands import ROOT, tidal
 from torch.utils.flop_counter import FlopCounterMode
 
-from tidal import model as models
-from tidal import sizes
+from tidal import layers, sizes
 from tidal.blocks import BlockTable, passage
 from tidal.cli import UserError
 from tidal.config import Optim, Shape, TidalConfig, Train
@@ -65,7 +64,7 @@ def test_work_is_what_pytorch_counts(shape: Shape, tokenizer: MixedTokenizer, mo
     def mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return q + k.mean() + v.mean()  # no products, but a gradient for each
 
-    monkeypatch.setattr(models, "interval_attention", mixed)
+    monkeypatch.setattr(layers, "interval_attention", mixed)
     model, batch = made(shape, tokenizer)
     n_tokens, n_steps = batch.reader_ids.shape[1], batch.targets.shape[1]
     n_aux = int((batch.aux_targets >= 0).sum())

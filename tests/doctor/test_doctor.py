@@ -304,8 +304,8 @@ def test_fused_kernels_are_measured(monkeypatch: pytest.MonkeyPatch, wrong: torc
 
     triton = api.BACKENDS["triton"]
 
-    def bent(*arguments: Any) -> torch.Tensor:
-        return triton.attend(*arguments) * (1.1 if arguments[0].dtype == wrong else 1.0)
+    def bent(*arguments: Any, **more: Any) -> torch.Tensor:
+        return triton.attend(*arguments, **more) * (1.1 if arguments[0].dtype == wrong else 1.0)
 
     monkeypatch.setitem(api.BACKENDS, "triton", dataclasses.replace(triton, attend=bent))
     monkeypatch.setattr(checks_kernels, "CASES", checks_kernels.CASES[:1])

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.test_recipes import equal, read_text, written_blocks
+from tests.strategies import differing
+from tests.train.test_recipes import read_text, written_blocks
 from tidal import cli
 from tidal.config import Shape, Train
 from tidal.evaluate import characters as evaluation
@@ -190,10 +191,10 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(monkeypatch: pytest.MonkeyP
     steps = [0, 1, 2, 7]
     wanted = {step: one.batch(step) for step in steps}
     monkeypatch.setattr("tidal.blocks.MAX_BLOCKS", 3)
-    assert all(equal(two.batch(step), wanted[step]) for step in reversed(steps))
-    assert not any(equal(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
+    assert not any(differing(two.batch(step), wanted[step]) for step in reversed(steps))
+    assert all(differing(wanted[a], wanted[b]) for a in steps for b in steps if a < b)
     other = CharactersRecipe(dataclasses.replace(SETTINGS, seed=1))
-    assert not equal(other.batch(0), wanted[0])
+    assert differing(other.batch(0), wanted[0])
     assert other.tokenizer.fingerprint == one.tokenizer.fingerprint
     halves = [read_text(two.batch(0, (i, 2)), row, two.tokenizer) for i in (0, 1) for row in range(3)]
     assert sorted(halves) == sorted(read_text(wanted[0], row, one.tokenizer) for row in range(6))

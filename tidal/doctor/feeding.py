@@ -244,7 +244,7 @@ def _ranges(meter: Meter, batch: Batch, read: _Read, layout: Layout, sides: tupl
 def _places(patient: Patient, meter: Meter, feed: Feed, read: _Read, layout: Layout, got: dict[str, Tensor]) -> None:
     """One offset for all; of strays, which are whole lines in front, another one, which leads away from all others."""
     wanted, here, sides = features(layout), Where(read.text), (ORACLE, FED_BY_RECIPE)
-    most = patient.model.config.shape.place_jitter if feed.jitter is None else feed.jitter
+    most = patient.model.config.shape.place_jitter
     own = int(got["writer places"][0] - wanted["writer places"][0])
     meter.same("writer places less the offset", wanted["writer places"], got["writer places"] - own, here, sides)
     placed = wanted["reader places"] >= 0

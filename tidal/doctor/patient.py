@@ -71,8 +71,6 @@ class Feed:
     """Documents may begin with lines whose places are moved by an offset of their own."""
     stretch: float = math.inf
     """Most that positions are multiplied by."""
-    jitter: int | None = None
-    """Most that places are moved by; None: what the model has places for."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ def feed_of(settings: Train, recipe: Recipe) -> Feed:
     if isinstance(recipe, TextRecipe):
         prompts = _prompts(settings.text)
         return Feed(batch, tuple(_made(recipe, prompts)), prompts.get, cuts=settings.text.cut_probability > 0,
-                    strays=False, stretch=1.0, jitter=0)  # fmt: skip
+                    strays=False, stretch=1.0)  # fmt: skip
     sums = settings.addition if settings.recipe == "addition" else None
     return Feed(batch, (), _up_to_equals, cuts=False, strays=sums is not None and sums.elsewhere > 0,
                 stretch=sums.stretch if sums else 1.0)  # fmt: skip
