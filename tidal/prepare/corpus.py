@@ -153,8 +153,9 @@ class Rows(Sequence[list[Passage]]):
         """The windows of document `i` of the corpus, in their order; each made when it is asked for."""
         n_blocks = self.corpus.documents[:, 0]
         first = int(n_blocks[:i].sum())
-        begins = self._windows[:, 0]
-        for k in np.flatnonzero((begins >= first) & (begins < first + n_blocks[i])).tolist():
+        begins, lengths = self._windows[:, 0], self._windows[:, 2]
+        within = begins - (lengths == 0)  # one that has nothing but `<eos>` begins where the next document does
+        for k in np.flatnonzero((within >= first) & (within < first + n_blocks[i])).tolist():
             yield self._passage(*self._windows[k].tolist())
 
     def __len__(self) -> int:
