@@ -13,6 +13,7 @@ from typing import Any
 from tidal.cli import UserError
 from tidal.config import Text, Train
 from tidal.doctor.patient import Document, Feed, Made, Precision
+from tidal.prepare.again import is_here
 from tidal.prepare.make import IN_MEMORY, PLAN
 from tidal.prepare.reading import read_parts
 from tidal.tokenizer import MixedTokenizer
@@ -77,11 +78,6 @@ def _sources(text: Text) -> list[str]:
     if text.prepared is not None:
         paths = json.loads((Path(text.prepared) / PLAN).read_bytes()).get("paths", ())
     return [path for path in paths if is_here(path)]
-
-
-def is_here(path: str) -> bool:
-    """Whether a file, folder or glob of the data is on this machine."""
-    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def _made(recipe: TextRecipe, prompts: Mapping[str, str | None]) -> Iterator[Made]:

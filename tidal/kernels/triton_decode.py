@@ -250,9 +250,9 @@ def launch_of(tile_m: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """
     if dtype == torch.float32:
         return Launch(16 if head_dim == 128 else 32, 8, 2)
-    if head_dim == 128 and tile_m == 64:  # on sm_80, twice the keys or a third stage spill
-        return Launch(32, 4, 2)
-    return Launch(64 if head_dim == 128 or tile_m == 64 else 128, 4, 3)
+    if head_dim == 128:  # of 64 rows, twice the keys or a third stage spill on sm_80
+        return Launch(32, 4, 2) if tile_m == 64 else Launch(64, 4, 3)
+    return Launch(64 if tile_m == 64 else 128, 4, 3)
 
 
 def count_splits(n_programs: int, n_tiles: int, n_wanted: int) -> int:

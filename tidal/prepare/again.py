@@ -38,7 +38,7 @@ def held_out_again(text: Text, seed: int, digest: object) -> tuple[list[Document
         prepared = load(Path(text.prepared))
         documents = [Document(*both, text.prepared) for both in prepared.held_out.texts()]
         found = prepared.digest
-    elif text.data and all(os.path.exists(path) or glob.glob(path) for path in text.data):
+    elif text.data and all(map(is_here, text.data)):
         data = survey(text.data, text.hold_out, seed)
         documents = list(joined(part for is_held_out, part in data.parts() if is_held_out))
         found = data.digest
@@ -46,6 +46,11 @@ def held_out_again(text: Text, seed: int, digest: object) -> tuple[list[Document
         return [], ""
     changed = "text where the run's was; it is not the same any more, and may hold what was learnt"
     return documents, "the run's held-out text" if found == digest else changed
+
+
+def is_here(path: str) -> bool:
+    """Whether a file, folder or glob of the data is on this machine."""
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def also_trained_on(paths: Sequence[str], text: Text) -> list[str]:
