@@ -279,6 +279,9 @@ class Train:
     """Examine the untrained model first (seconds; minutes above 50M parameters), and refuse to start on a finding."""
     resume: str = "auto"
     """auto continues an unfinished run in the folder; never starts a new one beside it; or a run, or a checkpoint."""
+    init_from: str | None = None
+    """Fine-tune: begin with the weights of this run (its best checkpoint) or checkpoint; its recipe, shape, tokenizer
+    and settings of training become the defaults."""
     model: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     addition: Addition = field(default_factory=Addition)

@@ -114,10 +114,10 @@ def test_held_out_text_that_costs_far_more_than_samples_is_called_by_its_name(mo
 # -------------------------------------------------------------------------------------------- the figures
 
 
-def a_run(folder: Path, losses: Sequence[float | str], end: str = "") -> Path:
+def a_run(folder: Path, losses: Sequence[float | str], end: str = "", **settings: object) -> Path:
     """A checkpoint folder of a run with these figures, whose metrics.csv ends in `end`."""
     (found := folder / "checkpoints/step-000200").mkdir(parents=True)
-    (found / "trainer.json").write_text(json.dumps({"settings": {"max_steps": 200, "max_seconds": 0.0}}))
+    (found / "trainer.json").write_text(json.dumps({"settings": {"max_steps": 200, "max_seconds": 0.0, **settings}}))
     rows = [f"{10 * i},{i},{loss}" for i, loss in enumerate(losses, start=1)]
     (folder / "metrics.csv").write_text("\r\n".join(["step,seconds,loss", *rows, end]))
     return found
@@ -137,6 +137,12 @@ def test_a_row_that_is_torn_hides_nothing(losses: list[float | str], end: str, s
     assert found.verdict == ("finding" if said else "well"), found
     assert said in found.message
     assert said or "what the prompt is worth needs 4 texts of the kind it was trained on" in found.message
+
+
+@pytest.mark.parametrize("source", [None, "runs/other"])
+def test_fine_tuning_may_begin_near_its_end(source: str | None, tmp_path: Path) -> None:
+    found = result(21, folder=a_run(tmp_path, [0.5] * 20, init_from=source))
+    assert found.verdict == ("finding" if source is None else "well"), found
 
 
 def test_the_figures_are_found_from_inside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
         meter.holds(not bad, f"step {step}: {', '.join(bad)} not finite", here)
     meter.holds(bool(losses), "no step was logged", here)
     meter.holds(max(steps) >= LEAST_DONE * planned, f"{max(steps)} steps were done of {planned} planned", here)
-    if len(losses) >= 10:
+    if len(losses) >= 10 and settings.get("init_from") is None:  # fine-tuning may begin near its end
         tenth = max(1, len(losses) // 10)
         first, last = np.median(losses[:tenth]), np.median(losses[-tenth:])
         meter.at_most("the last loss as a share of the first", float(last / first), 1 - LEAST_DROP, here)

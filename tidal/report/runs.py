@@ -48,8 +48,8 @@ class Run:
     @property
     def alarms(self) -> list[Alarm]:
         """What the rows warn of."""
-        warmup = int(self.settings.get("warmup_steps", 0))
-        return list(Health(int(self.settings.get("max_steps", 0)), warmup, self.rows).alarms.values())
+        steps, warmup = (int(self.settings.get(name, 0)) for name in ("max_steps", "warmup_steps"))
+        return list(Health(steps, warmup, self.rows, self.settings.get("init_from") is not None).alarms.values())
 
     def latest(self, name: str) -> float:
         """The median of the last rows; the last one's value if that of any is no number."""

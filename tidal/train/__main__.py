@@ -54,14 +54,20 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     found = None
-    if (path := _resumed(argv)) is not None:
+    if (path := _named(argv, "--resume")) is not None:
         from tidal.train.resume import look_in
 
         found = look_in(path)  # its settings are the defaults
         default = dataclasses.replace(found.settings, out=str(found.run_dir), resume=str(path))
+    elif (path := _named(argv, "--init-from")) is not None:
+        from tidal.train.fine_tuning import defaults_from
+
+        default = defaults_from(path)
     else:
         default = PRESETS[_recipe(argv)]
     if (name := _given(argv, "--model-size")) is not None:
+        if default.init_from is not None:
+            raise UserError(f"--model-size {name}: the model that --init-from names has its size; leave one away")
         if name not in SIZES or default.recipe != "text":
             raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
         default = sized(default, name)
@@ -140,20 +146,24 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
 
     Nobody else may write to the folder as long as `held` is open. It is not locked while data are prepared.
     """
+    from tidal.checkpoint import resolve
     from tidal.files import atomic_write
     from tidal.train.disk import locked, patiently, prepare_run_dir
-    from tidal.train.loop import make_recipe
+    from tidal.train.loop import make_recipe, model_for
     from tidal.train.records import write_settings
     from tidal.train.resume import check_unchanged, with_tokenizer
 
+    source = found.folder if found else resolve(Path(settings.init_from)) if settings.init_from else None
     with stop.anywhere():
         if parallel.leads:
-            recipe = make_recipe(settings if found is None else with_tokenizer(settings, found.folder))
+            recipe = make_recipe(with_tokenizer(settings, source))
             verdict = None
             if settings.doctor and found is None:
                 from tidal.doctor.training import examine_before_training  # downstream of the loop
 
                 verdict = examine_before_training(settings, recipe).to_dict()
+            elif settings.init_from and found is None:
+                model_for(settings, recipe.tokenizer)  # weights that do not fit fail before there is a run folder
             out = prepare_run_dir(wanted) if found is None else found.run_dir
             held.enter_context(locked(out))
             check_unchanged(out, found)
@@ -181,9 +191,9 @@ def _elsewhere(settings: Train, argv: list[str]) -> Train:
     return dataclasses.replace(settings, text=dataclasses.replace(settings.text, **other))
 
 
-def _resumed(argv: list[str]) -> Path | None:
-    """The run or checkpoint that --resume names."""
-    given = _given(argv, "--resume")
+def _named(argv: list[str], flag: str) -> Path | None:
+    """The run or checkpoint that --resume or --init-from names."""
+    given = _given(argv, flag)
     named = given not in (None, "auto", "never", "") and not {"-h", "--help"} & set(argv)
     return Path(str(given)) if named else None
 
@@ -213,6 +223,8 @@ def _check(settings: Train, default: Train) -> None:
             if not least <= value <= most:  # nan neither
                 wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+    if settings.init_from and settings.recipe != default.recipe:
+        raise UserError(f"--recipe {settings.recipe}: {settings.init_from} was trained by the recipe {default.recipe}")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError('--tensorboard needs the package tensorboard: pip install -e ".[tensorboard]"')
     if settings.rows % size():
@@ -234,6 +246,7 @@ def _check(settings: Train, default: Train) -> None:
     shape, single = settings.model, settings.parallel == "fsdp" and not by_torchrun()
     for names, where in (
         (("vocab_size",), text["tokenizer"] and f"--tokenizer {text['tokenizer']}, which is trained already"),
+        (("vocab_size",), settings.init_from and "--init-from, which has its tokenizer"),
         (("step_stride", "step_window"), shape.writer_attention == "none" and "--writer-attention none; give another"),
         (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them away"),
         (("parallel",), single and "a single process; start several with torchrun"),

@@ -53,13 +53,14 @@ class Health:
     """Looks at the rows of metrics.csv in order, and says each kind of warning once.
 
     What it says is a function of the rows alone, so a run that is continued repeats nothing, and a report needs no
-    record of the warnings.
+    record of the warnings. A run that began with weights of another (`fine_tuned`) may be good from its first step on.
     """
 
-    def __init__(self, max_steps: int, warmup_steps: int, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, max_steps: int, warmup_steps: int, rows: Iterable[Mapping[str, Any]] = (),
+                 fine_tuned: bool = False) -> None:  # fmt: skip
         self.max_steps, self.warmup_steps = max_steps, warmup_steps
         self.losses: list[float] = []
-        self.fell, self.lowest = False, math.inf
+        self.fell, self.lowest, self.early = fine_tuned, math.inf, 0 if fine_tuned else EARLY
         self.speeds: deque[float] = deque(maxlen=BEFORE + ROWS)
         self.alarms: dict[str, Alarm] = {}
         for row in rows:
@@ -86,7 +87,7 @@ class Health:
 
     def _loss(self, step: int, rate: float) -> None:
         n, now, first = len(self.losses), median(self.losses[-ROWS:]), median(self.losses[:ROWS])
-        if step <= EARLY and n >= 2 and max(self.losses[-2:]) < LOW * GUESSING:
+        if step <= self.early and n >= 2 and max(self.losses[-2:]) < LOW * GUESSING:
             self._say("implausibly low", step, f"a loss of {now:.3g} nats a unit so early; either the data say next to "
                       "nothing, or the model sees what it is asked for: run python -m tidal.doctor")  # fmt: skip
         if not self.fell and n >= 2 * ROWS and step > self.warmup_steps:

@@ -26,6 +26,7 @@ from tidal.model import TidalTransformer
 from tidal.ranks import OwnError, local_size
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import check_space, keep_lines, patiently
+from tidal.train.fine_tuning import load_weights
 from tidal.train.gradient import NotFiniteError, gradients
 from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
@@ -72,10 +73,16 @@ def make_recipe(settings: Train) -> Recipe:
     return TextRecipe(settings)
 
 
-def model_for(settings: Train, tokenizer: MixedTokenizer) -> TidalTransformer:
-    """A fresh model, seeded."""
+def model_for(settings: Train, tokenizer: MixedTokenizer, resumed: bool = False) -> TidalTransformer:
+    """The model that training begins with: fresh and seeded, or with the weights that `--init-from` names.
+
+    A run that is `resumed` gets those of its own checkpoint later. Raises UserError where the weights do not fit.
+    """
     torch.manual_seed(settings.seed)
-    return TidalTransformer.of(tokenizer, settings.model)
+    model = TidalTransformer.of(tokenizer, settings.model)
+    if settings.init_from is not None and not resumed:
+        load_weights(model, settings.init_from)
+    return model
 
 
 def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None,
@@ -89,7 +96,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
             killed.
         Stopped: `stop` was signalled. A checkpoint of the last step is saved.
     """
-    run = Run(settings, recipe, out, stop or Stop(), examined, parallel)
+    run = Run(settings, recipe, out, stop or Stop(), examined, parallel, resumed=found is not None)
     if found is not None:
         run.restore(found)
     run.open(found)
@@ -110,7 +117,7 @@ class Run:
 
     def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop,
                  examined: Callable[[Path], None] = lambda out: None,
-                 parallel: Parallel | None = None) -> None:  # fmt: skip
+                 parallel: Parallel | None = None, resumed: bool = False) -> None:  # fmt: skip
         self.settings, self.out, self.stop, self.examined = settings, out, stop, examined
         self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
@@ -118,7 +125,7 @@ class Run:
         workers = n_workers(settings.workers, self.device, local_size())
         self.recipe, self.prefetched = recipe, PrefetchLoader(recipe, workers) if workers else None
         with memory_for("the weights and the optimizer's moments; try a smaller model"):
-            self.model = model_for(settings, recipe.tokenizer).to(self.device)
+            self.model = model_for(settings, recipe.tokenizer, resumed).to(self.device)
             self.wrapped = self.parallel.wrap(self.model, settings)
             self.optimizer = Optimizer(self.model, settings.optim)
         self.saved = Saved(parts=settings.parts)

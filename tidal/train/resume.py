@@ -125,9 +125,9 @@ class Found:
         return tensors, moments, self.saved
 
 
-def with_tokenizer(settings: Train, folder: Path) -> Train:
-    """The settings to make the recipe with: the tokenizer of a run or checkpoint, instead of training it once more."""
-    if settings.recipe != "text" or settings.text.tokenizer:
+def with_tokenizer(settings: Train, folder: Path | None) -> Train:
+    """The settings to make the recipe with: the tokenizer of a run or checkpoint, if any, instead of training one."""
+    if folder is None or settings.recipe != "text" or settings.text.tokenizer:
         return settings
     text = dataclasses.replace(settings.text, tokenizer=str(folder / "tokenizer"))
     return dataclasses.replace(settings, text=text)

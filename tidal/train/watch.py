@@ -44,7 +44,7 @@ class Watch:
         """`rows`: those of metrics.csv that are there already; they are not warned of again."""
         rows = list(rows)
         self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.health = Health(settings.max_steps, settings.optim.warmup_steps, rows)
+        self.health = Health(settings.max_steps, settings.optim.warmup_steps, rows, settings.init_from is not None)
         self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS)
         self._board = board(out, int(rows[-1]["step"]) if rows else 0) if settings.tensorboard else None
 

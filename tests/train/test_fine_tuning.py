@@ -1,0 +1,144 @@
+"""`--init-from`: a new run begins with the weights of another, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import SMALL_TEXT
+from tests.train.runs import SETTINGS, Hooked, refused, short_samples, stopped_and_continued, unequal, whole
+from tidal import checkpoint, load
+from tidal.tokenizer import MixedTokenizer
+from tidal.train.__main__ import run
+from tidal.train.health import Health
+from tidal.train.loop import train
+
+LINES = "".join(f"The {name} sat on the mat and saw {n} rats.\n" for n, name in enumerate(["cat", "dog", "hen"] * 40))
+ASKED = "".join(json.dumps({"prompt": f"What saw {n} rats?", "completion": f" The cat {n}."}) + "\n" for n in range(60))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on text, `base`, a run of sums, `sums`, and data."""
+    home = tmp_path_factory.mktemp("fine-tuning")
+    (home / "text.txt").write_text(LINES)
+    (home / "asked.jsonl").write_text(ASKED)
+    with pytest.MonkeyPatch.context() as patch, short_samples():
+        patch.chdir(home)
+        assert run([*SMALL_TEXT, "--data", "text.txt", "--out", "base", *BRIEF, "--lr", "0.003"]) == 0
+    (home / "sums").mkdir()
+    train(SETTINGS, Hooked(SETTINGS), home / "sums")
+    return home
+
+
+BRIEF = ("--max-steps", "4", "--validate-every", "2", "--device", "cpu", "--workers", "0")
+TUNE = ("--init-from", "base", "--data", "asked.jsonl", "--no-doctor", *BRIEF)
+
+
+@pytest.fixture
+def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
+
+
+def best(path: Path) -> dict[str, torch.Tensor]:
+    return load(path)[0].state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in {**one, **other})
+
+
+def test_it_begins_with_the_weights_and_has_tokenizer_shape_and_rates_of_the_run(
+        here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    before = best(here / "base")
+    with short_samples():
+        assert run([*TUNE, "--lr", "0", "--out", str(tmp_path / "still")]) == 0  # weight decay is of the rate, too
+        assert "training the tokenizer" not in capsys.readouterr().err
+        assert run([*TUNE, "--out", str(tmp_path / "tuned")]) == 0
+    assert same(best(tmp_path / "still"), before)
+    assert not same(best(tmp_path / "tuned"), before)
+    assert same(best(here / "base"), before)
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "tuned", here / "base"))
+    assert ours["optim"] == theirs["optim"]
+    assert ours["rows"] == theirs["rows"]
+    assert ours["model"] == theirs["model"]
+    assert ours["text"]["reader_budget"] == 64
+    assert ours["text"]["data"] == ["asked.jsonl"]
+    prints = {MixedTokenizer.load(path / "tokenizer").fingerprint for path in (tmp_path / "tuned", here / "base")}
+    assert len(prints) == 1
+
+
+def test_the_doctor_examines_the_weights_that_training_begins_with(
+        here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from tidal.doctor import training
+
+    seen = []
+
+    def watched(model: torch.nn.Module, *arguments: object, **more: object) -> object:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "run", watched)
+    with pytest.raises(InterruptedError):
+        run([*(flag for flag in TUNE if flag != "--no-doctor"), "--out", str(tmp_path / "run")])
+    assert same(seen[0], best(here / "base"))
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_without_the_run_it_came_from(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "sums", source := tmp_path / "sums")
+    settings = dataclasses.replace(SETTINGS, init_from=str(source), seed=1)
+    first = whole(tmp_path / "whole", settings)
+
+    class Lost(Hooked):
+        def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> object:  # type: ignore[override]
+            if step == 4:
+                shutil.rmtree(source, ignore_errors=True)
+            return super().batch(step, share)
+
+    assert not unequal(first, stopped_and_continued(tmp_path / "stopped", "batch", 5, settings, Lost))
+    assert not source.exists()
+    fresh = whole(tmp_path / "fresh", dataclasses.replace(settings, init_from=None))
+    assert "weights" in unequal(first, fresh)
+
+
+def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with short_samples():
+        assert run([*TUNE, "--out", str(tmp_path / "run")]) == 0
+        shutil.rmtree(checkpoint.checkpoints(tmp_path / "run")[-1])
+        assert run([*TUNE, "--out", str(tmp_path / "run")]) == 0
+    assert "continuing at step 2 of 4" in capsys.readouterr().err
+    said = refused(run, [*TUNE, "--init-from", str(checkpoint.checkpoints(here / "base")[-1]),
+                         "--resume", str(tmp_path / "run")])  # fmt: skip
+    assert "--init-from base (now " in said
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--d-model", "32"), "--init-from base does not fit: --d-model 32 (there 16)"),
+    (("--writer-attention", "memory", "--reader-layers", "2"), "--reader-layers 2 (there 1)"),
+    (("--init-from", "nowhere"), "nowhere does not exist"),
+    (("--model-size", "mini"), "--model-size mini: the model that --init-from names has its size"),
+    (("--vocab-size", "400"), "--vocab-size does nothing with --init-from"),
+    (("--recipe", "addition"), "--recipe addition: base was trained by the recipe text"),
+    (("--init-from", "sums"), "--data goes with --recipe text"),
+    (("--tokenizer", "sums/tokenizer"), "--init-from base does not fit: the model was trained with tokenizer"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(here: Path, flags: tuple[str, ...], said: str) -> None:
+    out = here / "refused"
+    told = refused(run, [*TUNE, *flags, "--out", str(out)])
+    assert said in told
+    assert "\n" not in told
+    assert not out.exists()
+
+
+def test_a_run_that_is_good_from_the_first_step_is_not_warned_of() -> None:
+    rows = [{"step": 10 * i, "loss": 0.05, "lr": 1e-3} for i in range(1, 40)]
+    assert {alarm.kind for alarm in Health(400, 100, rows).alarms.values()} == {"implausibly low", "flat"}
+    assert not Health(400, 100, rows, fine_tuned=True).alarms
+    risen = rows[:20] + [{**row, "loss": 3.0} for row in rows[20:]]
+    assert {alarm.kind for alarm in Health(400, 100, risen, fine_tuned=True).alarms.values()} == {"diverging"}
