@@ -13,8 +13,8 @@ from tests.train.runs import short_samples, whole
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_runs() -> Iterator[None]:
-    """Short samples, and no picture of the losses, which would take a third of a tiny run's time (tests/test_commands.py
-    and tests/test_draw.py look at pictures)."""
+    """Short samples, and no picture of the losses, which take a third of a tiny run's time; tests/test_commands.py
+    and tests/test_draw.py look at pictures."""
     with short_samples(), mock.patch("tidal.report.draw.png"):
         yield
 
