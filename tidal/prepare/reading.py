@@ -166,7 +166,7 @@ def _is_text(data: BinaryIO, source: str) -> bool:
     try:
         for _ in _decoded(data, source):
             pass
-    except UserError:
+    except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         return False
     data.seek(0)
     return True

@@ -30,6 +30,7 @@ HARMLESS = {
     "data": "what is in it is compared, not where it is",
     "prepared": "likewise",
     "cache": "likewise",
+    "hold_out": "it is in the digest of the data, which is compared",
     "tokenizer": "likewise, by its fingerprint",
     "max_seconds": "when it ends, not how it gets there",
     "validate_every": "validation leaves no trace in the weights",
@@ -118,7 +119,8 @@ class Found:
             ours = {name: value for name, value in config.to_dict().items() if values.get(name) != value}
             raise UserError(f"{self.folder} is of another model: {', '.join(ours)} would differ; {NEW}")
         if self.trainer.get("data") != digest:
-            raise UserError(f"--data holds other text than {self.run_dir} was trained on; give the same, or {NEW}")
+            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --hold-out and --seed (also of "
+                            f"tidal.prepare) hold out another part of them; give the same, or {NEW}")  # fmt: skip
         moments = checkpoint.read_optimizer(self.folder)
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
