@@ -119,8 +119,8 @@ class Found:
             ours = {name: value for name, value in config.to_dict().items() if values.get(name) != value}
             raise UserError(f"{self.folder} is of another model: {', '.join(ours)} would differ; {NEW}")
         if self.trainer.get("data") != digest:
-            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --hold-out and --seed (also of "
-                            f"tidal.prepare) hold out another part of them; give the same, or {NEW}")  # fmt: skip
+            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --hold-out and --seed "
+                            f"(also of tidal.prepare) hold out another part of them; give the same, or {NEW}")
         moments = checkpoint.read_optimizer(self.folder)
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
