@@ -33,7 +33,7 @@ from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.parallel import Parallel
 from tidal.train.presets import GREEDY
 from tidal.train.records import Metrics, bad_batch, show_samples, write_samples, write_settings
-from tidal.train.resume import Found, Saved, generators, set_generators
+from tidal.train.resume import Found, Saved
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
 from tidal.train.workers import PrefetchLoader, Source, n_workers, said_if_killed
@@ -109,7 +109,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
 
 
 class Run:
-    """One training run. What is in `saved`, the weights, the moments and the generators is all there is to it:
+    """One training run. What is in `saved`, the weights and the moments is all there is to it:
 
         step ─▶ log ─▶ save ─▶ validate ─▶ samples ─▶ step …     a signal is obeyed before each arrow; where it comes
                        (every validate_every)                    after `save`, the resumed run validates first
@@ -137,7 +137,6 @@ class Run:
         self.saved.parts = max(self.saved.parts, asked) if asked == found.settings.parts else asked
         try:
             self.parallel.load(self.model, tensors)
-            set_generators(moments, self.device)
             self.optimizer.load_state(moments)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{found.folder} does not fit the model: {error}") from error
@@ -272,7 +271,7 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint and point `latest` to it."""
         tensors = self.parallel.gathered(self.model.state_dict())
-        moments = self.parallel.gathered({**self.optimizer.state(), **generators(self.device)})
+        moments = self.parallel.gathered(self.optimizer.state())
         with self._alone():
             if self.parallel.leads:
                 self.saved.metrics = self.metrics.rows

@@ -164,8 +164,7 @@ class Parallel:
         tensors = self.gathered(model.state_dict())
         if not self.leads:
             return model
-        with torch.random.fork_rng(devices=[]):  # its first weights leave no trace
-            copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
+        copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
         copy.load_state_dict(tensors)
         return copy
 
