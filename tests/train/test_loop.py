@@ -186,7 +186,7 @@ class Fixed:
     def __init__(self, tokenizer: MixedTokenizer, batches: list[list[list[Passage]]], table: BlockTable) -> None:
         self.tokenizer, self.batches, self.table = tokenizer, batches, table
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         return pack(self.batches[step], self.table)
 
 

@@ -76,9 +76,9 @@ class Sea(TextRecipe):
         super().__init__(settings)
         self.hook = hook
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         self.hook("batch", step)
-        return super().batch(step)
+        return super().batch(step, share)
 
     def sample_prompts(self, step: int) -> list[str]:
         return ["the"]
@@ -140,6 +140,15 @@ def test_states_of_generators_in_older_checkpoints_are_passed_over(
     assert "generator.cpu" in (checkpoint.read_optimizer(checkpoint.checkpoints(tmp_path / "older")[-1]) or {})
     train(SETTINGS, Hooked(), tmp_path / "older", found=look_in(tmp_path / "older"))
     assert unequal(results(tmp_path / "older"), wanted) == []
+
+
+def test_no_memory_for_a_checkpoint_is_no_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole(tmp_path / "run", settings := dataclasses.replace(SETTINGS, max_steps=1))
+    found = look_in(tmp_path / "run")
+    text = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
+    monkeypatch.setattr(Optimizer, "load_state", mock.Mock(side_effect=RuntimeError(text)))
+    said = refused(train, settings, Hooked(settings), tmp_path / "run", found=found)
+    assert said == f"out of memory ({text}) for the weights and moments of {found.folder}"
 
 
 def test_from_an_earlier_checkpoint_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -229,10 +238,10 @@ def counts_its_batches(patch: pytest.MonkeyPatch) -> None:
     """The order of the data depends on how many batches this process has made."""
     counts = dict[int, int]()
 
-    def batch(self: Hooked, step: int) -> Batch:
+    def batch(self: Hooked, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         counts[id(self)] = counts.get(id(self), -1) + 1
         self.hook("batch", step)
-        return super(Hooked, self).batch(counts[id(self)])
+        return super(Hooked, self).batch(counts[id(self)], share)
 
     patch.setattr(Hooked, "batch", batch)
 

@@ -30,7 +30,7 @@ from tidal.train.fine_tuning import load_weights
 from tidal.train.gradient import NotFiniteError, gradients
 from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
-from tidal.train.parallel import Parallel
+from tidal.train.parallel import Parallel, shard_like
 from tidal.train.presets import GREEDY
 from tidal.train.records import Metrics, bad_batch, show_samples, write_samples, write_settings
 from tidal.train.resume import Found, Saved
@@ -136,8 +136,11 @@ class Run:
         asked = self.settings.parts  # if it is the same as before, then more of them were found to be needed
         self.saved.parts = max(self.saved.parts, asked) if asked == found.settings.parts else asked
         try:
-            self.parallel.load(self.model, tensors)
-            self.optimizer.load_state(moments)
+            with memory_for(f"the weights and moments of {found.folder}"):
+                own = self.model.state_dict()
+                self.model.load_state_dict({name: shard_like(own[name], tensor) if name in own else tensor
+                                            for name, tensor in tensors.items()})  # fmt: skip
+                self.optimizer.load_state(moments)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{found.folder} does not fit the model: {error}") from error
 
