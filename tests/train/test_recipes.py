@@ -22,10 +22,10 @@ from tidal.config import Addition, Shape, Text, Train
 from tidal.prepare.documents import read_documents
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
+from tidal.train import recipes
 from tidal.train.loop import Recipe
 from tidal.train.presets import PRESETS
-from tidal.train.recipes import addition
-from tidal.train.recipes.addition import AdditionRecipe, exact_match, random_operand, random_sums
+from tidal.train.recipes.addition import AdditionRecipe, random_operand, random_sums
 from tidal.train.recipes.text import TextRecipe
 
 SHAPE = Shape(d_model=8, n_heads=2, n_kv_heads=1, suffix_rows=50, place_jitter=4)
@@ -116,17 +116,16 @@ def test_random_operands_have_the_digits_asked_for(digits: int) -> None:
     assert len(random_sums(rng, digits, 7)) == 7
 
 
-def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_answer_and_its_end_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(" 3\n", "eos"), (" 3\n", "length"), (" 3", "eos"), ("3\n", "eos"), (" 30\n", "eos"), ("", "eos")]
 
     def generate(_model: object, _tokenizer: object, prompts: list[str], **_: object) -> list[Any]:
         return [SimpleNamespace(prompt=p, completion=c, stop_reason=s)
                 for p, (c, s) in zip(prompts, answers, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(addition, "generate", generate)
-    share, wrong = exact_match(None, None, [(1, 2)] * 6)  # type: ignore[arg-type]
-    assert share == pytest.approx(1 / 6)
-    assert [(c.prompt, c.completion, c.stop_reason) for c in wrong] == [("1 + 2 =", *answer) for answer in answers[1:]]
+    monkeypatch.setattr(recipes, "generate", generate)
+    wrong = recipes.wrong_answers(None, None, [("1 + 2 =", " 3\n")] * 6)  # type: ignore[arg-type]
+    assert {i: (c.completion, c.stop_reason) for i, c in wrong.items()} == dict(enumerate(answers[1:], start=1))
 
 
 # ----------------------------------------------------------------------------------------------- text
