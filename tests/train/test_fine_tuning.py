@@ -122,7 +122,7 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
     (("--d-model", "32"), "--init-from base does not fit: --d-model 32 (there 16)"),
     (("--writer-attention", "memory", "--reader-layers", "2"), "--reader-layers 2 (there 1)"),
     (("--init-from", "nowhere"), "nowhere does not exist"),
-    (("--model-size", "mini"), "--model-size mini: the model that --init-from names has its size"),
+    (("--model-size", "mini"), "--model-size mini: the model of base has its size; leave --model-size out"),
     (("--vocab-size", "400"), "--vocab-size does nothing with --init-from"),
     (("--recipe", "addition"), "--recipe addition: base was trained by the recipe text"),
     (("--init-from", "sums"), "--data goes with --recipe text"),

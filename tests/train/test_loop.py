@@ -173,7 +173,7 @@ def test_compiling_without_a_compiler(compiled: bool, tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: None)
     with pytest.raises(UserError if compiled else RuntimeError) as raised:
         train(dataclasses.replace(SETTINGS, compile=compiled), Scripted(SETTINGS, [0.0]), tmp_path)
-    assert str(raised.value) == ("--compile: No working C++ compiler found; install g++ (and gcc), or leave it away"
+    assert str(raised.value) == ("--compile: No working C++ compiler found; install g++ (and gcc), or leave it out"
                                  if compiled else text)  # fmt: skip
 
 

@@ -188,6 +188,13 @@ def test_validation_draws_from_all_that_is_held_out(folder: Path, monkeypatch: p
     assert all(any(row.startswith(p) for row in drawn) for step in range(9) for p in recipe.sample_prompts(step))
 
 
+def test_it_is_said_how_many_epochs_there_will_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = text_settings(folder)
+    settings = dataclasses.replace(settings, max_steps=1234, optim=dataclasses.replace(settings.optim, accumulate=3))
+    n = len(TextRecipe(settings).rows)
+    assert f" in {n} rows ({5 * 3 * 1234 / n:,.2f} epochs in 1,234 steps); " in capsys.readouterr().err
+
+
 def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:
     n = len(recipe.rows)
     assert n > 5

@@ -28,7 +28,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import check_space, keep_lines, patiently
 from tidal.train.fine_tuning import load_weights
 from tidal.train.gradient import NotFiniteError, gradients
-from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memory
+from tidal.train.memory import first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.parallel import Parallel, shard_like
 from tidal.train.presets import GREEDY
@@ -216,13 +216,13 @@ class Run:
                 raise self._explained(error) from error
             except (RuntimeError, MemoryError) as error:
                 if self.settings.compile and (missing := NO_COMPILER.search(str(error))):
-                    raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it away") from error
+                    raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it out") from error
                 if not out_of_memory(error):
                     raise
                 said = first_line(error)
             # Here, not above: the error's traceback holds on to the tensors.
             self.optimizer.zero_grad()
-            empty_cache(self.device)
+            torch.cuda.empty_cache()
             if saved.parts >= rows:
                 raise UserError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
             saved.parts = min(2 * saved.parts, rows)
@@ -330,7 +330,7 @@ class Run:
             if not out_of_memory(error):
                 raise
             said = first_line(error)
-        empty_cache(self.device)
+        torch.cuda.empty_cache()
         note(f"step {self.saved.step}: OUT OF MEMORY in {what} ({said}); left out")
         return None
 
@@ -346,6 +346,7 @@ def eager(compiled: bool) -> contextlib.AbstractContextManager[object]:
 def save(out: Path, saved: Saved, config: TidalConfig, tensors: dict[str, Tensor], moments: dict[str, Tensor],
          settings: Train, recipe: Recipe) -> str:  # fmt: skip
     """Write a checkpoint; returns its name. Raises UserError as `write_checkpoint`."""
-    trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest, **saved.to_dict()}
+    trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest,
+                               **dataclasses.asdict(saved)}  # fmt: skip
     return checkpoint.write_checkpoint(out, saved.step, tensors=tensors, config=config.to_dict(), trainer=trainer,
                                        tokenizer=recipe.tokenizer, optimizer=moments).name  # fmt: skip

@@ -70,13 +70,9 @@ class Saved:
         late = 0 < settings.max_seconds <= self.seconds
         return self.step >= settings.max_steps or late
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; other keys are ignored. Raises ValueError for a missing one or a wrong type."""
+        """The inverse of `asdict`; other keys are ignored. Raises ValueError for a missing one or a wrong type."""
         kinds: dict[str, Any] = {"step": int, "seconds": float, "parts": int, "best": float | None,
                                  "best_name": str | None, "due": dict | None, "metrics": list}  # fmt: skip
         for name, kind in kinds.items():
