@@ -188,6 +188,8 @@ class Run:
         with progress(s.max_steps, "train", done=saved.step) as bar:
             if saved.due is not None:
                 self._examine(saved.due)
+            elif s.init_from is not None and saved.step == 0:
+                self._examine({})  # a fine-tuner wants to know where it begins
             while not saved.ended(s):
                 rate = learning_rate(saved.step, s.max_steps, s.optim)
                 figures = self.watch.timed(self._step, rate)
@@ -299,10 +301,12 @@ class Run:
         saved, step = self.saved, self.saved.step
         with self.stop.anywhere():
             held_out = self._if_memory("validation", lambda: self.recipe.validate(model.to(self.device))) or {}
+            note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
+            if step == 0:
+                return
             batch = self.recipe.batch((step - 1) * self.settings.optim.accumulate)
             probes = self._if_memory("probing", lambda: self.watch.probes(
                 model.to(self.device), batch, saved.parts)) or {}  # fmt: skip
-            note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
             temperature = 0.0 if self.settings.recipe in GREEDY else 0.8
             completions = self._if_memory("sampling", lambda: generate(
                 model.to(self.device), self.recipe.tokenizer, self.recipe.sample_prompts(step),
