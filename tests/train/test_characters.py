@@ -24,6 +24,7 @@ from tidal import cli
 from tidal.config import Shape, Train
 from tidal.evaluate import characters as evaluation
 from tidal.tokenizer import MixedTokenizer
+from tidal.train import recipes
 from tidal.train.presets import PRESETS
 from tidal.train.recipes import characters
 from tidal.train.recipes.characters import (
@@ -207,7 +208,7 @@ def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.Mon
         return [SimpleNamespace(prompt=p, completion=c, stop_reason=s)
                 for p, (c, s) in zip(prompts, 2 * said, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(characters, "generate", generate)
+    monkeypatch.setattr(recipes, "generate", generate)
     right, wrong = (Question(task, "tide", "?", f" {said}") for task, said in (("contains", "yes"), ("count", "2")))
     shares, failed = exact_match(None, None, {"contains": [right] * 6, "count": [wrong] * 6})  # type: ignore[arg-type]
     assert shares == {"contains": pytest.approx(1 / 6), "count": 0}

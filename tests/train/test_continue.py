@@ -162,7 +162,7 @@ def test_other_settings_are_refused(here: Path) -> None:
     assert "keep" not in said
     assert "--resume run, or start a new run with --resume never" in said
     assert "--max-steps 4 (now 5)" in refused(run, ["--resume", "run", "--max-steps", "5"])
-    assert "leave one of them away" in refused(run, ["--resume", "run", "--out", "elsewhere"])
+    assert "leave one of them out" in refused(run, ["--resume", "run", "--out", "elsewhere"])
     assert "--recipe addition (now text)" in refused(run, ["--resume", "run", "--recipe", "text"])
 
 
@@ -330,7 +330,7 @@ def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch
         assert run(["--resume", folder, *other]) == 0
         assert unequal(results(Path(folder)), wanted) == []
         undo(Path(folder))
-        assert "leave --data away" in refused(run, ["--resume", folder, *files, *shards])
+        assert "leave --data out" in refused(run, ["--resume", folder, *files, *shards])
 
 
 def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(

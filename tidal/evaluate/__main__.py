@@ -203,12 +203,15 @@ def addition(settings: Sums, subject: Subject) -> Figures:
     """Exact match on sums of two operands with exactly `digits` digits."""
     import numpy as np
 
-    from tidal.train.recipes.addition import exact_match, random_sums
+    from tidal.train.recipes import wrong_answers
+    from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
 
     if settings.digits + 2 > (longest := subject.tokenizer.max_block_units):
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units")
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
-    share, wrong = exact_match(subject.model, subject.tokenizer, sums, settings.batch_size)
+    problems = [(prompt_of(*s), answer_of(*s)) for s in sums]
+    wrong = list(wrong_answers(subject.model, subject.tokenizer, problems, settings.batch_size).values())
+    share = (len(sums) - len(wrong)) / len(sums)
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
