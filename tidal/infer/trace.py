@@ -21,7 +21,7 @@ from tidal.infer.completion import Completion, Limits, StopReason
 from tidal.infer.engine import Chosen, Engine, Seed
 from tidal.infer.grammar import FIRST_BYTE
 from tidal.infer.sampling import Sampling, whole
-from tidal.linear import log_softmax
+from tidal.layers import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
 from tidal.tokenizer import MixedTokenizer

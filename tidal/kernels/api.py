@@ -201,17 +201,8 @@ def choose_backend(q: Tensor, asked: str | None) -> str:
     return asked
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    plan: TilePlan | None,
-    rows: Sequence[int] | None = None,
-) -> None:
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
+                    slopes: Tensor, plan: TilePlan | None, rows: Sequence[int] | None = None) -> None:  # fmt: skip
     """Raise a ValueError of one line unless shapes, dtypes and devices fit together."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q and k must be [B, H, L, D], got {list(q.shape)} and {list(k.shape)}")

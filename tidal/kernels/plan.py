@@ -39,14 +39,13 @@ class TilePlan:
     """what a backend derived from the ranges and positions of this batch, kept for the next layer"""
 
     @staticmethod
-    def build(ranges: Tensor, n_keys: int, *, tile_q: int = DEFAULT_TILE_Q, tile_k: int = 1) -> "TilePlan":
+    def build(ranges: Tensor, n_keys: int, *, tile_q: int = DEFAULT_TILE_Q) -> "TilePlan":
         """Plan for a batch.
 
         Args:
             ranges: int32 [B, Lq, 2, 2], two half-open ranges [start, end) per query.
             n_keys: Lk.
             tile_q: queries per tile.
-            tile_k: slice bounds are rounded outwards to multiples of this.
 
         Raises:
             ValueError: a range that is not empty reaches outside [0, n_keys]. Not checked in a compiled graph, nor on
@@ -69,8 +68,7 @@ class TilePlan:
             lowest, highest = int(start_nr.min()), int(end_nr.max())
             if lowest < 0 or highest > n_keys:
                 raise ValueError(f"ranges must lie in [0, {n_keys}] (the keys), got [{lowest}, {highest})")
-        start_nr = start_nr // tile_k * tile_k
-        end_nr = ((end_nr + tile_k - 1) // tile_k * tile_k).clamp(max=n_keys)
+        end_nr = end_nr.clamp(max=n_keys)
         empty_nr = start_nr >= end_nr
         touch_n = ~empty_nr.any(1) & (start_nr.amax(1) <= end_nr.amin(1))
         start_n0 = torch.where(touch_n, start_nr.amin(1), start_nr[:, 0])

@@ -100,20 +100,9 @@ def architecture(device: torch.device) -> int:
 architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    scale: float,
-    plan: TilePlan | None,
-    config: Config | None = None,
-    atomic: bool = False,
-    rows: Sequence[int] | None = None,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
+           scale: float, plan: TilePlan | None, config: Config | None = None, atomic: bool = False,
+           rows: Sequence[int] | None = None) -> Tensor:  # fmt: skip
     """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
 
     Without gradients, up to 64 queries go to the decode kernel, unless a config is given; only that one takes `rows`.
@@ -147,7 +136,7 @@ def learning(*tensors: Tensor) -> bool:
 
 def decodes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> bool:
     """Whether :func:`attend` hands these to the decode kernel, which reads rows of a cache where they lie."""
-    return not learning(q, k, v, slopes) and triton_decode.fits(q, k)
+    return not learning(q, k, v, slopes) and q.shape[2] <= triton_decode.MOST_QUERIES
 
 
 def needed(forward: Tile, dq: Tile, dkdv: Tile, learning: bool) -> list[tuple[int, int, bool]]:
@@ -195,20 +184,9 @@ def strides(*tensors: Tensor) -> list[int]:
 
 @torch.library.custom_op("tidal::interval_attention_triton", mutates_args=())
 def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    backward_plan: Sequence[Tensor],
-    scale: float,
-    tiles: Sequence[int],
-    atomic: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
+    rows: Tensor, order: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int], atomic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The forward pass.
 
     Args:
@@ -238,22 +216,10 @@ def attend_fused(
 
 @torch.library.custom_op("tidal::interval_attention_triton_backward", mutates_args=())
 def attend_fused_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    backward_plan: Sequence[Tensor],
-    scale: float,
-    tiles: Sequence[int],
-    atomic: bool,
-    need_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
+    slopes: Tensor, out: Tensor, lse: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int],
+    atomic: bool, need_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and slopes, in their shapes and dtypes; that of slopes is zeros unless `need_slopes`.
 
     dout [B, Hq, Lq, D] is the gradient of `out`; the other arguments are the forward pass's and its results.
