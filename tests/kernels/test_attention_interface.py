@@ -193,6 +193,13 @@ def test_messages_about_heads_plan_and_ranges() -> None:
         TilePlan.build(case.ranges, 9)
 
 
+def test_a_compiled_graph_cuts_ranges_to_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot raise: that would take a value."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    ranges = torch.tensor([[[[-2, 15], [0, 0]]]], dtype=torch.int32)
+    assert TilePlan.build(ranges, 12).slices.tolist() == [[[0, 12, 1], [0, 0, 1]]]
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_row_ends_at_its_own_end(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows of very different lengths each is multiplied with its own keys; what lies behind is not touched."""
