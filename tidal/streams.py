@@ -122,7 +122,8 @@ class DocumentBuilder:
 
 def moved(places: Places, by: Places) -> Places:
     """Places (an int, or int64 of any shape) moved by an offset; where there is none, there is none."""
-    return places + by * (places != NO_PLACE)
+    away: Places = places + by * (places != NO_PLACE)
+    return away
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,14 +182,9 @@ def figure(panels: Sequence[Panel], tile: int, title: str = "") -> Any:
         _draw_panel(axes, panel, tile, cell if labelled else None, first=index == 0, last=index == len(panels) - 1)
         y -= gap
     _draw_legend(drawn, legend_x / width, (height - top + 0.05) / height)
-    lines = "\n".join(_in_lines(summary(panel, tile)) for panel in panels)
+    lines = "\n".join(summary(panel, tile).replace(": ", "\n  ").replace("; ", "\n  ") for panel in panels)
     drawn.text(legend_x / width, (height - top - 1.3) / height, lines, fontsize=8, color=INK, va="top", linespacing=1.4)
     return drawn
-
-
-def _in_lines(summary: str) -> str:
-    """A summary in four lines."""
-    return summary.replace(": ", "\n  ", 1).replace(": ", "\n  ").replace("; ", "\n  ")
 
 
 def _draw_panel(axes: Any, panel: Panel, tile: int, cell: float | None, first: bool, last: bool) -> None:
