@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
-from tidal.doctor.feeding import compare_batch, compare_documents, features, fed_in
+from tidal.doctor.feeding import compare_batch, features, fed_in
 from tidal.doctor.oracle import place_encodings
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
@@ -144,7 +144,6 @@ def supervision(patient: Patient, meter: Meter) -> None:
     _through_shards(patient, meter)
     if patient.feed is not None:
         compare_batch(patient, meter, patient.feed)
-        compare_documents(patient, meter, patient.feed)
     if patient.not_examined:
         meter.note(f"training batches not examined: {patient.not_examined}")
 

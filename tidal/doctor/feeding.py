@@ -53,31 +53,6 @@ def fed_in(batch: Batch, row: int, first: tuple[int, int], count: tuple[int, int
     }  # fmt: skip
 
 
-def compare_documents(patient: Patient, meter: Meter, feed: Feed) -> None:
-    """The blocks that a recipe made of documents are those of prompt and completion, and the completion is learnt."""
-    split = patient.tokenizer.split
-    for made in feed.made:
-        document, here, sides = made.document, Where(made.document.text), (ORACLE, "recipe")
-        if not document.ends:
-            wanted = split(_up_to_a_space(document.completion))
-            learnt = [True] * len(wanted)
-            got = made.blocks[: len(wanted)], made.learnt[: len(wanted)]
-        else:
-            before, after = split(document.prompt), split(document.completion)
-            n_left = max(0, len(before) + len(after) + 1 - len(made.blocks)) if made.may_lack else 0
-            wanted = [*before, *after, ""][min(n_left, len(before)) :]
-            learnt = ([False] * len(before) + [True] * len(after) + [True])[min(n_left, len(before)) :]
-            got = made.blocks, made.learnt
-        meter.same("blocks of a document", wanted, list(got[0]), here, sides)
-        meter.same("blocks that are learnt", learnt, list(got[1]), here, sides)
-
-
-def _up_to_a_space(text: str) -> str:
-    """The text up to its last white space, before which a block ends whatever follows; nothing where it has none."""
-    halves = text.rstrip().rsplit(None, 1)
-    return halves[0] if len(halves) == 2 else ""
-
-
 def compare_batch(patient: Patient, meter: Meter, feed: Feed) -> None:
     """Of every document that a batch reads, the blocks that are asked for, and how it is laid out: as the definition
     says, but for one offset of all places and one scale of all positions.
