@@ -65,7 +65,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
         _compare(patient, meter, document, fed_in(padded, 1, behind, count), "training, behind another document")
         tape = Tape(patient.exact)
         patient.decode(tape.model, [document])
-        fed = {name: value for name in tape.entries if (value := tape.joined(name)) is not None}
+        fed = tape.row()
         fed.pop("context", None)  # a state here, not an index
         _compare(patient, meter, document, fed, DECODED)
         _prefixes(patient, meter, document)

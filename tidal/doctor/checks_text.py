@@ -56,7 +56,7 @@ def same_ids(patient: Patient, meter: Meter) -> None:
         meter.same("token ids", wanted, trained, at, (ORACLE, TRAINED))
         n_prompt = sum(token.block < layout.steps[0].block for token in layout.tokens) if layout.steps else len(wanted)
         patient.forced(tape.model, document, [tokenizer.eos_id])
-        meter.same("token ids of the prompt", wanted[:n_prompt], tape.joined("reader ids"), at, (ORACLE, DECODED))
+        meter.same("token ids of the prompt", wanted[:n_prompt], tape.row()["reader ids"], at, (ORACLE, DECODED))
 
 
 @check(2, "turned round once", "blocks are turned round twice or not at all; palindromes hide it")
@@ -120,7 +120,7 @@ def read_back(patient: Patient, meter: Meter) -> None:
             n = sum(token.block < layout.steps[-1].block for token in layout.tokens)
         batch = patient.pack([[document]])
         for name, fed in (("reader ids", batch.reader_ids), ("reader places", batch.reader_places)):
-            meter.same(name, fed[0, :n], tape.joined(name),
+            meter.same(name, fed[0, :n], tape.row()[name],
                        partial(patient.where_read, document), sides)  # fmt: skip
 
 
@@ -137,9 +137,8 @@ def text_is_text(patient: Patient, meter: Meter) -> None:
     for text in (" ".join(named), "".join(CONTROLS)):
         tape = Tape(patient.exact)
         patient.forced(tape.model, Document(text, ""), [tokenizer.eos_id])
-        read = tape.joined("reader ids")
-        assert read is not None
-        meter.same("control ids read", [tokenizer.bos_id], [i for i in read.tolist() if i in controls], Where(text),
+        read = tape.row()["reader ids"].tolist()
+        meter.same("control ids read", [tokenizer.bos_id], [i for i in read if i in controls], Where(text),
                    ("allowed", DECODED))  # fmt: skip
-        meter.same("text read", text, tokenizer.decode([i for i in read.tolist() if i not in controls]), Where(text),
+        meter.same("text read", text, tokenizer.decode([i for i in read if i not in controls]), Where(text),
                    ("text", DECODED))  # fmt: skip
