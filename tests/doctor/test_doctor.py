@@ -211,7 +211,9 @@ def test_the_first_difference_is_named() -> None:
 
     first = where("a writer step sees the next one", 7)
     assert first.layer.startswith("writer.")
-    assert first.tensor.startswith("attention to key ")
+    assert re.fullmatch(r"attention to key \d+", first.tensor)
+    assert (first.sides, first.values[0]) == (("must be", "training"), "0")
+    assert 0 < float(first.values[1]) <= 1
 
     first = where("positions off by one from the second block on", 9)
     assert (first.tensor, first.values) == ("reader positions", ("2.0", "3.0"))
@@ -249,6 +251,9 @@ def test_a_meter_stops_at_the_first_difference() -> None:
         meter.at_least("gain", float("nan"), 0.5)
     with pytest.raises(Found):
         meter.holds(False, "no")
+    with pytest.raises(Found) as found:
+        meter.same("ids", 1, 2, Where(tensor="a tensor"), sides)
+    assert found.value.where == Where(tensor="a tensor", sides=sides, values=("1", "2"))
 
 
 def test_json_has_no_infinities() -> None:

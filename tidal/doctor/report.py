@@ -213,8 +213,8 @@ class Meter:
     def _stop(self, message: str, measured: float, limit: float, where: Place, at: int, tensor: str, sides: Sides,
               values: tuple[str, str]) -> NoReturn:  # fmt: skip
         place = where(at) if callable(where) else where
-        if not place.tensor:
-            place = replace(place, tensor=tensor, sides=sides, values=values)
+        if not any(place.sides):
+            place = replace(place, tensor=place.tensor or tensor, sides=sides, values=values)
         raise Found(message, measured, limit, place)
 
 
