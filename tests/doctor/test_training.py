@@ -13,7 +13,7 @@ import pytest
 from tests.doctor.bugs_training import SHAPE, in_bf16, pairs, prompts_are_learnt, sums
 from tests.doctor.plant import Patch
 from tidal.config import Text, Train
-from tidal.doctor import Report, run, training
+from tidal.doctor import Report, examine, recipes, run
 from tidal.doctor.examine import _patient
 from tidal.doctor.feeding import compare_batch
 from tidal.doctor.patient import Patient
@@ -86,6 +86,24 @@ def test_a_run_is_compared_where_its_data_are(prepared: bool, tmp_path: Path) ->
     assert feed_of_run({}, tmp_path, made.tokenizer) == (None, "")
 
 
+@pytest.mark.parametrize(("name", "said"), [
+    ("run/model.txt", ""), (".hidden.txt", ""), ("more.csv", ""), ("more.txt", "the run's data have more than"),
+])  # fmt: skip
+def test_only_files_that_are_read_count_as_data(name: str, said: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Of `--data .`, where the run is in the same folder."""
+    settings = pairs(tmp_path)
+    settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, data=(str(tmp_path),)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    made = make_recipe(settings)
+    made.tokenizer.save(tmp_path / "run/tokenizer")
+    trainer = {"settings": dataclasses.asdict(settings), "data": made.digest}
+    monkeypatch.setattr(recipes, "IN_MEMORY", 100_000)
+    (tmp_path / name).write_bytes(bytes(200_000))
+    feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
+    assert (feed is None, why[:29]) == (bool(said), said)
+
+
 def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, monkeypatch: Patch) -> None:
     given: dict[str, Any] = {}
 
@@ -93,10 +111,10 @@ def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, mon
         given.update(how)
         return Report(())
 
-    monkeypatch.setattr(training, "run", noted)
+    monkeypatch.setattr(examine, "run", noted)
     settings = in_bf16(tmp_path)
     recipe = make_recipe(settings)
-    training.examine_before_training(settings, recipe)
+    examine.examine_before_training(settings, recipe)
     assert given["precision"] == "bf16"
     assert given["feed"].batch.n_units == recipe.batch(0).n_units
     assert precision_of_run({"settings": dataclasses.asdict(settings)}) == "bf16"

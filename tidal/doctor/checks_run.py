@@ -205,8 +205,10 @@ def reasons(patient: Patient, meter: Meter) -> None:
     swapped = [dataclasses.replace(d, prompt=documents[(i + 1) % len(documents)].prompt)
                for i, d in enumerate(documents)]  # fmt: skip
     own, other = (_nats_per_unit(patient, some) for some in (documents, swapped))
-    meter.note(f"the true prompt is worth {other - own:.3f} nats a unit")
-    meter.at_least("what the true prompt is worth", other - own, LEAST_GAIN, Where(documents[0].prompt))
+    gain = other - own
+    meter.note(f"the true prompt is worth {gain:.3f} nats a unit")
+    meter.holds(gain >= LEAST_GAIN, f"what the true prompt is worth is {gain:.4g}, less than {LEAST_GAIN:.4g}",
+                Where(documents[0].prompt))  # fmt: skip
 
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tidal.config import Text, Train
 from tidal.doctor.patient import Feed, Precision
 from tidal.prepare.again import is_here
 from tidal.prepare.make import IN_MEMORY, PLAN
-from tidal.prepare.reading import read_parts
+from tidal.prepare.reading import read_parts, real_files
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.loop import Recipe, make_recipe
 from tidal.train.recipes.text import TextRecipe
@@ -84,14 +83,14 @@ def feed_of_run(trainer: Mapping[str, Any], folder: Path, tokenizer: MixedTokeni
     except (TypeError, ValueError) as error:
         return None, f"the run's settings cannot be read: {error}"
     text = settings.text
-    if settings.recipe == "text":
-        if not all(map(is_here, text.data if text.prepared is None else [text.prepared])):
-            return None, "the run's data are gone"
-        if text.prepared is None and sum(map(_size, text.data)) > IN_MEMORY:
-            return None, f"the run's data have more than {IN_MEMORY // 10**6} MB; it was done before training"
     try:
+        if settings.recipe == "text":
+            if not all(map(is_here, text.data if text.prepared is None else [text.prepared])):
+                return None, "the run's data are gone"
+            if text.prepared is None and sum(map(os.path.getsize, real_files(text.data))) > IN_MEMORY:
+                return None, f"the run's data have more than {IN_MEMORY // 10**6} MB; it was done before training"
         recipe = make_recipe(with_tokenizer(settings, folder))
-    except UserError as error:
+    except (OSError, UserError) as error:
         return None, str(error)
     if trainer.get("data") != recipe.digest:
         return None, "the run's data are not the same any more"
@@ -104,12 +103,3 @@ def precision_of_run(trainer: Mapping[str, Any]) -> Precision:
     """In what a run computes products, of its trainer.json."""
     settings = trainer.get("settings")
     return "bf16" if isinstance(settings, dict) and settings.get("precision") == "bf16" else "float32"
-
-
-def _size(path: str) -> int:
-    """Bytes of a file, or of what lies in a folder or is matched by a glob."""
-    if os.path.isdir(path):
-        return sum(_size(os.path.join(where, name)) for where, _, names in os.walk(path) for name in names)
-    if os.path.isfile(path):
-        return os.path.getsize(path)
-    return sum(_size(match) for match in glob.glob(path, recursive=True) if match != path)

@@ -193,13 +193,6 @@ class Meter:
             self._stop(said, value, limit, where or Where(), 0, "", ("", ""), ("", ""))
         self._remember(value, limit)
 
-    def at_least(self, what: str, value: float, limit: float, where: Where | None = None) -> None:
-        """A figure must reach its limit; NaN does not."""
-        self.compared += 1
-        if not value >= limit:
-            self._stop(f"{what} is {value:.4g}, less than {limit:.4g}", value, limit, where or Where(), 0, "",
-                       ("", ""), ("", ""))  # fmt: skip
-
     def holds(self, condition: bool, message: str, where: Where | None = None) -> None:
         """A statement must be true."""
         self.compared += 1

@@ -159,7 +159,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             recipe = make_recipe(with_tokenizer(settings, source))
             verdict = None
             if settings.doctor and found is None:
-                from tidal.doctor.training import examine_before_training  # downstream of the loop
+                from tidal.doctor.examine import examine_before_training  # downstream of the loop
 
                 verdict = examine_before_training(settings, recipe).to_dict()
             elif settings.init_from and found is None:
