@@ -12,15 +12,6 @@ from tidal.doctor.tape import Tape
 from tidal.doctor.texts import CONTROLS, HOSTILE
 
 
-def _blocks(patient: Patient) -> list[tuple[Document, str]]:
-    """Every different block of the documents, with the first document that has it."""
-    found: dict[str, Document] = {}
-    for document in patient.documents:
-        for block in patient.layout(document).blocks:
-            found.setdefault(block, document)
-    return [(document, block) for block, document in found.items() if block]
-
-
 def _cut_inside(patient: Patient, document: Document) -> Document:
     """The same text behind a prompt that ends inside the longest block of the first hundred."""
     blocks = patient.tokenizer.split(document.text[:2000])[:100]
@@ -102,7 +93,11 @@ def read_back(patient: Patient, meter: Meter) -> None:
     Its reader is recorded while a model writes the document by heart.
     """
     tokenizer, sides = patient.tokenizer, (TRAINED, DECODED)
-    for document, block in _blocks(patient):
+    first_with: dict[str, Document] = {}
+    for document in patient.documents:
+        for block in filter(None, patient.layout(document).blocks):
+            first_with.setdefault(block, document)
+    for block, document in first_with.items():
         known = tokenizer.encode_block(block)
         again = tokenizer.retokenize(tokenizer.write_units(block))
         here = Where(document.text, block)

@@ -15,6 +15,7 @@ from tidal.doctor.patient import Feed, Patient
 from tidal.doctor.registry import ORACLE
 from tidal.doctor.report import Meter, Where
 from tidal.streams import Batch
+from tidal.tokenizer import MixedTokenizer
 
 FED_BY_RECIPE = "training batch"
 LAID_OUT = 600
@@ -109,7 +110,7 @@ def _documents_in(patient: Patient, meter: Meter, batch: Batch, row: int) -> lis
         begins = [i for i in range(start + 1, end) if ends[i] != ends[i - 1]]
         blocks = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, [*begins[1:], end], strict=True)]
         found.append(_Read(row, start, blocks, [*begins, end]))
-    for first, last in _written(batch, row, (tokenizer.eob_id, tokenizer.eos_id)):
+    for first, last in written_blocks(batch, row, tokenizer):
         behind = int(batch.context[row, first]) + 1
         read = found[sum(start < behind for start in starts) - 1]
         targets = batch.targets[row, first:last].tolist()
@@ -135,11 +136,11 @@ def _documents_in(patient: Patient, meter: Meter, batch: Batch, row: int) -> lis
     return found
 
 
-def _written(batch: Batch, row: int, last: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """From which writer index to which the blocks of a row are written."""
+def written_blocks(batch: Batch, row: int, tokenizer: MixedTokenizer) -> Iterator[tuple[int, int]]:
+    """From which writer index to which the blocks of a row are written, `<eob>` or `<eos>` included."""
     start = 0
     for s, target in enumerate(batch.targets[row].tolist()):
-        if target in last:
+        if target in (tokenizer.eob_id, tokenizer.eos_id):
             yield start, s + 1
             start = s + 1
 
