@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tidal.doctor.patient import Document, Feed, Patient, Precision
 from tidal.doctor.recipes import feed_of, feed_of_run, precision_of_run
 from tidal.doctor.registry import CHECKS, Check
 from tidal.doctor.report import Found, Meter, Report, Result, Skip, Where
-from tidal.doctor.texts import BUILT_IN, of_run, prompts, windows
+from tidal.doctor.texts import BUILT_IN, of_run, prompts, window
 from tidal.infer.load import load_with_trainer
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
@@ -129,8 +130,7 @@ def examine_before_training(settings: Train, recipe: Recipe) -> Report:
 def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence[Document], quick: bool, trained: bool,
              checkpoint: Path | None) -> Patient:  # fmt: skip
     units = 40 if quick else 200
-    documents = windows(tokenizer, given, 2 if quick else 8, units)
-    documents += windows(tokenizer, BUILT_IN, len(BUILT_IN), units)
+    documents = [window(tokenizer, document, units) for document in (*given[: 2 if quick else 8], *BUILT_IN)]
     samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
     return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint)
 
@@ -161,10 +161,5 @@ def _result(check: Check, patient: Patient) -> Result:
 
 def _origin(error: BaseException) -> str:
     """The line of this package that raised."""
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "tidal" in file:
-            line = f"{Path(file).name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
-    return line
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "tidal" in frame.filename]
+    return f"{Path(lines[-1].filename).name}:{lines[-1].lineno}, in {lines[-1].name}" if lines else ""

@@ -115,8 +115,7 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
 def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
     """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
-    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
-    from tidal.report.page import Pages
+    from tidal.report.page import Pages, draw  # downstream of the loop, as the doctor is
     from tidal.train.disk import patiently
     from tidal.train.loop import train
 
