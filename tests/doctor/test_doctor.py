@@ -137,6 +137,11 @@ def test_examining_a_damaged_run(home: Path, tmp_path: Path, capsys: pytest.Capt
     (("--checks", "23"), "--checks 23: there is no such check; they are numbered 1 to 22"),
     (("--data", "nothing.txt"), "no such file or folder: 'nothing.txt'"),
     (("--device", "tpu9"), "'tpu9' cannot be used"),
+    (("--checkpoint", "nowhere"), "nowhere does not exist"),
+    (("--quick", "nowhere"), "nowhere does not exist"),
+    (("--checks", "1", "--json", "nowhere"), "nowhere does not exist"),
+    (("nowhere", "--checkpoint", "there"), "both 'nowhere' and --checkpoint 'there' are given; choose one"),
+    (("nowhere", "--quick", "there"), "unexpected argument 'there'"),
 ])  # fmt: skip
 def test_what_cannot_run(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
