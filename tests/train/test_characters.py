@@ -22,7 +22,8 @@ from tests.strategies import differing
 from tests.train.test_recipes import read_text, written_blocks
 from tidal import cli
 from tidal.config import Shape, Train
-from tidal.evaluate import characters as evaluation
+from tidal.evaluate.__main__ import Characters, Subject
+from tidal.evaluate.__main__ import characters as evaluate
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import recipes
 from tidal.train.presets import PRESETS
@@ -48,8 +49,7 @@ WORDS = tuple(sorted({a + b for a in SOME for b in ("", "s", "ed", "ing", *SOME)
 @pytest.fixture(autouse=True)
 def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of those of the whole standard library."""
-    for module in (characters, evaluation):
-        monkeypatch.setattr(module, "library_words", lambda: WORDS)
+    monkeypatch.setattr(characters, "library_words", lambda: WORDS)
 
 
 @pytest.fixture
@@ -218,14 +218,15 @@ def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.Mon
 
 def test_words_with_an_unknown_token_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     spells = MixedTokenizer.train([], 400)  # letter by letter
-    monkeypatch.setattr(evaluation, "exact_match", lambda *_: ({}, []))
+    monkeypatch.setattr(characters, "exact_match", lambda *_: ({}, []))
     for others, unknown in (((), 2), (("tide", "hands"), 1), (("tide", "hands", "read"), 0)):
-        monkeypatch.setattr(evaluation, "library_words", lambda others=others: ("sandish", "tideer", *others))
-        figures, _ = evaluation.characters(None, spells, count=1, seed=0)  # type: ignore[arg-type]
+        monkeypatch.setattr(characters, "library_words", lambda others=others: ("sandish", "tideer", *others))
+        figures, _ = evaluate(Characters(count=1, seed=0), Subject(None, spells, None, []))  # type: ignore[arg-type]
         assert (figures["held_out_words"], figures["with_a_token_never_seen"]) == (2, unknown)
         assert figures["letters_a_token"] == pytest.approx(13 / 15)  # the space before a word is a token, too
-    with pytest.raises(ValueError, match="up to 24 units, and the model writes blocks of 16"):
-        evaluation.characters(None, MixedTokenizer.train([], 400, max_block_units=16), count=1, seed=0)  # type: ignore[arg-type]
+    short = Subject(None, MixedTokenizer.train([], 400, max_block_units=16), None, [])  # type: ignore[arg-type]
+    with pytest.raises(cli.UserError, match="up to 24 units, and the model writes blocks of 16"):
+        evaluate(Characters(count=1, seed=0), short)
 
 
 def test_questions_are_as_many_as_asked_and_random() -> None:

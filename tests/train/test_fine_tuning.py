@@ -81,7 +81,7 @@ def test_it_begins_with_the_weights_and_has_tokenizer_shape_and_rates_of_the_run
 
 def test_the_doctor_examines_the_weights_that_training_begins_with(
         here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from tidal.doctor import training
+    from tidal.doctor import examine
 
     seen = []
 
@@ -89,7 +89,7 @@ def test_the_doctor_examines_the_weights_that_training_begins_with(
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         raise InterruptedError
 
-    monkeypatch.setattr(training, "run", watched)
+    monkeypatch.setattr(examine, "run", watched)
     with pytest.raises(InterruptedError):
         run([*(flag for flag in TUNE if flag != "--no-doctor"), "--out", str(tmp_path / "run")])
     assert same(seen[0], best(here / "base"))

@@ -116,8 +116,7 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
 def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
     """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
-    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
-    from tidal.report.page import Pages
+    from tidal.report.page import Pages, draw  # downstream of the loop, as the doctor is
     from tidal.train.disk import patiently
     from tidal.train.loop import train
 
@@ -160,7 +159,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             recipe = make_recipe(with_tokenizer(settings, source))
             verdict = None
             if settings.doctor and found is None:
-                from tidal.doctor.training import examine_before_training  # downstream of the loop
+                from tidal.doctor.examine import examine_before_training  # downstream of the loop
 
                 verdict = examine_before_training(settings, recipe).to_dict()
             elif settings.init_from and found is None:
