@@ -265,7 +265,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'tidal-transformer[plot]'") from None
+        raise UserError('--picture needs matplotlib: pip install -e ".[plot]"') from None
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 

@@ -116,6 +116,7 @@ CASES = {
     f"{TEXT} --data good.txt --step-stride 1": "--step-stride does nothing with --writer-attention none",
     f"{TEXT} --data good.txt --tokenizer folder --vocab-size 999": "--vocab-size does nothing with --tokenizer folder",
     "prepare --out x --data good.txt --tokenizer folder --vocab-size 999": "--vocab-size does nothing with --tokenizer",
+    f"{TEXT} --prepared shards --cache elsewhere": "--cache does nothing with --prepared shards",
     "train --no-qk-norm --query-gain 3": "--query-gain does nothing with --no-qk-norm",
     "train --no-qk-norm --sharpen 1": "--sharpen does nothing with --no-qk-norm",
     "train --parallel fsdp": "--parallel does nothing with a single process; start several with torchrun",

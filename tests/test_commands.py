@@ -129,7 +129,7 @@ def test_a_second_run_on_a_terminal(
     assert code == 0, shown
     assert "runs/addition already holds a run; writing to runs/addition-2" in shown
     assert re.search(r"train: +\d+%\|.*15/15", shown)
-    assert "loss, nats per unit" in shown
+    assert "Loss, nats a unit" in shown
     assert tree(tmp_path / "runs/addition") == first
     second = tree(tmp_path / "runs/addition-2")
     assert second.keys() == {name for name in first if "step-000030" not in name}

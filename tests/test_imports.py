@@ -12,8 +12,8 @@ import tidal
 
 ORDER = (
     "lazy", "cli", "files", "allocator", "ranks", "device", "config", "checkpoint", "kernels", "corpora", "tokenizer",
-    "blocks", "boundary_dropout", "places", "recall", "streams", "linear", "foretold", "layers", "model", "prepare",
-    "infer", "train", "report", "doctor", "evaluate", "sizes", "__init__",
+    "blocks", "boundary_dropout", "recall", "streams", "foretold", "layers", "model", "prepare", "infer", "train",
+    "report", "doctor", "evaluate", "sizes", "__init__",
 )  # fmt: skip
 """Modules and folders of tidal/, each of which imports only what stands before it."""
 

@@ -17,7 +17,7 @@ from tests.tokenizer.strategies import hostile_text
 from tidal import streams
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, passage, suffix_hashes
 from tidal.config import LAYOUT, PLAIN_STEPS, Steps, TidalConfig
-from tidal.places import sinusoids
+from tidal.layers import sinusoids
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, ROOT, MixedTokenizer, Spelling
 

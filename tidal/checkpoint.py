@@ -2,7 +2,7 @@
 
     runs/NAME/
       checkpoints/step-000500/   model.safetensors  config.json  tokenizer/
-                                 optimizer.safetensors (and the states of random generators)
+                                 optimizer.safetensors
                                  trainer.json  manifest.json (SHA-256 of every other file)
       latest, best               each holds the name of a checkpoint
 

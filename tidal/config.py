@@ -148,10 +148,10 @@ class TidalConfig:
 
 @dataclass(frozen=True)
 class Optim:
-    """How the weights are learnt."""
+    """How the weights are learnt: Muon for matrices, AdamW for the rest."""
 
     lr: float = 2e-3
-    """Highest learning rate of the matrices."""
+    """Highest learning rate of the matrices, which Muon trains (embeddings and gains: AdamW)."""
     table_lr_scale: float = 10.0
     """Embedding tables learn with this multiple of it, and without weight decay."""
     weight_decay: float = 0.1

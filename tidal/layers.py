@@ -1,22 +1,25 @@
-"""What reader and writer are made of: a transformer layer, and what its queries see.
+"""What reader and writer are made of: products, places and a transformer layer, and what its queries see.
 
 Shape suffixes: b rows, l queries, k keys, h heads, d width (of a head in q, k, v), r of what turns a head.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tidal.config import TidalConfig
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
-from tidal.linear import Linear
-from tidal.places import turned
 
 KeysValues = tuple[Tensor, Tensor]
+
+FEW_ROWS = 128
+LARGE = 2**16  # elements of a weight that is not expected to lie in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,36 @@ class View:
                                   rows=self.rows)  # fmt: skip
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias, multiplied as `product` does."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] times the transpose of weight [O, I], plus bias [O]: [..., O], with any strides.
+
+    BLAS libraries copy the right-hand matrix into an order of their own before they multiply, which pays when many
+    rows share it. With few rows of float32 on a CPU the weight is therefore put on the left: W xᵀ, transposed, takes
+    a third to nine tenths of the time (docs/decoding.md). Not where gradients are wanted: training has many rows.
+    """
+    if x.is_cpu and x.dtype == torch.float32 and weight.numel() >= LARGE and not torch.is_grad_enabled():
+        n_rows = x.numel() // x.shape[-1]
+        if 1 < n_rows <= FEW_ROWS:
+            y = torch.mm(weight, x.reshape(n_rows, -1).t()).t().view(*x.shape[:-1], len(weight))
+            return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of logits [..., V], float32 or better: bfloat16 would leave them two or three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU variants improve transformer")."""
 
@@ -56,6 +89,31 @@ class SwiGLU(nn.Module):
         gate, value = self.up(x).chunk(2, dim=-1)
         down: Tensor = self.down(F.silu(gate) * value)
         return down
+
+
+def sinusoids(n: int, d: int) -> Tensor:
+    """Fixed encodings [n, d] of places, after Vaswani et al. 2017, with wavelengths from 2.5 to 200 places.
+
+    Fixed, because a learnt table drifts: pairs of places that never meet in training (all numbers being short)
+    come to look alike, and longer numbers fail (docs/design.md).
+    """
+    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2, dtype=torch.float64)
+    angles = torch.arange(n)[:, None] * turns
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :d].float()
+
+
+def turned(x_bhld: Tensor, turns_blr: Tensor | None) -> Tensor:
+    """Rotate the first R of each head's D elements, in pairs, by sines and cosines (Su et al. 2021, "RoFormer").
+
+    The product of two such vectors depends on the difference of their places only. Where sine and cosine are 0,
+    there is no place, and the product is that of the other elements.
+    """
+    if turns_blr is None:
+        return x_bhld
+    sin, cos = turns_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
+    n = sin.shape[-1]
+    a, b, rest = torch.split(x_bhld, [n, n, x_bhld.shape[-1] - 2 * n], -1)  # whose gradients are put together at once
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
 class Layer(nn.Module):

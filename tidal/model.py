@@ -19,9 +19,7 @@ from tidal.blocks import NOTHING
 from tidal.config import Shape, TidalConfig
 from tidal.foretold import Foretold
 from tidal.kernels import TilePlan, prepare
-from tidal.layers import KeysValues, Layer, View
-from tidal.linear import Linear, log_softmax, product
-from tidal.places import sinusoids
+from tidal.layers import KeysValues, Layer, Linear, View, log_softmax, product, sinusoids
 from tidal.recall import N_RECALLED
 from tidal.streams import Batch
 from tidal.tokenizer import MixedTokenizer, Spelling
@@ -64,7 +62,7 @@ class TidalTransformer(nn.Module):
         self.register_buffer("place_table", places.to(self.unit_embedding.weight.device), persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
-        self.context = Linear(d, d)
+        self.context = Linear(d, d)  # what all steps of a block are told of the reader's last state before it
         if shape.suffix_rows:  # gains of the context, and what is added to it; row 0 is "no suffix" and stays zero
             self.suffix_embedding = nn.Embedding(shape.suffix_rows + 1, 2 * d, padding_idx=0)
         if shape.recall:  # the first of each n_head + 1 rows says that nothing is recalled
@@ -139,11 +137,6 @@ class TidalTransformer(nn.Module):
         states: Tensor = self.reader_norm(x_bid)
         return states
 
-    def context_of(self, states: Tensor) -> Tensor:
-        """What all steps of a block are told [..., D] of the reader's last state [..., D] before it."""
-        told: Tensor = self.context(states)
-        return told
-
     def foretell(self, states: Tensor) -> Tensor:
         """Log-probabilities [..., V], float32 or better, of the last token of the block that comes next, of the
         reader's last states [..., D]."""
@@ -152,7 +145,7 @@ class TidalTransformer(nn.Module):
     def write(self, ids: Tensor, places: Tensor, suffixes: Tensor, recalled: Tensor, context_bsd: Tensor,
               views: list[View], hints_bsd: Tensor | None = None) -> Tensor:  # fmt: skip
         """One step for every [B, S]: suffixes [B, S, 3] hashes, recalled [B, S, 3] units, context [B, S, D] as
-        `context_of` gives it.
+        `self.context` gives it.
 
         A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
         of it matter. `hints` [B, S, D] are what `Foretold` tells. Returns states [B, S, D] for `head`.
@@ -198,7 +191,7 @@ class TidalTransformer(nn.Module):
     def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None) -> Tensor:
         first_b1 = reader_brd.shape[1] * torch.arange(len(reader_brd), device=reader_brd.device)[:, None]
         context_bs = batch.context + first_b1  # among the states of all rows
-        context_bsd = F.embedding(context_bs, self.context_of(reader_brd).flatten(0, 1))
+        context_bsd = F.embedding(context_bs, self.context(reader_brd).flatten(0, 1))
         hints_bsd = None
         if self.foretold:
             assert next_nv is not None

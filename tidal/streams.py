@@ -19,7 +19,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,10 @@ import torch
 
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
-from tidal.places import moved
 from tidal.recall import N_RECALLED, Recollection, recalled
 from tidal.tokenizer import NO_PLACE, ROOT, Block, MixedTokenizer
+
+Places = TypeVar("Places", int, Ints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,12 @@ class DocumentBuilder:
         return steps
 
 
+def moved(places: Places, by: Places) -> Places:
+    """Places (an int, or int64 of any shape) moved by an offset; where there is none, there is none."""
+    away: Places = places + by * (places != NO_PLACE)
+    return away
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The streams of B rows: R reader tokens, W writer steps, padded at the end with elements that see nothing."""
@@ -194,10 +201,13 @@ class Batch:
 def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
     """Lay passages out in rows: the fold of `DocumentBuilder` over all blocks of all rows, at once."""
     blocks = _Blocks(rows, table)
+    writer = _writer_stream(blocks, table, steps)
+    nodes = writer["nodes"].numpy()
+    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0).sum(1)
     return Batch(
         **_reader_stream(blocks, table),
-        **_writer_stream(blocks, table, steps),
-        n_children=_children(blocks, table),
+        **writer,
+        n_children=tuple(n_children.tolist()),
         n_bytes=int(table.n_bytes.view()[blocks.index[blocks.supervised]].sum()),
         steps=steps,
     )
@@ -274,14 +284,6 @@ def _writer_stream(blocks: _Blocks, table: BlockTable, steps: Steps) -> dict[str
         "sees_writer": padded(np.stack([own + unseen, own + t + 1], 1).astype(np.int32)),
         "targets": padded(targets, NOTHING),
     }
-
-
-def _children(blocks: _Blocks, table: BlockTable) -> tuple[int, ...]:
-    """How many children the nodes of each row's steps have, but for those at the root."""
-    b, t = _ragged(blocks.n_steps)
-    nodes = table.nodes.view()[table.target_start.view()[blocks.index][b] + t]
-    n_children = np.where(nodes > ROOT, table.tokenizer.spelling.n_children[nodes], 0)
-    return tuple(map(int, np.bincount(blocks.row[b], n_children, blocks.n_rows)))
 
 
 def _recalled(blocks: _Blocks, table: BlockTable) -> Ints:

@@ -20,8 +20,7 @@ from tidal.infer import recorded
 from tidal.infer.sampling import Sampling, choose
 from tidal.kernels import TilePlan
 from tidal.kernels.cpu import DENSE_LIMIT
-from tidal.layers import KeysValues, View
-from tidal.linear import log_softmax
+from tidal.layers import KeysValues, View, log_softmax
 
 PREFILL_TOKENS = 1 << 16  # read at once, to bound the memory it takes
 

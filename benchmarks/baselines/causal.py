@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tidal.blocks import FACTOR
 from tidal.config import Shape, TidalConfig
 from tidal.kernels import TilePlan
-from tidal.layers import Layer, View
-from tidal.linear import log_softmax, product
+from tidal.layers import Layer, View, log_softmax, product
 from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
 

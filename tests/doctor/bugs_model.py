@@ -91,7 +91,7 @@ def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
 
 def window_forgotten(right: Callable[..., Batch]) -> Callable[..., Batch]:
     def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-        return right(rows, table, steps=steps._replace(window=0))
+        return dataclasses.replace(right(rows, table, steps=steps._replace(window=0)), steps=steps)
 
     return pack
 

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.doctor.bugs_training import SHAPE, after_the_space, in_bf16, pairs, prompts_are_learnt, sums
+from tests.doctor.bugs_training import SHAPE, in_bf16, pairs, prompts_are_learnt, sums
 from tests.doctor.plant import Patch
 from tidal.config import Text, Train
-from tidal.doctor import Report, run, training
+from tidal.doctor import Report, examine, recipes, run
 from tidal.doctor.examine import _patient
-from tidal.doctor.feeding import compare_batch, compare_documents
+from tidal.doctor.feeding import compare_batch
 from tidal.doctor.patient import Patient
 from tidal.doctor.recipes import feed_of, feed_of_run, precision_of_run
 from tidal.doctor.report import Found, Meter
-from tidal.prepare import make, reading
 from tidal.prepare.make import prepare
 from tidal.prepare.survey import survey
 from tidal.train.loop import Recipe, make_recipe, model_for
@@ -44,33 +43,9 @@ def test_what_recipes_feed_is_no_false_alarm(settings: Callable[[Path], Train], 
     wanted = settings(tmp_path)
     recipe = make_recipe(wanted)
     feed, patient, meter = feed_of(wanted, recipe), patient_of(wanted, recipe), Meter()
-    compare_documents(patient, meter, feed)
     for step in range(6):
         compare_batch(patient, meter, dataclasses.replace(feed, batch=recipe.batch(step)))
     assert meter.compared > 1000
-
-
-@pytest.mark.parametrize(("plant", "said"), [
-    (lambda patch: None, ""),
-    (prompts_are_learnt, "blocks that are learnt differ"),
-    (after_the_space, "blocks of a document differ"),
-])  # fmt: skip
-def test_documents_of_the_data_are_compared(plant: Callable[[Patch], None], said: str, tmp_path: Path,
-                                            monkeypatch: Patch) -> None:  # fmt: skip
-    """With the rows that were made of them, whatever goes wrong between; a text that is cut, cut in small pieces."""
-    for module in (reading, make):
-        monkeypatch.setattr(module, "PART", 40)
-    settings = pairs(tmp_path)
-    plant(monkeypatch)
-    recipe = make_recipe(settings)
-    feed, patient = feed_of(settings, recipe), patient_of(settings, recipe)
-    assert len(feed.made) > 15
-    assert {made.document.ends for made in feed.made} == {True, False}
-    if not said:
-        compare_documents(patient, Meter(), feed)
-        return
-    with pytest.raises(Found, match=said):
-        compare_documents(patient, Meter(), feed)
 
 
 def test_prompts_that_are_learnt_show_in_the_batch(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -87,6 +62,8 @@ def test_a_run_is_compared_where_its_data_are(prepared: bool, tmp_path: Path) ->
     settings = pairs(tmp_path)
     made = make_recipe(settings)
     made.tokenizer.save(tmp_path / "run/tokenizer")
+    lines = map(json.loads, Path(settings.text.data[0]).read_text(encoding="utf-8").splitlines())
+    pair = next(line for line in lines if "prompt" in line)
     text = settings.text
     if prepared:
         prepare(survey(text.data, text.hold_out, settings.seed), made.tokenizer, tmp_path / "shards")
@@ -96,18 +73,36 @@ def test_a_run_is_compared_where_its_data_are(prepared: bool, tmp_path: Path) ->
     feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
     assert (feed is not None, why) == (True, "")
     assert feed is not None
-    assert any(made.document.prompt for made in feed.made)
+    assert feed.prompt_of(pair["prompt"] + pair["completion"]) == pair["prompt"]
     assert feed_of_run({**trainer, "data": "another"}, tmp_path / "run", made.tokenizer) == (
         None, "the run's data are not the same any more")  # fmt: skip
     if prepared:
-        Path(settings.text.data[0]).unlink()  # prompts are not known, but texts are
+        Path(settings.text.data[0]).unlink()  # the prompts are not known, but what is fed is
         feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
         assert feed is not None
-        assert {made.document.prompt for made in feed.made} == {""}
+        assert feed.prompt_of(pair["prompt"] + pair["completion"]) is None
     gone = dataclasses.asdict(dataclasses.replace(settings, text=Text(data=("gone.txt",))))
     assert feed_of_run({"settings": gone}, tmp_path, made.tokenizer) == (None, "the run's data are gone")
     assert feed_of_run({"settings": {"model": 3}}, tmp_path, made.tokenizer)[1].startswith("the run's settings cannot")
     assert feed_of_run({}, tmp_path, made.tokenizer) == (None, "")
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("run/model.txt", ""), (".hidden.txt", ""), ("more.csv", ""), ("more.txt", "the run's data have more than"),
+])  # fmt: skip
+def test_only_files_that_are_read_count_as_data(name: str, said: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Of `--data .`, where the run is in the same folder."""
+    settings = pairs(tmp_path)
+    settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, data=(str(tmp_path),)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    made = make_recipe(settings)
+    made.tokenizer.save(tmp_path / "run/tokenizer")
+    trainer = {"settings": dataclasses.asdict(settings), "data": made.digest}
+    monkeypatch.setattr(recipes, "IN_MEMORY", 100_000)
+    (tmp_path / name).write_bytes(bytes(200_000))
+    feed, why = feed_of_run(trainer, tmp_path / "run", made.tokenizer)
+    assert (feed is None, why[:29]) == (bool(said), said)
 
 
 def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -117,10 +112,10 @@ def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, mon
         given.update(how)
         return Report(())
 
-    monkeypatch.setattr(training, "run", noted)
+    monkeypatch.setattr(examine, "run", noted)
     settings = in_bf16(tmp_path)
     recipe = make_recipe(settings)
-    training.examine_before_training(settings, recipe)
+    examine.examine_before_training(settings, recipe)
     assert given["precision"] == "bf16"
     assert given["feed"].batch.n_units == recipe.batch(0).n_units
     assert precision_of_run({"settings": dataclasses.asdict(settings)}) == "bf16"

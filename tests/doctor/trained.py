@@ -26,6 +26,8 @@ from tidal.train.loop import make_recipe, train
 from tidal.train.presets import PRESETS
 
 Tensors = dict[str, Tensor]
+Change = Callable[[Tensors, dict[str, Any], dict[str, Any]], None]
+"""of the tensors, the config and trainer.json of a checkpoint"""
 STEPS = 300
 
 
@@ -65,14 +67,14 @@ def leak(batch: Batch) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------- how to spoil files
 
 
-def rewritten(change: Callable[[Tensors, dict[str, Any]], None]) -> Callable[[Path], None]:
+def rewritten(change: Change) -> Callable[[Path], None]:
     """Another checkpoint in the place of the run's, intact by its manifest."""
 
     def spoil(folder: Path) -> None:
         found = checkpoint.resolve(folder)
         config, tensors, trainer = checkpoint.read_checkpoint(found)
         tokenizer = MixedTokenizer.load(found / "tokenizer")
-        change(tensors, config)
+        change(tensors, config, trainer)
         checkpoint.write_checkpoint(folder, trainer["step"], tensors=tensors, config=config, trainer=trainer,
                                     tokenizer=tokenizer)  # fmt: skip
 
@@ -95,10 +97,10 @@ def with_loss(loss: Callable[[int, float], float]) -> Callable[[Path], None]:
     return metrics(lambda rows: [{**row, "loss": f"{loss(i, float(row['loss'])):.6g}"} for i, row in enumerate(rows)])
 
 
-def as_initialised(name: str) -> Callable[[Tensors, dict[str, Any]], None]:
+def as_initialised(name: str) -> Change:
     """The optimizer never had this tensor."""
 
-    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+    def change(tensors: Tensors, config: dict[str, Any], trainer: dict[str, Any]) -> None:
         from tidal.config import TidalConfig
 
         torch.manual_seed(0)
@@ -126,18 +128,6 @@ def damaged(folder: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-
-
-def planned(steps: int) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        found = checkpoint.resolve(folder)
-        config, tensors, trainer = checkpoint.read_checkpoint(found)
-        trainer["settings"]["max_steps"] = steps
-        tokenizer = MixedTokenizer.load(found / "tokenizer")
-        checkpoint.write_checkpoint(folder, trainer["step"], tensors=tensors, config=config, trainer=trainer,
-                                    tokenizer=tokenizer)  # fmt: skip
-
-    return spoil
 
 
 def loaded_half(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,14 +161,15 @@ SPOILT: tuple[Spoilt, ...] = (
     Spoilt("one matrix was never updated", 19, rewritten(as_initialised("reader.0.mlp.up.weight"))),
     Spoilt("the tables were never updated", 19, rewritten(as_initialised("token_embedding.weight"))),
     Spoilt("a stored weight is not a number", 19,
-           rewritten(lambda tensors, config: tensors.update({"writer_norm.weight": torch.full((32,), math.nan)}))),
+           rewritten(lambda tensors, *_: tensors.update({"writer_norm.weight": torch.full((32,), math.nan)}))),
     Spoilt("every completion ends at once", 20, plant=favour(1, 60.0)),
     Spoilt("documents never end", 20, plant=favour(1, -60.0)),
     Spoilt("one block for ever", 20, plant=everywhere(sampling.choose, always_the_first(sampling.choose))),
     Spoilt("a loss was not a number", 21, with_loss(lambda i, loss: math.nan if i == 7 else loss)),
     Spoilt("the loss is flat", 21, with_loss(lambda i, loss: 2.0 + 0.01 * (i % 3))),
     Spoilt("the loss is that of guessing", 21, with_loss(lambda i, loss: max(loss, 5.6 - 0.01 * i))),
-    Spoilt("training stopped after a tenth of its steps", 21, planned(10 * STEPS)),
+    Spoilt("training stopped after a tenth of its steps", 21,
+           rewritten(lambda tensors, config, trainer: trainer["settings"].update(max_steps=10 * STEPS))),
     Spoilt("the writer was trained on its targets", 21, plant=in_packing(leak), leaky=True),
     Spoilt("the prompt has no influence", 21, plant=replacing(TidalTransformer, "read", prompt_forgotten)),
     Spoilt("samples are drawn far too hot", 22, plant=everywhere(sampling.choose, far_too_hot(sampling.choose))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -42,6 +43,31 @@ def test_any_completion_of_a_command_can_be_traced(infer: Command) -> None:
         found = dict(re.findall(r"^(prompt|completion) +(.*)$", done.out, re.MULTILINE))
         assert found == {"prompt": ("1␣+␣1␣=", "2␣+␣2␣=")[number // 2], "completion": visible(str(answers[number]))}
         assert f"seed (3, {number})" in done.out
+
+
+# ----------------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompts_of_jsonl_may_have_line_breaks(infer: Command, tmp_path: Path) -> None:
+    """So the held-out pairs of a run can be asked as they are."""
+    prompts = ["1 + 1 =", "2 + 2 =\n3 + 3 =", "", "４ + 4 ="]
+    lines = [json.dumps({"prompt": prompt, "completion": " 2\n"}) for prompt in prompts]
+    (path := tmp_path / "asked.jsonl").write_text("\ufeff" + "\r\n".join([*lines[:2], " ", *lines[2:], ""]))
+    done = infer("--prompt-file", str(path), "--json", "--max-new-units", "2")
+    assert done.code == 0, done.err
+    assert [answer["prompt"] for answer in objects(done.lines)] == prompts
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("1 + 1 =", " is not JSON: Extra data at column 3"),
+    ('["1 + 1 ="]', " has no prompt that is a string"),
+    ('{"text": "1 + 1 ="}', " has no prompt that is a string"),
+    ('{"prompt": 2}', " has no prompt that is a string"),
+    (r'{"prompt": "\ud800"}', ": lone surrogate U+D800 at offset 0 is not text"),
+])  # fmt: skip
+def test_a_line_of_jsonl_without_a_prompt(line: str, said: str, infer: Command, tmp_path: Path) -> None:
+    (path := tmp_path / "asked.jsonl").write_text(f'{{"prompt": "1 + 1 ="}}\n\n{line}\n')
+    assert_refused(infer("--prompt-file", str(path)), "infer", re.escape(f"{path}:3{said}"))
 
 
 # --------------------------------------------------------------------------------------------------- precision

@@ -23,7 +23,7 @@ from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
 from tidal.infer.grammar import Grammar
 from tidal.infer.score import score
-from tidal.infer.trace import Trace, trace, unit_name, visible
+from tidal.infer.trace import Trace, shown, trace, visible
 from tidal.infer.trace_page import render_html, write_html
 from tidal.infer.trace_text import percent, render_text
 from tidal.streams import pack
@@ -122,11 +122,11 @@ def test_runners_up_are_the_likeliest_others(tokenizer: str, shape: str, prompt:
             others = [i for i in range(its_tokenizer.n_writable) if i != step.unit]
             others.sort(key=lambda i: -p[i].item())
             assert step.t == step.place == t
-            assert step.fed == unit_name(its_tokenizer, written[-1] if written else its_tokenizer.bob_id)
-            assert step.name == unit_name(its_tokenizer, step.unit)
+            assert step.fed == shown(its_tokenizer, written[-1] if written else its_tokenizer.bob_id)
+            assert step.name == shown(its_tokenizer, step.unit)
             assert step.probability == pytest.approx(p[step.unit].item(), abs=1e-9)
             assert step.rank == 1 + sum(q > p[step.unit] for q in p)
-            assert [r.name for r in step.runners_up] == [unit_name(its_tokenizer, i) for i in others[:n]]
+            assert [r.name for r in step.runners_up] == [shown(its_tokenizer, i) for i in others[:n]]
             assert [r.allowed for r in step.runners_up] == allowed[others[:n]].tolist()
             assert [r.probability for r in step.runners_up] == pytest.approx(p[others[:n]].tolist(), abs=1e-9)
             assert step.forbidden == pytest.approx(p[~allowed].sum().item(), abs=1e-9)
@@ -144,7 +144,7 @@ def test_blocks_are_told_as_they_are_read() -> None:
         if block.text:
             read = tokenizer.encode_block(block.text)
             assert (block.tokens, block.places) == (read.tokens, read.places)
-            assert block.names == tuple(unit_name(tokenizer, token) for token in read.tokens)
+            assert block.names == tuple(shown(tokenizer, token) for token in read.tokens)
         position += len(block.tokens)
     assert "".join(text for text, _ in traced.prompt_blocks) == "the light"
     assert "".join(block.text for block in traced.blocks) == traced.completion
@@ -161,7 +161,7 @@ def test_what_the_writer_is_told_besides() -> None:
     batch = pack([[whole]], table, steps=model.config.shape.steps)
     steps = [step for block in traced.blocks for step in block.steps if block.text]
     recalled = batch.recalled[0].tolist()
-    names = [tuple("" if unit < 0 else unit_name(tokenizer, unit) for unit in units) for units in recalled]
+    names = [tuple("" if unit < 0 else shown(tokenizer, unit) for unit in units) for units in recalled]
     assert [step.recalled for step in steps] == names
     assert any(any(name) for name in names)
     with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_what_the_writer_is_told_besides() -> None:
         wanted = p[batch.context[0, n], tokenizer.spelling.order].topk(4)
         tokens = tokenizer.spelling.order[wanted.indices.numpy()].tolist()
         byte = 1 - p[batch.context[0, n], tokenizer.spelling.order].sum().item()
-        assert [r.name for r in block.foretold] == [*(unit_name(tokenizer, token) for token in tokens), "a single byte"]
+        assert [r.name for r in block.foretold] == [*(shown(tokenizer, token) for token in tokens), "a single byte"]
         assert [r.probability for r in block.foretold] == pytest.approx([*wanted.values.tolist(), byte], abs=1e-9)
     text, page = render_text(traced), render_html(traced)
     told = block.foretold[0]
@@ -259,8 +259,8 @@ def test_the_page_is_safe_and_needs_nothing_else(prompt: str, seed: int) -> None
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", page)
     assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f]", render_text(traced))
     assert not re.search("<[^a-z/!]", page)  # such as <0.01%
-    shown = "".join(read.texts)
-    assert all(visible(char) in shown for char in prompt if char != " ")
+    text = "".join(read.texts)
+    assert all(visible(char) in text for char in prompt if char != " ")
 
 
 def test_the_page_of_a_harmless_prompt_names_no_address() -> None:
@@ -323,10 +323,10 @@ def test_a_long_prompt_is_shown_by_its_end() -> None:
 
 def test_names_and_percentages() -> None:
     tokenizer = tiny("english", "memory")[1]
-    assert [unit_name(tokenizer, i) for i in (0, 1, 2, 2 + 0x0A, 2 + 0xE2)] == ["<eob>", "<eos>", "0x00", "↵", "0xE2"]
-    assert unit_name(tokenizer, tokenizer.bob_id) == "<bob>"
-    assert unit_name(tokenizer, tokenizer.write_units(" ")[0]) == "␣"
-    names = [unit_name(tokenizer, i) for i in range(tokenizer.n_writable)]
+    assert [shown(tokenizer, i) for i in (0, 1, 2, 2 + 0x0A, 2 + 0xE2)] == ["<eob>", "<eos>", "0x00", "↵", "0xE2"]
+    assert shown(tokenizer, tokenizer.bob_id) == "<bob>"
+    assert shown(tokenizer, tokenizer.write_units(" ")[0]) == "␣"
+    names = [shown(tokenizer, i) for i in range(tokenizer.n_writable)]
     assert len(set(names)) == len(names)
     assert visible("a \n\t\0\u200d\u202e␣▁") == "a␣↵⇥⟨U+0000⟩⟨U+200D⟩⟨U+202E⟩⟨U+2423⟩▁"
     assert [percent(p) for p in (0.0, 1e-9, 0.5, 0.999949, 0.99999, 1.0)] == [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tidal.kernels import reference, triton_decode
+from tidal.kernels import reference, triton_attention, triton_decode
 from tidal.kernels.reference import alibi_bias, visible_keys
 from tidal.kernels.triton_tiles import INTERPRETED
 
@@ -174,15 +174,11 @@ def test_operator_is_sound() -> None:
     torch.library.opcheck(triton_decode.decode, (*inputs, 0.5), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_what_fits() -> None:
-    def fits(n_queries: int = 1, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return triton_decode.fits(*(torch.empty(1, 1, n, head_dim, dtype=dtype) for n in (n_queries, 9)))
-
-    assert fits()
-    assert fits(64, 128, torch.float32)
-    assert not fits(65)
-    assert not fits(head_dim=48)
-    assert not fits(dtype=torch.float64)
+def test_which_queries_are_decoded() -> None:
+    few, many, keys = (torch.empty(1, 1, n, 64) for n in (64, 65, 9))
+    assert triton_attention.decodes(few, keys, keys, torch.ones(1))
+    assert not triton_attention.decodes(many, keys, keys, torch.ones(1))
+    assert not triton_attention.decodes(few, keys, keys, torch.ones(1, requires_grad=True))
 
 
 def test_splits_keep_a_gpu_busy_and_depend_on_shapes_alone() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import functorch.compile
@@ -137,14 +136,11 @@ def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -
 def test_choice_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
 
-    def chosen(device: str, dtype: torch.dtype, head_dim: int) -> str:
-        q = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype, shape=(1, 1, 1, head_dim))
-        return choose_backend(q, None)  # type: ignore[arg-type]
-
-    assert chosen("cuda", torch.bfloat16, 64) == "triton"
-    assert chosen("cuda", torch.float64, 64) == "reference"
-    assert chosen("cuda", torch.float32, 48) == "reference"
-    assert chosen("cpu", torch.float32, 64) == "cpu"
+    gpu = torch.device("cuda")
+    assert choose_backend(gpu, torch.bfloat16, 64, None) == "triton"
+    assert choose_backend(gpu, torch.float64, 64, None) == "reference"
+    assert choose_backend(gpu, torch.float32, 48, None) == "reference"
+    assert choose_backend(torch.device("cpu"), torch.float32, 64, None) == "cpu"
 
 
 def test_tiles_can_be_given() -> None:

@@ -15,7 +15,7 @@ from tests.train.runs import short_samples, whole
 def _quick_runs() -> Iterator[None]:
     """Short samples, and no picture of the losses, which take a third of a tiny run's time; tests/test_commands.py
     and tests/test_draw.py look at pictures."""
-    with short_samples(), mock.patch("tidal.report.draw.png"):
+    with short_samples(), mock.patch("tidal.report.page.draw"):
         yield
 
 

@@ -24,7 +24,7 @@ from tidal.train.__main__ import run as train
 from tidal.train.loop import model_for
 from tidal.train.presets import PRESETS
 from tidal.train.recipes import addition as recipe_module
-from tidal.train.recipes.addition import AdditionRecipe, Asked, answer_of, exact, paired, prompt_of
+from tidal.train.recipes.addition import AdditionRecipe, Asked, answer_of, paired, prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_a_row")
 
@@ -321,7 +321,7 @@ def test_asking_in_one_pass_is_asking_the_decoder(half_learnt: tuple[Any, Additi
     decoded, wrong = benchmark.ask(model, recipe, problems, decode=True)
     packed, missed = benchmark.ask(model, recipe, problems, decode=False, rows=30)
     assert 0.03 < decoded < 0.97
-    assert packed == decoded == exact(model, recipe.tokenizer, problems)[0]
+    assert packed == decoded
     assert [text.split(" =")[0] + " =" for text in wrong] == missed
 
 

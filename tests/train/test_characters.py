@@ -22,8 +22,10 @@ from tests.strategies import differing
 from tests.train.test_recipes import read_text, written_blocks
 from tidal import cli
 from tidal.config import Shape, Train
-from tidal.evaluate import characters as evaluation
+from tidal.evaluate.__main__ import Characters, Subject
+from tidal.evaluate.__main__ import characters as evaluate
 from tidal.tokenizer import MixedTokenizer
+from tidal.train import recipes
 from tidal.train.presets import PRESETS
 from tidal.train.recipes import characters
 from tidal.train.recipes.characters import (
@@ -47,8 +49,7 @@ WORDS = tuple(sorted({a + b for a in SOME for b in ("", "s", "ed", "ing", *SOME)
 @pytest.fixture(autouse=True)
 def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of those of the whole standard library."""
-    for module in (characters, evaluation):
-        monkeypatch.setattr(module, "library_words", lambda: WORDS)
+    monkeypatch.setattr(characters, "library_words", lambda: WORDS)
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.Mon
         return [SimpleNamespace(prompt=p, completion=c, stop_reason=s)
                 for p, (c, s) in zip(prompts, 2 * said, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(characters, "generate", generate)
+    monkeypatch.setattr(recipes, "generate", generate)
     right, wrong = (Question(task, "tide", "?", f" {said}") for task, said in (("contains", "yes"), ("count", "2")))
     shares, failed = exact_match(None, None, {"contains": [right] * 6, "count": [wrong] * 6})  # type: ignore[arg-type]
     assert shares == {"contains": pytest.approx(1 / 6), "count": 0}
@@ -217,14 +218,15 @@ def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.Mon
 
 def test_words_with_an_unknown_token_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     spells = MixedTokenizer.train([], 400)  # letter by letter
-    monkeypatch.setattr(evaluation, "exact_match", lambda *_: ({}, []))
+    monkeypatch.setattr(characters, "exact_match", lambda *_: ({}, []))
     for others, unknown in (((), 2), (("tide", "hands"), 1), (("tide", "hands", "read"), 0)):
-        monkeypatch.setattr(evaluation, "library_words", lambda others=others: ("sandish", "tideer", *others))
-        figures, _ = evaluation.characters(None, spells, count=1, seed=0)  # type: ignore[arg-type]
+        monkeypatch.setattr(characters, "library_words", lambda others=others: ("sandish", "tideer", *others))
+        figures, _ = evaluate(Characters(count=1, seed=0), Subject(None, spells, None, []))  # type: ignore[arg-type]
         assert (figures["held_out_words"], figures["with_a_token_never_seen"]) == (2, unknown)
         assert figures["letters_a_token"] == pytest.approx(13 / 15)  # the space before a word is a token, too
-    with pytest.raises(ValueError, match="up to 24 units, and the model writes blocks of 16"):
-        evaluation.characters(None, MixedTokenizer.train([], 400, max_block_units=16), count=1, seed=0)  # type: ignore[arg-type]
+    short = Subject(None, MixedTokenizer.train([], 400, max_block_units=16), None, [])  # type: ignore[arg-type]
+    with pytest.raises(cli.UserError, match="up to 24 units, and the model writes blocks of 16"):
+        evaluate(Characters(count=1, seed=0), short)
 
 
 def test_questions_are_as_many_as_asked_and_random() -> None:

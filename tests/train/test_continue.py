@@ -162,7 +162,7 @@ def test_other_settings_are_refused(here: Path) -> None:
     assert "keep" not in said
     assert "--resume run, or start a new run with --resume never" in said
     assert "--max-steps 4 (now 5)" in refused(run, ["--resume", "run", "--max-steps", "5"])
-    assert "leave one of them away" in refused(run, ["--resume", "run", "--out", "elsewhere"])
+    assert "leave one of them out" in refused(run, ["--resume", "run", "--out", "elsewhere"])
     assert "--recipe addition (now text)" in refused(run, ["--resume", "run", "--recipe", "text"])
 
 
@@ -254,7 +254,7 @@ def edited(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) 
         ("trainer.json", lambda v: v["settings"].update(model=None), "Shape is None; it must be an object"),
         ("trainer.json", lambda v: v["settings"]["model"].update(n_heads=3), "is not a multiple of n_heads 3"),
         ("trainer.json", lambda v: v["settings"]["text"].update(data=[1]), "data is"),
-        ("trainer.json", lambda v: v.update(data="ab"), "--data holds other text"),
+        ("trainer.json", lambda v: v.update(data="ab"), "the data hold other text"),
         ("config.json", lambda v: v["shape"].update(reader_ff=25), "is of another model: shape would differ"),
         ("config.json", lambda v: v.update(fingerprint="0" * 64), "is of another model: fingerprint would differ"),
     ],
@@ -312,7 +312,7 @@ def test_moved_data_may_be_continued_on_and_changed_data_not(tmp_path: Path, mon
     assert unequal(results(Path("runs/text")), wanted) == []
     undo(Path("runs/text"))
     Path("b.txt").write_text(text.replace("day 59", "day 60"))
-    assert "--data holds other text" in refused(run, [*base, *more])
+    assert "the data hold other text" in refused(run, [*base, *more])
 
 
 def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,23 @@ def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch
         assert run(["--resume", folder, *other]) == 0
         assert unequal(results(Path(folder)), wanted) == []
         undo(Path(folder))
-        assert "leave --data away" in refused(run, ["--resume", folder, *files, *shards])
+        assert "leave --data out" in refused(run, ["--resume", folder, *files, *shards])
+
+
+def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("".join(f"The tide of day {i} came in and went out.\n" for i in range(60)))
+    prepare(["--data", "a.txt", "--out", "shards", "--vocab-size", "300", "--workers", "1", "--hold-out", "0.2"])
+    base = ["--max-steps", "2", "--validate-every", "1", "--rows", "2", "--device", "cpu", *SMALL,
+            "--reader-budget", "64", "--suffix-rows", "9"]  # fmt: skip
+    assert run([*base, "--prepared", "shards", "--out", "run"]) == 0
+    wanted = results(Path("run"))
+    undo(Path("run"))
+    said = refused(run, ["--resume", "run", "--data", "a.txt"])
+    assert "--hold-out and --seed (also of tidal.prepare) hold out another part" in said
+    assert run(["--resume", "run", "--data", "a.txt", "--hold-out", "0.2"]) == 0
+    assert unequal(results(Path("run")), wanted) == []
 
 
 def test_the_default_is_auto() -> None:

@@ -119,6 +119,8 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
 def test_a_folder_without_known_names_gives_whatever_is_text(tmp_path: Path) -> None:
     (tmp_path / "poem").write_text("a")
     (tmp_path / "code.py").write_text("b")
+    (tmp_path / "code.gz").write_bytes(b"not gzip")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"abcdefgh", mtime=0)[:-9])
     (tmp_path / "x.bin").write_bytes(b"\0\1")
     (tmp_path / ".hidden").write_text("c")
     assert texts(tmp_path) == ["b", "a"]

@@ -92,10 +92,10 @@ def test_the_command_says_what_was_saved_and_continues(
 ) -> None:
     real = AdditionRecipe.batch
 
-    def batch(recipe: AdditionRecipe, step: int) -> Batch:
+    def batch(recipe: AdditionRecipe, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(recipe, step)
+        return real(recipe, step, share)
 
     monkeypatch.setattr(AdditionRecipe, "validate", lambda recipe, model: {"quality": 0.0, "exact_1": 0.0})
     with monkeypatch.context() as patch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,8 +60,12 @@ def test_it_begins_with_the_weights_and_has_tokenizer_shape_and_rates_of_the_run
     before = best(here / "base")
     with short_samples():
         assert run([*TUNE, "--lr", "0", "--out", str(tmp_path / "still")]) == 0  # weight decay is of the rate, too
-        assert "training the tokenizer" not in capsys.readouterr().err
+        said = capsys.readouterr().err
         assert run([*TUNE, "--out", str(tmp_path / "tuned")]) == 0
+    assert "training the tokenizer" not in said
+    figures = re.findall(r"^step (\d+): held_out_bits_per_byte (.+)$", said, re.MULTILINE)
+    assert [step for step, _ in figures] == ["0", "2", "4"]  # the first is said before training
+    assert len({bits for _, bits in figures}) == 1
     assert same(best(tmp_path / "still"), before)
     assert not same(best(tmp_path / "tuned"), before)
     assert same(best(here / "base"), before)
@@ -76,7 +81,7 @@ def test_it_begins_with_the_weights_and_has_tokenizer_shape_and_rates_of_the_run
 
 def test_the_doctor_examines_the_weights_that_training_begins_with(
         here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from tidal.doctor import training
+    from tidal.doctor import examine
 
     seen = []
 
@@ -84,7 +89,7 @@ def test_the_doctor_examines_the_weights_that_training_begins_with(
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         raise InterruptedError
 
-    monkeypatch.setattr(training, "run", watched)
+    monkeypatch.setattr(examine, "run", watched)
     with pytest.raises(InterruptedError):
         run([*(flag for flag in TUNE if flag != "--no-doctor"), "--out", str(tmp_path / "run")])
     assert same(seen[0], best(here / "base"))
@@ -112,7 +117,9 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
         assert run([*TUNE, "--out", str(tmp_path / "run")]) == 0
         shutil.rmtree(checkpoint.checkpoints(tmp_path / "run")[-1])
         assert run([*TUNE, "--out", str(tmp_path / "run")]) == 0
-    assert "continuing at step 2 of 4" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "continuing at step 2 of 4" in said
+    assert said.count("step 0: ") == 1
     said = refused(run, [*TUNE, "--init-from", str(checkpoint.checkpoints(here / "base")[-1]),
                          "--resume", str(tmp_path / "run")])  # fmt: skip
     assert "--init-from base (now " in said
@@ -122,7 +129,7 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
     (("--d-model", "32"), "--init-from base does not fit: --d-model 32 (there 16)"),
     (("--writer-attention", "memory", "--reader-layers", "2"), "--reader-layers 2 (there 1)"),
     (("--init-from", "nowhere"), "nowhere does not exist"),
-    (("--model-size", "mini"), "--model-size mini: the model that --init-from names has its size"),
+    (("--model-size", "mini"), "--model-size mini: the model of base has its size; leave --model-size out"),
     (("--vocab-size", "400"), "--vocab-size does nothing with --init-from"),
     (("--recipe", "addition"), "--recipe addition: base was trained by the recipe text"),
     (("--init-from", "sums"), "--data goes with --recipe text"),

@@ -285,5 +285,5 @@ def test_without_the_packages_one_line_names_the_extra(tmp_path: Path, monkeypat
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for name, package in ((str(tmp_path / "a.parquet"), "pyarrow"), ("hf:who/what", "datasets")):
-        with pytest.raises(UserError, match=rf"needs {package}: pip install 'tidal-transformer\[data\]'"):
+        with pytest.raises(UserError, match=rf'needs {package}: pip install -e "\.\[data\]"'):
             list(read_documents([name]))

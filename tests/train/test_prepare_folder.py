@@ -281,7 +281,7 @@ def test_other_data_or_tokenizers_are_refused(folder: Path, tmp_path: Path) -> N
     tokenizers()["digits"].save(tmp_path / "t")
     with pytest.raises(UserError, match="with another tokenizer than"):
         TextRecipe(wanting(folder, data=(), prepared=str(out), tokenizer=str(tmp_path / "t")))
-    with pytest.raises(UserError, match="leave --data away"):
+    with pytest.raises(UserError, match="leave --data out"):
         TextRecipe(wanting(folder, prepared=str(out)))
     with pytest.raises(UserError, match="holds something else"):
         prepare(surveyed(folder), tokenizers()["english"], tmp_path, workers=1)

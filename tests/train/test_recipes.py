@@ -22,10 +22,10 @@ from tidal.config import Addition, Shape, Text, Train
 from tidal.prepare.documents import read_documents
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
+from tidal.train import recipes
 from tidal.train.loop import Recipe
 from tidal.train.presets import PRESETS
-from tidal.train.recipes import addition
-from tidal.train.recipes.addition import AdditionRecipe, exact_match, random_operand, random_sums
+from tidal.train.recipes.addition import AdditionRecipe, random_operand, random_sums
 from tidal.train.recipes.text import TextRecipe
 
 SHAPE = Shape(d_model=8, n_heads=2, n_kv_heads=1, suffix_rows=50, place_jitter=4)
@@ -116,17 +116,16 @@ def test_random_operands_have_the_digits_asked_for(digits: int) -> None:
     assert len(random_sums(rng, digits, 7)) == 7
 
 
-def test_exact_match_counts_the_whole_answer_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_answer_and_its_end_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(" 3\n", "eos"), (" 3\n", "length"), (" 3", "eos"), ("3\n", "eos"), (" 30\n", "eos"), ("", "eos")]
 
     def generate(_model: object, _tokenizer: object, prompts: list[str], **_: object) -> list[Any]:
         return [SimpleNamespace(prompt=p, completion=c, stop_reason=s)
                 for p, (c, s) in zip(prompts, answers, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(addition, "generate", generate)
-    share, wrong = exact_match(None, None, [(1, 2)] * 6)  # type: ignore[arg-type]
-    assert share == pytest.approx(1 / 6)
-    assert [(c.prompt, c.completion, c.stop_reason) for c in wrong] == [("1 + 2 =", *answer) for answer in answers[1:]]
+    monkeypatch.setattr(recipes, "generate", generate)
+    wrong = recipes.wrong_answers(None, None, [("1 + 2 =", " 3\n")] * 6)  # type: ignore[arg-type]
+    assert {i: (c.completion, c.stop_reason) for i, c in wrong.items()} == dict(enumerate(answers[1:], start=1))
 
 
 # ----------------------------------------------------------------------------------------------- text
@@ -187,6 +186,13 @@ def test_validation_draws_from_all_that_is_held_out(folder: Path, monkeypatch: p
     assert len(every) > len(drawn) == 4
     assert redrawn == drawn == [row for row in every if row in drawn] != every[:4]
     assert all(any(row.startswith(p) for row in drawn) for step in range(9) for p in recipe.sample_prompts(step))
+
+
+def test_it_is_said_how_many_epochs_there_will_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = text_settings(folder)
+    settings = dataclasses.replace(settings, max_steps=1234, optim=dataclasses.replace(settings.optim, accumulate=3))
+    n = len(TextRecipe(settings).rows)
+    assert f" in {n} rows ({5 * 3 * 1234 / n:,.2f} epochs in 1,234 steps); " in capsys.readouterr().err
 
 
 def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from tidal.cli import UserError, main, note, parse
 
 if TYPE_CHECKING:
+    import torch
+
     from tidal.config import Shape
     from tidal.doctor.patient import Document
     from tidal.doctor.report import Report
@@ -27,6 +29,8 @@ MOST_TEXTS = 1000
 class Doctor:
     """Settings of `python -m tidal.doctor`."""
 
+    checkpoint: str | None = None
+    """The same as CHECKPOINT."""
     data: tuple[str, ...] = ()
     """Your texts: files, folders, globs or .jsonl; none: what the run was trained on, and a built-in list."""
     quick: bool = False
@@ -41,45 +45,53 @@ class Doctor:
 
 def run(argv: list[str]) -> int:
     """Load or make a model, examine it, print the report."""
-    folder = None
-    if argv and not argv[0].startswith("-"):
-        folder, argv = argv[0], argv[1:]
+    folder, argv = _positional(argv)
     settings = parse(Doctor, argv, "tidal.doctor", DESCRIPTION)
+    if None not in (folder, settings.checkpoint):
+        raise UserError(f"both {folder!r} and --checkpoint {settings.checkpoint!r} are given; choose one")
+    folder = settings.checkpoint if folder is None else folder
+    from tidal import checkpoint  # torch comes with these
+    from tidal.device import pick_device
+    from tidal.doctor.examine import examine_checkpoint
+    from tidal.doctor.registry import CHECKS
     from tidal.train.memory import memory_for
 
+    if unknown := [n for n in settings.checks if n not in CHECKS]:
+        raise UserError(f"--checks {unknown[0]}: there is no such check; they are numbered 1 to {max(CHECKS)}")
+    device = pick_device(settings.device)
     with memory_for("the model's copies; try a machine with more"):
-        report = _of_checkpoint(Path(folder), settings) if folder is not None else _of_new_model(settings)
+        texts = _texts(settings.data)
+        if folder is None:
+            report = _of_new_models(settings, texts, device)
+        else:
+            report = examine_checkpoint(checkpoint.resolve(Path(folder)), texts=texts, quick=settings.quick,
+                                        checks=settings.checks or None, device=device, tell=note)  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if settings.json else report.table())
     return 0 if report.ok else 1
 
 
-def _data(settings: Doctor) -> list[Document]:
+def _positional(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The argument that is no flag's value, in the first place or behind a flag that takes none; and the others."""
+    for i, argument in enumerate(argv):
+        if not argument.startswith("-") and (i == 0 or argv[i - 1] in ("--quick", "--json")):
+            return argument, argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _texts(data: tuple[str, ...]) -> list[Document]:
     from tidal.doctor.patient import Document
     from tidal.prepare.documents import read_documents
 
-    first = itertools.islice(read_documents(settings.data), MOST_TEXTS) if settings.data else ()
+    first = itertools.islice(read_documents(data), MOST_TEXTS) if data else ()
     return [Document(d.prompt, d.completion) for d in first]
 
 
-def _of_checkpoint(path: Path, settings: Doctor) -> Report:
-    from tidal import checkpoint
-    from tidal.device import pick_device
-    from tidal.doctor.examine import examine_checkpoint
-
-    _check_numbers(settings)
-    device, texts = pick_device(settings.device), _data(settings)
-    return examine_checkpoint(checkpoint.resolve(path), texts=texts, quick=settings.quick,
-                              checks=settings.checks or None, device=device, tell=note)  # fmt: skip
-
-
-def _of_new_model(settings: Doctor) -> Report:
-    from tidal.device import pick_device, set_threads
+def _of_new_models(settings: Doctor, texts: list[Document], device: torch.device) -> Report:
+    from tidal.device import set_threads
     from tidal.doctor.examine import run
     from tidal.doctor.registry import CHECKS
     from tidal.doctor.specimen import OF_SHAPE, OTHER, SHAPE, make
 
-    _check_numbers(settings)
-    device, texts, wanted = pick_device(settings.device), _data(settings), settings.checks or tuple(CHECKS)
     set_threads(SHAPE.d_model)
     note("no checkpoint given: examining two small models with random weights")
 
@@ -89,16 +101,9 @@ def _of_new_model(settings: Doctor) -> Report:
                    subject="two small models with random weights",
                    tell=lambda check: note(f"{check.number:>2} {check.title}"))  # fmt: skip
 
+    wanted = settings.checks or tuple(CHECKS)
     report, again = examined(SHAPE, wanted, settings.quick), [n for n in wanted if n in OF_SHAPE]
     return report.merged(examined(OTHER, again, quick=True)) if again else report
-
-
-def _check_numbers(settings: Doctor) -> None:
-    import tidal.doctor.examine  # noqa: F401, it fills the list of checks
-    from tidal.doctor.registry import CHECKS
-
-    if unknown := [n for n in settings.checks if n not in CHECKS]:
-        raise UserError(f"--checks {unknown[0]}: there is no such check; they are numbered 1 to {max(CHECKS)}")
 
 
 if __name__ == "__main__":

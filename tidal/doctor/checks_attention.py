@@ -67,8 +67,9 @@ def _attention(patient: Patient) -> dict[str, Tensor]:
     return found
 
 
-def _at(patient: Patient, layer: str, query: int, key: int) -> Where:
-    """The place of a query in the row of two documents."""
+def _at(patient: Patient, layer: str, size: torch.Size, i: int) -> Where:
+    """The place of the i-th of values [..., queries, keys] of this size, in the row of two documents."""
+    query, key = i // size[-1] % size[-2], i % size[-1]
     documents, layouts = _row(patient)
     reads = layer.startswith("reader")
     for document, layout in zip(documents, layouts, strict=True):
@@ -80,25 +81,15 @@ def _at(patient: Patient, layer: str, query: int, key: int) -> Where:
     return Where(layer=layer)
 
 
-def _first(found: Tensor) -> tuple[int, int]:
-    query, key = found.nonzero()[0].tolist()
-    return query, key
-
-
 @check(7, "the future is hidden", "the mask leaks what is yet to be written")
 def future_hidden(patient: Patient, meter: Meter) -> None:
     """No query gives any weight to a key it must not see, in any layer; and when all that is to come is overwritten,
     nothing before it changes, bit for bit.
     """
     for layer, seen in _visibility(patient).items():
-        weight = _attention(patient)[layer].amax(0)
-        leaks = (weight != 0) & ~seen
-        meter.compared += leaks.numel()
-        if bool(leaks.any()):
-            query, key = _first(leaks)
-            at = dataclasses.replace(_at(patient, layer, query, key), sides=("must be", TRAINED),
-                                     values=("0", f"{weight[query, key]:.3g}"))  # fmt: skip
-            meter.at_most("the number of hidden keys that are attended to", int(leaks.sum()), 0.0, at)
+        weight = _attention(patient)[layer].amax(0).masked_fill(seen, 0.0)
+        meter.close("weights of hidden keys", torch.zeros_like(weight), weight, 0.0,
+                    partial(_at, patient, layer, seen.shape), ("must be", TRAINED))  # fmt: skip
     for document in patient.documents:
         _overwrite(patient, meter, document)
 
@@ -154,14 +145,9 @@ def past_seen(patient: Patient, meter: Meter) -> None:
     ways.
     """
     for layer, seen in _visibility(patient).items():
-        weight = _attention(patient)[layer].amin(0)
-        hidden = (weight <= 0) & seen
-        meter.compared += int(seen.sum())
-        if bool(hidden.any()):
-            query, key = _first(hidden)
-            at = dataclasses.replace(_at(patient, layer, query, key), sides=("must be", TRAINED),
-                                     values=("above 0", "0"))  # fmt: skip
-            meter.holds(False, f"{int(hidden.sum())} keys that should be seen are hidden", at)
+        hidden = _attention(patient)[layer].amin(0) <= 0
+        meter.same("keys that must be seen", seen.flatten(), (seen & ~hidden).flatten(),
+                   partial(_at, patient, layer, seen.shape), ("must be", TRAINED))  # fmt: skip
     if not any(layout.has_long_block for layout in _row(patient)[1]):
         meter.note("no block of these texts has two tokens: give others to have both directions inside it looked at")
 
@@ -180,10 +166,5 @@ def alibi(patient: Patient, meter: Meter) -> None:
         memory = layer == "writer.0" and shape.writer_attention == "memory"
         distance = distances["reader" if layer.startswith("reader") else "memory" if memory else "own"]
         score = (-slopes[:, None, None] * distance).masked_fill(~seen[layer], -torch.inf)
-        meter.close("attention", score.softmax(-1), weight, EXACT, partial(_weight_at, patient, layer, distance.shape),
+        meter.close("attention", score.softmax(-1), weight, EXACT, partial(_at, patient, layer, weight.shape),
                     (ORACLE, TRAINED))  # fmt: skip
-
-
-def _weight_at(patient: Patient, layer: str, size: torch.Size, i: int) -> Where:
-    """The place of the i-th of weights [heads, queries, keys]."""
-    return dataclasses.replace(_at(patient, layer, i // size[1] % size[0], i % size[1]), tensor="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 
 import numpy as np
@@ -38,27 +37,15 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
         blocks = list(dict.fromkeys(step.block for step in layout.steps))
         if not blocks:
             continue
-        parts, units = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks], list[int]()
-
-        def at(unit: int, document: Document = document, units: list[int] = units) -> Where:
-            units.append(unit)
-            return patient.where(document, unit)
-
+        naive = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
         try:
-            meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in parts]), EXACT,
-                        at, (TRAINED, ORACLE))  # fmt: skip
+            meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in naive]), EXACT,
+                        partial(patient.where, document), (TRAINED, ORACLE))  # fmt: skip
         except Found as found:
-            if len(patient.packed(document)) != len(layout.steps):
-                raise
-            tape = _training_tape(patient, document)
-            block = layout.steps[units[0]].block
-            seen = parts[blocks.index(block)][1]
-            mine = [s for s, step in enumerate(layout.steps) if step.block == block]
-            n = layout.steps[mine[0]].n_memory
-            other = dict(seen)
-            trained = {name: value[:n] if name.startswith("reader") else value[mine] for name in other
-                       if (value := tape.joined(name)) is not None}  # fmt: skip
-            found.where = _name_layer(found.where, trained, other, (TRAINED, ORACLE))
+            seen = [part[1] for part in naive]  # the last block's has all that is read; each block's, its own steps
+            states = {name: last if name.startswith("reader") else torch.cat([one[name] for one in seen])
+                      for name, last in seen[-1].items()}  # fmt: skip
+            found.where = _name_layer(found.where, patient, document, states, ORACLE)
             raise
     if patient.dtype == torch.float32:
         _as_training_computes(patient, meter)
@@ -100,12 +87,13 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     """
     differences = []
     for document in patient.documents:
-        sides = (TRAINED, DECODED)
         try:
             differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
-                                           EXACT, partial(patient.where, document), sides))
+                                           EXACT, partial(patient.where, document), (TRAINED, DECODED)))
         except Found as found:
-            found.where = _first_difference(patient, document, found.where)
+            tape = Tape(patient.exact)
+            patient.decode(tape.model, [document])
+            found.where = _name_layer(found.where, patient, document, tape.row(), DECODED)
             raise
     meter.note("float64: " + _spread(np.concatenate(differences)))
     _public_scores(patient, meter)
@@ -185,45 +173,24 @@ def _trained_log_probs(model: TidalTransformer, patient: Patient, prompt: str, b
     return model.log_probs(pack([[one]], patient.table, steps=model.config.shape.steps))
 
 
-# ---------------------------------------------------------------------------- naming the first difference
-
-
 @torch.inference_mode()
-def _training_tape(patient: Patient, document: Document) -> Tape:
+def _name_layer(where: Where, patient: Patient, document: Document, other: dict[str, Tensor], side: str) -> Where:
+    """The first tensor of a training pass that differs from `other`, [L, …] by the names of a `Tape`: what is fed comes
+    first, then layer by layer.
+    """
     tape = Tape(patient.exact)
     tape.model.states(patient.pack([[document]]))
-    return tape
-
-
-def _first_difference(patient: Patient, document: Document, where: Where) -> Where:
-    """Run both sides again and record them: what is fed first, then layer by layer."""
-    trained, decoded = _training_tape(patient, document), Tape(patient.exact)
-    patient.decode(decoded.model, [document])
-    layers = [name for name in trained.entries if name not in FED]
-    names = [name for name in FED if name != "context"] + layers
-    sides: list[dict[str, Tensor]] = [
-        {name: value for name in names if (value := tape.joined(name)) is not None} for tape in (trained, decoded)
-    ]
-    return _name_layer(where, sides[0], sides[1], (TRAINED, DECODED), patient, document)
-
-
-def _name_layer(where: Where, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str],
-                patient: Patient | None = None, document: Document | None = None) -> Where:  # fmt: skip
-    """The first tensor, in the order in which they are computed, that is not the same on both sides."""
-    for name in [name for name in left if name in right]:
-        n_rows, n_columns = min(len(left[name]), len(right[name])), math.prod(left[name].shape[1:])
-        a, b = (side[name][:n_rows].double().reshape(n_rows, n_columns) for side in (left, right))
+    trained = tape.row()
+    for name in sorted((name for name in trained if name in other), key=lambda name: name not in FED):
+        n_rows = min(len(trained[name]), len(other[name]))
+        a, b = (row[name][:n_rows].double().unsqueeze(-1).flatten(1) for row in (trained, other))
         differs = ~((a - b).abs() <= EXACT * (1 + a.abs()))
-        if not bool(differs.any()):
-            continue
-        index, column = differs.nonzero()[0].tolist()
-        if patient and document:
-            find = patient.where_read if name.startswith("reader") else patient.where
-            place = find(document, index)
-            where = dataclasses.replace(where, block=place.block, step=place.step)
-        layer, tensor = ("fed to the model", name) if name in FED else (name, f"state[{column}]")
-        values = f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"
-        return dataclasses.replace(where, layer=layer, tensor=tensor, sides=sides, values=values)
+        if bool(differs.any()):
+            index, column = differs.nonzero()[0].tolist()
+            place = (patient.where_read if name.startswith("reader") else patient.where)(document, index)
+            layer, tensor = ("fed to the model", name) if name in FED else (name, f"state[{column}]")
+            values = f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"
+            return dataclasses.replace(place, layer=layer, tensor=tensor, sides=(TRAINED, side), values=values)
     return where
 
 

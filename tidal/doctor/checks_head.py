@@ -17,7 +17,6 @@ from tidal.infer.beam import beam_search
 from tidal.infer.engine import generate
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling, choose
-from tidal.infer.score import score
 from tidal.model import TidalTransformer
 
 SAMPLERS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_k=40),
@@ -52,13 +51,6 @@ def head_fits(patient: Patient, meter: Meter) -> None:
             meter.close("losses", patient.exact(batch).units, loud(batch).units, EXACT, here, sides)
             meter.close("log-probabilities", patient.exact.log_probs(batch), loud.log_probs(batch), EXACT,
                         partial(patient.where, document), sides)  # fmt: skip
-            logits = patient.exact.head(patient.exact.states(batch)[1][0])
-        n = config.n_writable
-        meter.close("sums of probabilities", torch.ones(len(logits), dtype=torch.float64),
-                    logits.softmax(-1)[:, :n].sum(-1), EXACT,
-                    partial(patient.where, document), ("one", "writable"))  # fmt: skip
-        meter.close("scores", score(patient.exact, tokenizer, document.text[:20], "decode"),
-                    score(loud, tokenizer, document.text[:20], "decode"), EXACT, here, sides)  # fmt: skip
         _same_output(patient, meter, loud, document)
     _preferred(patient, meter, torch.arange(config.n_head) >= config.n_writable)
 

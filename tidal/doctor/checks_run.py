@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tidal import checkpoint as checkpoints
-from tidal.cli import UserError
 from tidal.config import Shape, TidalConfig
 from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import check
@@ -36,6 +35,8 @@ LEAST_DROP = 0.05
 """of the loss, from the first tenth of the steps to the last: less is flat"""
 LEAST_DONE = 0.5
 """of the steps that were planned"""
+LEAST_TEXTS = 4
+"""to judge output by"""
 LEAST_GAIN = 0.002
 """nats a unit that the true prompt must be worth against another document's"""
 DRIFT = 3.0
@@ -79,12 +80,8 @@ def weights(patient: Patient, meter: Meter) -> None:
 
 
 def _as_stored(patient: Patient, meter: Meter, folder: Path) -> None:
-    try:
-        values, tensors, trainer = checkpoints.read_checkpoint(folder)
-        config = TidalConfig.from_dict(values)
-    except (UserError, ValueError, TypeError) as error:
-        meter.holds(False, str(error))
-        return
+    values, tensors, trainer = checkpoints.read_checkpoint(folder)
+    config = TidalConfig.from_dict(values)
     meter.same("configs", config, patient.model.config, Where(), ("file", "model"))
     _same_tensors(meter, {name: t.to(patient.dtype) for name, t in tensors.items()}, patient.model.state_dict(),
                   ("file", "model"))  # fmt: skip
@@ -135,11 +132,11 @@ def _idle(shape: Shape) -> set[str]:
 # ------------------------------------------------------------------------------------------ what it writes
 
 
-def _samples(patient: Patient, least: int = 4) -> list[Document]:
+def _samples(patient: Patient) -> list[Document]:
     """Documents with prompts to judge output by."""
     chosen = [document for document in patient.samples if document.completion]
-    if len(chosen) < least:
-        raise Skip(f"needs {least} texts of the kind it was trained on; give --data")
+    if len(chosen) < LEAST_TEXTS:
+        raise Skip(f"needs {LEAST_TEXTS} texts of the kind it was trained on; give --data")
     return chosen
 
 
@@ -205,8 +202,10 @@ def reasons(patient: Patient, meter: Meter) -> None:
     swapped = [dataclasses.replace(d, prompt=documents[(i + 1) % len(documents)].prompt)
                for i, d in enumerate(documents)]  # fmt: skip
     own, other = (_nats_per_unit(patient, some) for some in (documents, swapped))
-    meter.note(f"the true prompt is worth {other - own:.3f} nats a unit")
-    meter.at_least("what the true prompt is worth", other - own, LEAST_GAIN, Where(documents[0].prompt))
+    gain = other - own
+    meter.note(f"the true prompt is worth {gain:.3f} nats a unit")
+    meter.holds(gain >= LEAST_GAIN, f"what the true prompt is worth is {gain:.4g}, less than {LEAST_GAIN:.4g}",
+                Where(documents[0].prompt))  # fmt: skip
 
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:

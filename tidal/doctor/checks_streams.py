@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
-from tidal.doctor.feeding import compare_batch, compare_documents, features, fed_in
+from tidal.doctor.feeding import compare_batch, features, fed_in, written_blocks
 from tidal.doctor.oracle import place_encodings
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
@@ -65,7 +65,7 @@ def coordinates(patient: Patient, meter: Meter) -> None:
         _compare(patient, meter, document, fed_in(padded, 1, behind, count), "training, behind another document")
         tape = Tape(patient.exact)
         patient.decode(tape.model, [document])
-        fed = {name: value for name in tape.entries if (value := tape.joined(name)) is not None}
+        fed = tape.row()
         fed.pop("context", None)  # a state here, not an index
         _compare(patient, meter, document, fed, DECODED)
         _prefixes(patient, meter, document)
@@ -144,7 +144,6 @@ def supervision(patient: Patient, meter: Meter) -> None:
     _through_shards(patient, meter)
     if patient.feed is not None:
         compare_batch(patient, meter, patient.feed)
-        compare_documents(patient, meter, patient.feed)
     if patient.not_examined:
         meter.note(f"training batches not examined: {patient.not_examined}")
 
@@ -182,7 +181,7 @@ def _cuts(patient: Patient, meter: Meter, document: Document, whole: Passage) ->
         fed = [text for index in cut.blocks if (text := table.texts[index])]
         meter.same("blocks read around a cut", read, fed, here, sides)
         meter.same("blocks asked for around a cut", completion if in_prompt else [*kept, *after],
-                   _written(patient, [cut]), here, sides)  # fmt: skip
+                   _written(patient, cut), here, sides)  # fmt: skip
 
 
 def _through_shards(patient: Patient, meter: Meter) -> None:
@@ -225,19 +224,11 @@ def _same_targets(patient: Patient, meter: Meter, document: Document, cut: Seque
         meter.same("first blocks", BOS_BLOCK, int(p.blocks[0]), Where(document.text), (ORACLE, side))
 
 
-def _written(patient: Patient, passages: Sequence[Passage]) -> list[str]:
-    """The blocks that the targets of passages spell."""
-    texts = []
-    for p in passages:
-        targets = pack([[p]], patient.table).targets[0].tolist()
-        block: list[int] = []
-        for unit in targets:
-            if unit == patient.tokenizer.eob_id:
-                texts.append(patient.tokenizer.decode(block[::-1]))
-                block = []
-            elif unit != patient.tokenizer.eos_id:
-                block.append(unit)
-    return texts
+def _written(patient: Patient, one: Passage) -> list[str]:
+    """The blocks that the targets of a passage spell."""
+    batch, tokenizer = pack([[one]], patient.table), patient.tokenizer
+    targets = [batch.targets[0, first:last].tolist() for first, last in written_blocks(batch, 0, tokenizer)]
+    return [tokenizer.decode(units[::-1]) for *units, end in targets if end == tokenizer.eob_id]
 
 
 @check(12, "packed rows do not leak", "documents packed into one row see each other")

@@ -12,15 +12,6 @@ from tidal.doctor.tape import Tape
 from tidal.doctor.texts import CONTROLS, HOSTILE
 
 
-def _blocks(patient: Patient) -> list[tuple[Document, str]]:
-    """Every different block of the documents, with the first document that has it."""
-    found: dict[str, Document] = {}
-    for document in patient.documents:
-        for block in patient.layout(document).blocks:
-            found.setdefault(block, document)
-    return [(document, block) for block, document in found.items() if block]
-
-
 def _cut_inside(patient: Patient, document: Document) -> Document:
     """The same text behind a prompt that ends inside the longest block of the first hundred."""
     blocks = patient.tokenizer.split(document.text[:2000])[:100]
@@ -56,7 +47,7 @@ def same_ids(patient: Patient, meter: Meter) -> None:
         meter.same("token ids", wanted, trained, at, (ORACLE, TRAINED))
         n_prompt = sum(token.block < layout.steps[0].block for token in layout.tokens) if layout.steps else len(wanted)
         patient.forced(tape.model, document, [tokenizer.eos_id])
-        meter.same("token ids of the prompt", wanted[:n_prompt], tape.joined("reader ids"), at, (ORACLE, DECODED))
+        meter.same("token ids of the prompt", wanted[:n_prompt], tape.row()["reader ids"], at, (ORACLE, DECODED))
 
 
 @check(2, "turned round once", "blocks are turned round twice or not at all; palindromes hide it")
@@ -102,7 +93,11 @@ def read_back(patient: Patient, meter: Meter) -> None:
     Its reader is recorded while a model writes the document by heart.
     """
     tokenizer, sides = patient.tokenizer, (TRAINED, DECODED)
-    for document, block in _blocks(patient):
+    first_with: dict[str, Document] = {}
+    for document in patient.documents:
+        for block in filter(None, patient.layout(document).blocks):
+            first_with.setdefault(block, document)
+    for block, document in first_with.items():
         known = tokenizer.encode_block(block)
         again = tokenizer.retokenize(tokenizer.write_units(block))
         here = Where(document.text, block)
@@ -120,7 +115,7 @@ def read_back(patient: Patient, meter: Meter) -> None:
             n = sum(token.block < layout.steps[-1].block for token in layout.tokens)
         batch = patient.pack([[document]])
         for name, fed in (("reader ids", batch.reader_ids), ("reader places", batch.reader_places)):
-            meter.same(name, fed[0, :n], tape.joined(name),
+            meter.same(name, fed[0, :n], tape.row()[name],
                        partial(patient.where_read, document), sides)  # fmt: skip
 
 
@@ -137,9 +132,8 @@ def text_is_text(patient: Patient, meter: Meter) -> None:
     for text in (" ".join(named), "".join(CONTROLS)):
         tape = Tape(patient.exact)
         patient.forced(tape.model, Document(text, ""), [tokenizer.eos_id])
-        read = tape.joined("reader ids")
-        assert read is not None
-        meter.same("control ids read", [tokenizer.bos_id], [i for i in read.tolist() if i in controls], Where(text),
+        read = tape.row()["reader ids"].tolist()
+        meter.same("control ids read", [tokenizer.bos_id], [i for i in read if i in controls], Where(text),
                    ("allowed", DECODED))  # fmt: skip
-        meter.same("text read", text, tokenizer.decode([i for i in read.tolist() if i not in controls]), Where(text),
+        meter.same("text read", text, tokenizer.decode([i for i in read if i not in controls]), Where(text),
                    ("text", DECODED))  # fmt: skip

@@ -1,14 +1,16 @@
-"""`run`: put a model and its tokenizer through all checks."""
+"""Put a model and its tokenizer through all checks: by themselves, of a checkpoint, or before training."""
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from tidal.cli import UserError
+from tidal.cli import UserError, note
+from tidal.config import Train
 from tidal.device import set_threads
 from tidal.doctor import (
     checks_attention,
@@ -20,14 +22,15 @@ from tidal.doctor import (
     checks_text,
 )
 from tidal.doctor.patient import Document, Feed, Patient, Precision
-from tidal.doctor.recipes import feed_of_run, precision_of_run
+from tidal.doctor.recipes import feed_of, feed_of_run, precision_of_run
 from tidal.doctor.registry import CHECKS, Check
 from tidal.doctor.report import Found, Meter, Report, Result, Skip, Where
-from tidal.doctor.texts import BUILT_IN, of_run, prompts, windows
+from tidal.doctor.texts import BUILT_IN, of_run, prompts, window
 from tidal.infer.load import load_with_trainer
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.memory import out_of_memory
+from tidal.train.loop import Recipe, model_for
+from tidal.train.memory import memory_for, out_of_memory
 
 MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_run)
 """To be imported is all they need: each registers its checks."""
@@ -102,11 +105,32 @@ def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), qu
                tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
 
 
+def examine_before_training(settings: Train, recipe: Recipe) -> Report:
+    """Quick checks on the model, tokenizer, data and first batch that these settings give, on the CPU.
+
+    The model is made anew and thrown away; the training that follows is the same, bit for bit, as without.
+
+    Raises:
+        UserError: a finding; the table is on stderr.
+    """
+    set_threads(settings.model.d_model, settings.threads)
+    with memory_for("the doctor's models; try a smaller model, or --no-doctor"):
+        report = run(model_for(settings, recipe.tokenizer), recipe.tokenizer, texts=recipe.sample_prompts(0),
+                     quick=True, feed=feed_of(settings, recipe), precision=settings.precision,
+                     subject="before training")  # fmt: skip
+    if not report.ok:
+        note(report.table())
+        found = ", ".join(f"{result.number} ({result.check})" for result in report.findings)
+        raise UserError(f"the doctor has findings, checks {found}; see docs/doctor.md, or train with --no-doctor")
+    n_well = sum(result.verdict == "well" for result in report.results)
+    note(f"doctor: {n_well} checks well, {report.seconds:.1f} s (--no-doctor leaves them out)")
+    return report
+
+
 def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence[Document], quick: bool, trained: bool,
              checkpoint: Path | None) -> Patient:  # fmt: skip
     units = 40 if quick else 200
-    documents = windows(tokenizer, given, 2 if quick else 8, units)
-    documents += windows(tokenizer, BUILT_IN, len(BUILT_IN), units)
+    documents = [window(tokenizer, document, units) for document in (*given[: 2 if quick else 8], *BUILT_IN)]
     samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
     return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint)
 
@@ -137,10 +161,5 @@ def _result(check: Check, patient: Patient) -> Result:
 
 def _origin(error: BaseException) -> str:
     """The line of this package that raised."""
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "tidal" in file:
-            line = f"{Path(file).name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
-    return line
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "tidal" in frame.filename]
+    return f"{Path(lines[-1].filename).name}:{lines[-1].lineno}, in {lines[-1].name}" if lines else ""

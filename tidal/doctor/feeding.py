@@ -15,6 +15,7 @@ from tidal.doctor.patient import Feed, Patient
 from tidal.doctor.registry import ORACLE
 from tidal.doctor.report import Meter, Where
 from tidal.streams import Batch
+from tidal.tokenizer import MixedTokenizer
 
 FED_BY_RECIPE = "training batch"
 LAID_OUT = 600
@@ -51,31 +52,6 @@ def fed_in(batch: Batch, row: int, first: tuple[int, int], count: tuple[int, int
         "suffixes": batch.suffixes[row, writer], "recalled": batch.recalled[row, writer],
         "context": batch.context[row, writer] - first[0],
     }  # fmt: skip
-
-
-def compare_documents(patient: Patient, meter: Meter, feed: Feed) -> None:
-    """The blocks that a recipe made of documents are those of prompt and completion, and the completion is learnt."""
-    split = patient.tokenizer.split
-    for made in feed.made:
-        document, here, sides = made.document, Where(made.document.text), (ORACLE, "recipe")
-        if not document.ends:
-            wanted = split(_up_to_a_space(document.completion))
-            learnt = [True] * len(wanted)
-            got = made.blocks[: len(wanted)], made.learnt[: len(wanted)]
-        else:
-            before, after = split(document.prompt), split(document.completion)
-            n_left = max(0, len(before) + len(after) + 1 - len(made.blocks)) if made.may_lack else 0
-            wanted = [*before, *after, ""][min(n_left, len(before)) :]
-            learnt = ([False] * len(before) + [True] * len(after) + [True])[min(n_left, len(before)) :]
-            got = made.blocks, made.learnt
-        meter.same("blocks of a document", wanted, list(got[0]), here, sides)
-        meter.same("blocks that are learnt", learnt, list(got[1]), here, sides)
-
-
-def _up_to_a_space(text: str) -> str:
-    """The text up to its last white space, before which a block ends whatever follows; nothing where it has none."""
-    halves = text.rstrip().rsplit(None, 1)
-    return halves[0] if len(halves) == 2 else ""
 
 
 def compare_batch(patient: Patient, meter: Meter, feed: Feed) -> None:
@@ -134,7 +110,7 @@ def _documents_in(patient: Patient, meter: Meter, batch: Batch, row: int) -> lis
         begins = [i for i in range(start + 1, end) if ends[i] != ends[i - 1]]
         blocks = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, [*begins[1:], end], strict=True)]
         found.append(_Read(row, start, blocks, [*begins, end]))
-    for first, last in _written(batch, row, (tokenizer.eob_id, tokenizer.eos_id)):
+    for first, last in written_blocks(batch, row, tokenizer):
         behind = int(batch.context[row, first]) + 1
         read = found[sum(start < behind for start in starts) - 1]
         targets = batch.targets[row, first:last].tolist()
@@ -160,11 +136,11 @@ def _documents_in(patient: Patient, meter: Meter, batch: Batch, row: int) -> lis
     return found
 
 
-def _written(batch: Batch, row: int, last: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """From which writer index to which the blocks of a row are written."""
+def written_blocks(batch: Batch, row: int, tokenizer: MixedTokenizer) -> Iterator[tuple[int, int]]:
+    """From which writer index to which the blocks of a row are written, `<eob>` or `<eos>` included."""
     start = 0
     for s, target in enumerate(batch.targets[row].tolist()):
-        if target in last:
+        if target in (tokenizer.eob_id, tokenizer.eos_id):
             yield start, s + 1
             start = s + 1
 

@@ -113,11 +113,8 @@ class Oracle:
 
     def spell(self, text: str) -> list[int]:
         """Units in reading order: a character of the alphabet is one, any other its UTF-8 bytes."""
-        return [u for c in text for u in ([self.alphabet[c]] if c in self.alphabet else self._bytes(c))]
-
-    @staticmethod
-    def _bytes(char: str) -> list[int]:
-        return [FIRST_BYTE + byte for byte in char.encode()]
+        return [u for c in text for u in ([self.alphabet[c]] if c in self.alphabet else
+                                          [FIRST_BYTE + byte for byte in c.encode()])]  # fmt: skip
 
     def script(self, blocks: Sequence[str], ends: bool) -> list[int]:
         """All that a writer must write for these blocks: each last unit first, then `<eob>`; `<eos>` at the end."""
@@ -132,7 +129,7 @@ class Oracle:
         """Whether a unit is a decimal digit."""
         return self.tokenizer.id_bytes[unit].decode(errors="replace").isdecimal()
 
-    def lay_out(self, prompt: Sequence[str], completion: Sequence[str], ends: bool, place_offset: int = 0) -> Layout:
+    def lay_out(self, prompt: Sequence[str], completion: Sequence[str], ends: bool) -> Layout:
         """Blocks that are only read, blocks that are read and written, and perhaps the end of the document."""
         tokens = [Token(self.tokenizer.bos_id, 0.0, -1, 0)]
         steps: list[Step] = []
@@ -144,12 +141,12 @@ class Oracle:
                 for t, target in enumerate(targets):
                     fed = targets[t - 1] if t else self.tokenizer.bob_id
                     position = float(np.float32(n_before + self.shape.step_stride * t))  # as tabled: float32
-                    steps.append(Step(fed, position, place_offset + t, j, t, n_before, target,
+                    steps.append(Step(fed, position, t, j, t, n_before, target,
                                       self.suffixes(targets[:t]), self.recalled(blocks[:j], targets[:t])))  # fmt: skip
             if text:
                 ids = self.tokenizer.encode_block(text).tokens
                 for k, token in enumerate(ids):
-                    after = place_offset + sum(map(self.width, ids[k + 1 :]))
+                    after = sum(map(self.width, ids[k + 1 :]))
                     spoken = any(chr(byte).isalnum() or byte > 127 for byte in self.tokenizer.id_bytes[token])
                     tokens.append(Token(token, float(n_before + k), after if spoken else -1, j))
         return Layout(tuple(blocks), tuple(tokens), tuple(steps), self.spelled, self.shape.step_window)

@@ -43,26 +43,11 @@ class Document:
         return self.prompt + self.completion
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A document of the data, and what the recipe made of it."""
-
-    document: Document
-    """`ends`: it is all there; else the beginning of a long one, of which all is learnt"""
-    blocks: tuple[str, ...]
-    """of all its windows; "" for `<eos>`"""
-    learnt: tuple[bool, ...]
-    """of each of them"""
-    may_lack: bool = False
-    """the beginning of its prompt, since it is too long for a row"""
-
-
 @dataclass(frozen=True)
 class Feed:
     """What training is about to feed, and what the recipe may do to it."""
 
     batch: Batch
-    made: tuple[Made, ...] = ()
     prompt_of: Callable[[str], str | None] = lambda text: None
     """Of the text of a document, what is not learnt; None where that is not known."""
     cuts: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,34 +11,29 @@ from typing import Any
 
 from tidal.cli import UserError
 from tidal.config import Text, Train
-from tidal.doctor.patient import Document, Feed, Made, Precision
+from tidal.doctor.patient import Feed, Precision
 from tidal.prepare.again import is_here
 from tidal.prepare.make import IN_MEMORY, PLAN
-from tidal.prepare.reading import read_parts
+from tidal.prepare.reading import read_parts, real_files
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.loop import Recipe, make_recipe
-from tidal.train.recipes.text import STEPS_PER_TOKEN, TextRecipe
+from tidal.train.recipes.text import TextRecipe
 from tidal.train.resume import with_tokenizer
 
 LONGEST = 4_000
 """Characters of a document that are looked at."""
 MOST_READ = 4_000_000
 """Characters of the data that are read for that."""
-MOST_MADE = 32
-"""Documents whose blocks are compared."""
 
 
 def feed_of(settings: Train, recipe: Recipe) -> Feed:
-    """The first batch of a recipe, and what it may do to documents; of text also documents as the files have them, with
-    the blocks of the rows that were made of them.
-    """
+    """The first batch of a recipe, and what it may do to documents."""
     batch = recipe.batch(0)
     if isinstance(recipe, TextRecipe):
-        prompts = _prompts(settings.text)
-        return Feed(batch, tuple(_made(recipe, prompts)), prompts.get, cuts=settings.text.cut_probability > 0,
-                    strays=False, stretch=1.0)  # fmt: skip
+        return Feed(batch, _prompts(settings.text).get, cuts=settings.text.cut_probability > 0, strays=False,
+                    stretch=1.0)  # fmt: skip
     sums = settings.addition if settings.recipe == "addition" else None
-    return Feed(batch, (), _up_to_equals, cuts=False, strays=sums is not None and sums.elsewhere > 0,
+    return Feed(batch, _up_to_equals, cuts=False, strays=sums is not None and sums.elsewhere > 0,
                 stretch=sums.stretch if sums else 1.0)  # fmt: skip
 
 
@@ -80,32 +74,6 @@ def _sources(text: Text) -> list[str]:
     return [path for path in paths if is_here(path)]
 
 
-def _made(recipe: TextRecipe, prompts: Mapping[str, str | None]) -> Iterator[Made]:
-    """Of the first documents of training, the blocks of their rows."""
-    corpus, text, texts = recipe.rows.corpus, recipe.settings.text, recipe.table.texts
-    byte = 0
-    for i, (_, n_prompt, n_bytes, n_tokens, n_steps) in enumerate(corpus.documents[:MOST_MADE].tolist()):
-        start, byte = byte, byte + n_bytes
-        data = corpus.read("text", start, start + min(n_bytes, 4 * LONGEST)).tobytes()
-        whole = data.decode(errors="ignore")[: 1 + LONGEST]
-        ends = n_bytes <= 4 * LONGEST and len(whole) <= LONGEST
-        if ends and whole in prompts:
-            prompt = prompts[whole]
-        else:  # unknown, if the files are gone, or the text is long
-            prompt = None if n_prompt else ""
-        if prompt is None:
-            continue
-        blocks, learnt, length = list[str](), list[bool](), 0
-        for p in recipe.rows.of_document(i):
-            blocks += [texts[b] for b in p.blocks[1:]]
-            learnt += p.supervised[1:].tolist()
-            length = sum(map(len, blocks))
-            if length > LONGEST:
-                break
-        fits = 1 + n_tokens <= text.reader_budget and n_steps < text.reader_budget * STEPS_PER_TOKEN
-        yield Made(Document(prompt, whole[len(prompt) : LONGEST], ends), tuple(blocks), tuple(learnt), not fits)
-
-
 def feed_of_run(trainer: Mapping[str, Any], folder: Path, tokenizer: MixedTokenizer) -> tuple[Feed | None, str]:
     """What the training of a run fed, of its trainer.json and a checkpoint's folder; or None, and why not."""
     if not trainer.get("settings"):
@@ -115,14 +83,14 @@ def feed_of_run(trainer: Mapping[str, Any], folder: Path, tokenizer: MixedTokeni
     except (TypeError, ValueError) as error:
         return None, f"the run's settings cannot be read: {error}"
     text = settings.text
-    if settings.recipe == "text":
-        if not all(map(is_here, text.data if text.prepared is None else [text.prepared])):
-            return None, "the run's data are gone"
-        if text.prepared is None and sum(map(_size, text.data)) > IN_MEMORY:
-            return None, f"the run's data have more than {IN_MEMORY // 10**6} MB; it was done before training"
     try:
+        if settings.recipe == "text":
+            if not all(map(is_here, text.data if text.prepared is None else [text.prepared])):
+                return None, "the run's data are gone"
+            if text.prepared is None and sum(map(os.path.getsize, real_files(text.data))) > IN_MEMORY:
+                return None, f"the run's data have more than {IN_MEMORY // 10**6} MB; it was done before training"
         recipe = make_recipe(with_tokenizer(settings, folder))
-    except UserError as error:
+    except (OSError, UserError) as error:
         return None, str(error)
     if trainer.get("data") != recipe.digest:
         return None, "the run's data are not the same any more"
@@ -135,12 +103,3 @@ def precision_of_run(trainer: Mapping[str, Any]) -> Precision:
     """In what a run computes products, of its trainer.json."""
     settings = trainer.get("settings")
     return "bf16" if isinstance(settings, dict) and settings.get("precision") == "bf16" else "float32"
-
-
-def _size(path: str) -> int:
-    """Bytes of a file, or of what lies in a folder or is matched by a glob."""
-    if os.path.isdir(path):
-        return sum(_size(os.path.join(where, name)) for where, _, names in os.walk(path) for name in names)
-    if os.path.isfile(path):
-        return os.path.getsize(path)
-    return sum(_size(match) for match in glob.glob(path, recursive=True) if match != path)

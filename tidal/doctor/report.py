@@ -193,13 +193,6 @@ class Meter:
             self._stop(said, value, limit, where or Where(), 0, "", ("", ""), ("", ""))
         self._remember(value, limit)
 
-    def at_least(self, what: str, value: float, limit: float, where: Where | None = None) -> None:
-        """A figure must reach its limit; NaN does not."""
-        self.compared += 1
-        if not value >= limit:
-            self._stop(f"{what} is {value:.4g}, less than {limit:.4g}", value, limit, where or Where(), 0, "",
-                       ("", ""), ("", ""))  # fmt: skip
-
     def holds(self, condition: bool, message: str, where: Where | None = None) -> None:
         """A statement must be true."""
         self.compared += 1
@@ -213,8 +206,8 @@ class Meter:
     def _stop(self, message: str, measured: float, limit: float, where: Place, at: int, tensor: str, sides: Sides,
               values: tuple[str, str]) -> NoReturn:  # fmt: skip
         place = where(at) if callable(where) else where
-        if not place.tensor:
-            place = replace(place, tensor=tensor, sides=sides, values=values)
+        if not any(place.sides):
+            place = replace(place, tensor=place.tensor or tensor, sides=sides, values=values)
         raise Found(message, measured, limit, place)
 
 

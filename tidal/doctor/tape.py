@@ -16,14 +16,14 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch
 
 FED = ("reader ids", "reader positions", "reader places", "writer ids", "writer positions", "writer places", "suffixes",
-       "recalled", "context")  # fmt: skip
+       "recalled")  # fmt: skip
 
 
 class Tape:
     """A stand-in for a model, to be passed to a decoder or given a batch, that remembers all it is fed.
 
     It shares the weights of the model. Entries are lists of tensors [B, L, …], one for each call; of documents that
-    are decoded alone, `joined` puts them in one row, so that they compare with a training pass.
+    are decoded alone, `row` puts them in one row, so that they compare with a training pass.
     """
 
     def __init__(self, model: TidalTransformer) -> None:
@@ -68,10 +68,9 @@ class Tape:
             for handle in handles:
                 handle.remove()
 
-    def joined(self, name: str) -> Tensor | None:
-        """All calls of a single row behind each other, [L, …]; None where nothing was recorded."""
-        parts = self.entries.get(name)
-        return torch.cat([part[0] for part in parts]) if parts else None
+    def row(self) -> dict[str, Tensor]:
+        """Of a single row, all calls behind each other, [L, …], in the order in which they first came."""
+        return {name: torch.cat([part[0] for part in parts]) for name, parts in self.entries.items()}
 
 
 def stand_in(model: TidalTransformer, **methods: Any) -> TidalTransformer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,11 @@ BUILT_IN: tuple[Document, ...] = (
 """Used where there is no data; the laws hold for any text."""
 
 
-def windows(tokenizer: MixedTokenizer, documents: Iterable[Document], count: int, units: int) -> list[Document]:
-    """The first `count` documents, cut at the ends of blocks: prompt and completion of at most about `units` each."""
-    cut = []
-    for document in documents:
-        prompt, _ = _cut(tokenizer, document.prompt, units, from_end=True)
-        completion, whole = _cut(tokenizer, document.completion, units)
-        cut.append(Document(prompt, completion, document.ends and whole))
-        if len(cut) == count:
-            break
-    return cut
+def window(tokenizer: MixedTokenizer, document: Document, units: int) -> Document:
+    """A document cut at the ends of blocks: prompt and completion of at most about `units` each."""
+    prompt, _ = _cut(tokenizer, document.prompt, units, from_end=True)
+    completion, whole = _cut(tokenizer, document.completion, units)
+    return Document(prompt, completion, document.ends and whole)
 
 
 def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int, units: int) -> list[Document]:
@@ -62,7 +57,7 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
     plain = []
     for document in documents:
         if document.prompt:
-            found += windows(tokenizer, [document], 1, units)
+            found.append(window(tokenizer, document, units))
         else:
             plain.append(document)
         if len(found) == count:

@@ -203,12 +203,15 @@ def addition(settings: Sums, subject: Subject) -> Figures:
     """Exact match on sums of two operands with exactly `digits` digits."""
     import numpy as np
 
-    from tidal.train.recipes.addition import exact_match, random_sums
+    from tidal.train.recipes import wrong_answers
+    from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
 
     if settings.digits + 2 > (longest := subject.tokenizer.max_block_units):
         raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units")
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
-    share, wrong = exact_match(subject.model, subject.tokenizer, sums, settings.batch_size)
+    problems = [(prompt_of(*s), answer_of(*s)) for s in sums]
+    wrong = list(wrong_answers(subject.model, subject.tokenizer, problems, settings.batch_size).values())
+    share = (len(sums) - len(wrong)) / len(sums)
     counts = {"wrong": len(wrong), "empty": sum(c.degenerate == "empty" for c in wrong),
               "repeating": sum(c.degenerate == "repeats" for c in wrong),
               "endless": sum(c.stop_reason != "eos" for c in wrong)}  # fmt: skip
@@ -248,12 +251,30 @@ def boundary(settings: Boundary, subject: Subject) -> Figures:
 
 
 def characters(settings: Characters, subject: Subject) -> Figures:
-    """Exact match on spelling, editing and searching held-out words."""
-    from tidal.evaluate.characters import characters as measure
+    """Exact match on spelling, editing and searching held-out words.
 
-    with _blamed("--checkpoint"):
-        figures, wrong = measure(subject.model, subject.tokenizer, count=settings.count, seed=settings.seed,
-                                 batch_size=settings.batch_size)  # fmt: skip
+    Besides: how many held-out words there are, and how many of these have a token that none of the library's other
+    words has, so that the recipe's model can hardly know its letters.
+    """
+    import numpy as np
+
+    from tidal.train.recipes.characters import LONGEST, exact_match, held_out, library_words, questions
+
+    tokenizer = subject.tokenizer
+    if tokenizer.max_block_units < 2 * LONGEST:
+        raise UserError(f"answers have up to {2 * LONGEST} units, and the model writes blocks of "
+                        f"{tokenizer.max_block_units}; check --checkpoint")  # fmt: skip
+    tokens = {word: tokenizer.encode_block(f" {word}").tokens for word in library_words()}  # as prompts hold them
+    words = [word for word in tokens if held_out(word)]
+    known = {token for word in tokens.keys() - set(words) for token in tokens[word]}
+    asked = questions(words, settings.count, np.random.default_rng(settings.seed))
+    shares, wrong = exact_match(subject.model, tokenizer, asked, settings.batch_size)
+    figures = {
+        "questions_of_a_task": settings.count, "seed": settings.seed, **shares, "held_out_words": len(words),
+        "with_a_token_never_seen": sum(not known.issuperset(tokens[word]) for word in words),
+        "letters_a_token": sum(map(len, words)) / sum(len(tokens[word]) for word in words),
+        "vocabulary": tokenizer.vocab_size,
+    }  # fmt: skip
     of_each_task = {question.task: (question, c) for question, c in wrong}.values()
     return figures, [f"wrong: {c.prompt!r} → {c.completion!r}, not {question.answer!r}" for question, c in of_each_task]
 

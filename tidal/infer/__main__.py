@@ -30,7 +30,7 @@ class Infer:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompt_file: str | None = None
-    """A file with one prompt a line; - is standard input."""
+    """A file with one prompt a line, or .jsonl with {"prompt"}; - is standard input."""
     checkpoint: str | None = None
     """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
     temperature: float | None = None
@@ -202,24 +202,9 @@ def _prompts(settings: Infer) -> list[str] | None:
         return list(settings.prompt)
     if settings.prompt_file is None and sys.stdin.isatty():
         return None
-    try:
-        if settings.prompt_file in (None, "-"):
-            data, source = sys.stdin.buffer.read(), "standard input"
-        else:
-            source = str(settings.prompt_file)
-            with open(source, "rb") as file:
-                data = file.read()
-        lines = [line.rstrip("\r") for line in data.decode("utf-8-sig").split("\n")]  # as training reads files
-    except OSError as error:
-        raise UserError(f"cannot read prompts from {settings.prompt_file!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        at = error.start + len(data) - len(error.object)  # which is without the byte order mark
-        raise UserError(f"{source} is not UTF-8 text: byte {at} is 0x{data[at]:02x}") from error
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
-        raise UserError(f"no prompts in {source}; give one a line, or use --prompt")
-    return lines
+    from tidal.infer.prompts import read_prompts
+
+    return read_prompts(settings.prompt_file)
 
 
 def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str], settings: Infer,

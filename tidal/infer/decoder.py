@@ -222,7 +222,7 @@ class Decoder:
             self.writer_caches[0].put((row, self.n_block + slot), *self.model.memory(states, places))
         lasts = [i - 1 for i, new in zip(itertools.accumulate(lengths), news, strict=True) if new]
         last, grown = states.flatten(0, 1)[lasts], row[lasts]
-        self.context[grown] = self.model.context_of(last)
+        self.context[grown] = self.model.context(last)
         if self.model.foretold:
             self.sums[grown] = self.model.foretold.sums(self.model.foretell(last))
 

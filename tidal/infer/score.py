@@ -12,7 +12,7 @@ import torch
 
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
 from tidal.infer.decoder import Decoder, evaluating
-from tidal.linear import log_softmax
+from tidal.layers import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer

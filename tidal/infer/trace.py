@@ -21,7 +21,7 @@ from tidal.infer.completion import Completion, Limits, StopReason
 from tidal.infer.engine import Chosen, Engine, Seed
 from tidal.infer.grammar import FIRST_BYTE
 from tidal.infer.sampling import Sampling, whole
-from tidal.linear import log_softmax
+from tidal.layers import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
 from tidal.tokenizer import MixedTokenizer
@@ -145,7 +145,7 @@ def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, te
     *_, (_, done) = engine.drain()
     assert isinstance(done, Completion)
     read = [tokenizer.encode_block(text) for text in tokenizer.split(prompt)]
-    prompt_blocks = tuple((block.text, tuple(unit_name(tokenizer, i) for i in block.tokens)) for block in read)
+    prompt_blocks = tuple((block.text, tuple(shown(tokenizer, i) for i in block.tokens)) for block in read)
     return Trace(prompt, prompt_blocks, tuple(watcher.blocks), tuple(watcher.steps), done.completion, done.stop_reason,
                  {**vars(how), "seed": seed, **vars(limits)})  # fmt: skip
 
@@ -173,11 +173,11 @@ class _Watcher:
         log_probs = log_softmax(chosen.logits)[: self.tokenizer.n_writable].cpu()
         probabilities, allowed = log_probs.double().exp(), chosen.allowed.cpu()[: self.tokenizer.n_writable]
         order = log_probs.sort(descending=True, stable=True).indices[: self.runners_up + 1].tolist()
-        runners = [Runner(unit_name(self.tokenizer, i), probabilities[i].item(), bool(allowed[i])) for i in order
+        runners = [Runner(shown(self.tokenizer, i), probabilities[i].item(), bool(allowed[i])) for i in order
                    if i != unit]  # fmt: skip
         return TracedStep(
-            len(self.steps), fed.place, fed.position, unit_name(self.tokenizer, fed.id), unit,
-            unit_name(self.tokenizer, unit), self._recalled(fed), log_probs[unit].item(),
+            len(self.steps), fed.place, fed.position, shown(self.tokenizer, fed.id), unit,
+            shown(self.tokenizer, unit), self._recalled(fed), log_probs[unit].item(),
             1 + int((log_probs > log_probs[unit]).sum()),
             tuple(runners[: self.runners_up]), probabilities[~allowed].sum().item(), int(allowed.sum()) == 1,
         )  # fmt: skip
@@ -185,7 +185,7 @@ class _Watcher:
     def _recalled(self, fed: WriterStep) -> tuple[str, ...]:
         if not self.model.config.shape.recall:
             return ()
-        return tuple("" if unit == NOTHING else unit_name(self.tokenizer, unit) for unit in fed.recalled)
+        return tuple("" if unit == NOTHING else shown(self.tokenizer, unit) for unit in fed.recalled)
 
     def _foretold(self, chosen: Chosen) -> tuple[Runner, ...]:
         if not self.model.foretold:
@@ -193,7 +193,7 @@ class _Watcher:
         shares = chosen.foretold.sum(0).diff()
         top = shares.topk(min(self.runners_up, len(shares)))
         tokens = self.tokenizer.spelling.order[top.indices.cpu().numpy()].tolist()
-        likely = zip([unit_name(self.tokenizer, token) for token in tokens], top.values.tolist(), strict=True)
+        likely = zip([shown(self.tokenizer, token) for token in tokens], top.values.tolist(), strict=True)
         unspelled = max(0.0, 1 - shares.sum().item())
         return tuple(Runner(name, p, True) for name, p in (*likely, ("a single byte", unspelled)))
 
@@ -201,7 +201,7 @@ class _Watcher:
         if len(self.steps) == 1:  # <eos>
             return TracedBlock(tuple(self.steps), "", foretold=self.foretold)
         block = self.tokenizer.retokenize([step.unit for step in self.steps[:-1]])
-        names = tuple(unit_name(self.tokenizer, i) for i in block.tokens)
+        names = tuple(shown(self.tokenizer, i) for i in block.tokens)
         return TracedBlock(tuple(self.steps), block.text, block.tokens, names, block.places, self.foretold)
 
 
@@ -225,8 +225,8 @@ def visible(text: str) -> str:
     return "".join([mark(char) or char for char in text])
 
 
-def unit_name(tokenizer: MixedTokenizer, index: int) -> str:
-    """Display name of a unit or token: `<eob>`, `0xE2`, or its text made visible."""
+def shown(tokenizer: MixedTokenizer, index: int) -> str:
+    """A unit or token for people: `<eob>`, `0xE2`, or its text made visible; `piece_name` is for programs."""
     byte = index - FIRST_BYTE
     if 0 <= byte < 256 and chr(byte) not in "\n\t":  # these have no other spelling
         return f"0x{byte:02X}"

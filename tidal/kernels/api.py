@@ -1,5 +1,6 @@
 """The public function: checks the arguments, chooses a backend, calls it."""
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -46,13 +47,12 @@ if importlib.util.find_spec("triton"):  # operators are registered here, before 
     from tidal.kernels import triton_attention
 
     BACKENDS["triton"] = Backend(
-        triton_attention.attend, triton_attention.DEVICES, ("cuda",), triton_attention.decodes,
-        triton_attention.supports, triton_attention.prepare,
+        triton_attention.attend, devices=triton_attention.DEVICES, preferred_on=("cuda",),
+        takes_rows=triton_attention.decodes, supports=triton_attention.supports, prepare=triton_attention.prepare,
     )  # fmt: skip
-    BACKENDS["triton-atomic"] = Backend(
-        functools.partial(triton_attention.attend, atomic=True), triton_attention.DEVICES, (),
-        triton_attention.decodes, triton_attention.supports,
-        functools.partial(triton_attention.prepare, atomic=True), learns_slopes=False,
+    BACKENDS["triton-atomic"] = dataclasses.replace(
+        BACKENDS["triton"], attend=functools.partial(triton_attention.attend, atomic=True), preferred_on=(),
+        prepare=functools.partial(triton_attention.prepare, atomic=True), learns_slopes=False,
     )  # fmt: skip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -135,7 +135,7 @@ def interval_attention(
         ValueError: shapes, dtypes, rows or devices that do not fit, a backend that does not exist or cannot run here.
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
-    name = choose_backend(q, backend)
+    name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
         if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows):
@@ -171,12 +171,12 @@ def prepare(
     """
     if torch.is_autocast_enabled(ranges.device.type):
         dtype = torch.get_autocast_dtype(ranges.device.type)
-    chosen = BACKENDS[choose_backend(ranges.new_empty(1, 1, 1, head_dim, dtype=dtype), None)]
+    chosen = BACKENDS[choose_backend(ranges.device, dtype, head_dim, None)]
     if chosen.prepare is not None:
         chosen.prepare(plan, ranges, q_position, k_position, dtype, head_dim)
 
 
-def choose_backend(q: Tensor, asked: str | None) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, asked: str | None) -> str:
     """The backend asked for, else the environment's, else the preferred one for the device, dtype and head dimension.
 
     Only the last of these has alternatives: on a GPU, float64 and head dimensions that the kernels do not have go to
@@ -185,33 +185,24 @@ def choose_backend(q: Tensor, asked: str | None) -> str:
     Raises:
         ValueError: the backend asked for does not exist, or does not run with such tensors.
     """
-    device, head_dim, source = q.device.type, q.shape[-1], "backend="
+    source = "backend="
     if asked is None:
         asked, source = os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE + "="
     if asked is None:
-        usable = (x for x, b in BACKENDS.items() if device in b.preferred_on and b.supports(q.dtype, head_dim))
+        usable = (x for x, b in BACKENDS.items() if device.type in b.preferred_on and b.supports(dtype, head_dim))
         return next(usable, "reference")
     if asked not in BACKENDS:
         raise ValueError(f"{source}{asked!r}: no such attention backend, available: {', '.join(BACKENDS)}")
     backend = BACKENDS[asked]
-    if backend.devices is not None and device not in backend.devices:
-        raise ValueError(f"{source}{asked!r}: runs on {', '.join(backend.devices)}, the tensors are on {device}")
-    if not backend.supports(q.dtype, head_dim):
-        raise ValueError(f"{source}{asked!r}: has no kernel for {q.dtype} with head dimension {head_dim}")
+    if backend.devices is not None and device.type not in backend.devices:
+        raise ValueError(f"{source}{asked!r}: runs on {', '.join(backend.devices)}, the tensors are on {device.type}")
+    if not backend.supports(dtype, head_dim):
+        raise ValueError(f"{source}{asked!r}: has no kernel for {dtype} with head dimension {head_dim}")
     return asked
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    plan: TilePlan | None,
-    rows: Sequence[int] | None = None,
-) -> None:
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
+                    slopes: Tensor, plan: TilePlan | None, rows: Sequence[int] | None = None) -> None:  # fmt: skip
     """Raise a ValueError of one line unless shapes, dtypes and devices fit together."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q and k must be [B, H, L, D], got {list(q.shape)} and {list(k.shape)}")

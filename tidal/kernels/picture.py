@@ -182,14 +182,9 @@ def figure(panels: Sequence[Panel], tile: int, title: str = "") -> Any:
         _draw_panel(axes, panel, tile, cell if labelled else None, first=index == 0, last=index == len(panels) - 1)
         y -= gap
     _draw_legend(drawn, legend_x / width, (height - top + 0.05) / height)
-    lines = "\n".join(_in_lines(summary(panel, tile)) for panel in panels)
+    lines = "\n".join(summary(panel, tile).replace(": ", "\n  ").replace("; ", "\n  ") for panel in panels)
     drawn.text(legend_x / width, (height - top - 1.3) / height, lines, fontsize=8, color=INK, va="top", linespacing=1.4)
     return drawn
-
-
-def _in_lines(summary: str) -> str:
-    """A summary in four lines."""
-    return summary.replace(": ", "\n  ", 1).replace(": ", "\n  ").replace("; ", "\n  ")
 
 
 def _draw_panel(axes: Any, panel: Panel, tile: int, cell: float | None, first: bool, last: bool) -> None:
@@ -268,7 +263,7 @@ def panels_of(texts: Sequence[str], tokenizer_folder: Path | None = None) -> lis
     import torch
 
     from tidal.blocks import BlockTable, passage
-    from tidal.infer.trace import unit_name
+    from tidal.infer.trace import shown
     from tidal.streams import pack
     from tidal.tokenizer import MixedTokenizer
 
@@ -281,7 +276,7 @@ def panels_of(texts: Sequence[str], tokenizer_folder: Path | None = None) -> lis
     n_reader, n_writer = batch.reader_ids.shape[1], batch.writer_ids.shape[1]
     if n_reader + n_writer > MOST:
         raise UserError(f"the text has {n_reader} tokens and {n_writer} steps, a picture at most {MOST}: shorten it")
-    read, fed = ([unit_name(tokenizer, i) for i in ids[0].tolist()] for ids in (batch.reader_ids, batch.writer_ids))
+    read, fed = ([shown(tokenizer, i) for i in ids[0].tolist()] for ids in (batch.reader_ids, batch.writer_ids))
     reader_keys, writer_keys = [("reader", name) for name in read], [("writer", name) for name in fed]
     reader_ranges = torch.stack([batch.reader_sees, torch.zeros_like(batch.reader_sees)], 2)[0]
     writer_ranges = torch.stack([batch.sees_reader, batch.sees_writer + n_reader], 2)[0]
@@ -299,7 +294,7 @@ def run(argv: list[str]) -> None:
     if settings.out and settings.out.suffix != ".png":
         raise UserError(f"--out {str(settings.out)!r}: the picture is a .png, name it so")
     if settings.out and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--out needs matplotlib (pip install 'tidal-transformer[plot]'); without --out it is printed")
+        raise UserError('--out needs matplotlib: pip install -e ".[plot]"; without --out it is printed')
     panels = panels_of(settings.text, settings.tokenizer)
     if settings.out is None:
         for panel in panels:

@@ -39,26 +39,24 @@ class TilePlan:
     """what a backend derived from the ranges and positions of this batch, kept for the next layer"""
 
     @staticmethod
-    def build(ranges: Tensor, n_keys: int, *, tile_q: int = DEFAULT_TILE_Q, tile_k: int = 1) -> "TilePlan":
+    def build(ranges: Tensor, n_keys: int, *, tile_q: int = DEFAULT_TILE_Q) -> "TilePlan":
         """Plan for a batch.
 
         Args:
             ranges: int32 [B, Lq, 2, 2], two half-open ranges [start, end) per query.
             n_keys: Lk.
             tile_q: queries per tile.
-            tile_k: slice bounds are rounded outwards to multiples of this.
 
         Raises:
             ValueError: a range that is not empty reaches outside [0, n_keys]. Not checked in a compiled graph, nor on
                 a GPU, since the answer would have to be waited for; such ranges are cut to the keys there.
         """
         n_batch, n_queries = ranges.shape[:2]
+        shape, n_tiles = (n_batch, n_queries, n_keys), -(-n_queries // tile_q)
         if ranges.device.type != "cpu":
-            return TilePlan(ranges.new_zeros(0, 2, 3), tile_q, (n_batch, n_queries, n_keys))
-        n_tiles = -(-n_queries // tile_q)
+            return TilePlan(ranges.new_zeros(0, 2, 3), tile_q, shape)
         if n_batch == 0 or n_tiles == 0:
-            slices = ranges.new_zeros(n_tiles, 2, 3)
-            return TilePlan(slices, tile_q, (n_batch, n_queries, n_keys))
+            return TilePlan(ranges.new_zeros(n_tiles, 2, 3), tile_q, shape)
         # The last tile is filled up with copies of the last query, which change no hull.
         index_nq = torch.arange(n_tiles * tile_q, device=ranges.device).clamp_(max=n_queries - 1)
         start_bnqr, end_bnqr = ranges[:, index_nq].view(n_batch, n_tiles, tile_q, 2, 2).unbind(-1)
@@ -69,20 +67,17 @@ class TilePlan:
             lowest, highest = int(start_nr.min()), int(end_nr.max())
             if lowest < 0 or highest > n_keys:
                 raise ValueError(f"ranges must lie in [0, {n_keys}] (the keys), got [{lowest}, {highest})")
-        start_nr = start_nr // tile_k * tile_k
-        end_nr = ((end_nr + tile_k - 1) // tile_k * tile_k).clamp(max=n_keys)
+        start_nr, end_nr = start_nr.clamp(min=0), end_nr.clamp(max=n_keys)
         empty_nr = start_nr >= end_nr
         touch_n = ~empty_nr.any(1) & (start_nr.amax(1) <= end_nr.amin(1))
         start_n0 = torch.where(touch_n, start_nr.amin(1), start_nr[:, 0])
         end_n0 = torch.where(touch_n, end_nr.amax(1), end_nr[:, 0])
-        start_nr = torch.stack((start_n0, start_nr[:, 1]), 1).masked_fill(empty_nr, 0)
-        end_nr = torch.stack((end_n0, end_nr[:, 1]), 1).masked_fill(empty_nr, 0)
-        second_n = torch.stack((torch.zeros_like(touch_n), touch_n), 1)
-        start_nr, end_nr = start_nr.masked_fill(second_n, 0), end_nr.masked_fill(second_n, 0)
+        unused_nr = empty_nr | torch.stack((torch.zeros_like(touch_n), touch_n), 1)
+        start_nr = torch.stack((start_n0, start_nr[:, 1]), 1).masked_fill(unused_nr, 0)
+        end_nr = torch.stack((end_n0, end_nr[:, 1]), 1).masked_fill(unused_nr, 0)
         # [b, n, q, range, slice]: does this range alone cover that slice?
-        covers = (start_bnqr[..., None] <= start_nr[:, None, None, :]) & (
-            end_bnqr[..., None] >= end_nr[:, None, None, :]
-        )
+        slice_start, slice_end = start_nr[:, None, None], end_nr[:, None, None]
+        covers = (start_bnqr[..., None] <= slice_start) & (end_bnqr[..., None] >= slice_end)
         full_nr = covers.any(dim=3).all(dim=2).all(dim=0) | (start_nr >= end_nr)
         slices = torch.stack((start_nr, end_nr, full_nr.to(start_nr.dtype)), dim=-1)
-        return TilePlan(slices.to(torch.int32), tile_q, (n_batch, n_queries, n_keys))
+        return TilePlan(slices.to(torch.int32), tile_q, shape)

@@ -30,17 +30,8 @@ def alibi_bias(q_position: Tensor, k_position: Tensor, slopes: Tensor) -> Tensor
     return -slopes[:, None, None] * distance_b1qk
 
 
-def attend(
-    q_bhqd: Tensor,
-    k_bgkd: Tensor,
-    v_bgkd: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    scale: float,
-    plan: TilePlan | None = None,
-) -> Tensor:
+def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
+           slopes: Tensor, scale: float, plan: TilePlan | None = None) -> Tensor:  # fmt: skip
     """Dense attention; shapes as in :func:`tidal.kernels.interval_attention`, the plan is not needed."""
     del plan
     dtype = torch.promote_types(q_bhqd.dtype, torch.float32)

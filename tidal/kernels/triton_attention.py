@@ -100,20 +100,9 @@ def architecture(device: torch.device) -> int:
 architecture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    scale: float,
-    plan: TilePlan | None,
-    config: Config | None = None,
-    atomic: bool = False,
-    rows: Sequence[int] | None = None,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
+           scale: float, plan: TilePlan | None, config: Config | None = None, atomic: bool = False,
+           rows: Sequence[int] | None = None) -> Tensor:  # fmt: skip
     """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`; `config` replaces the tiles chosen by device.
 
     Without gradients, up to 64 queries go to the decode kernel, unless a config is given; only that one takes `rows`.
@@ -129,9 +118,8 @@ def attend(
             decoded: Tensor = triton_decode.decode(q, k, v, ranges, q_position, k_position, slopes, scale, kv_rows)
             return decoded
         config = configuration(q.dtype, q.shape[-1], architecture(q.device))
-    dq = config.dq_slopes if slopes.requires_grad else config.dq
-    dkdv = config.dkdv_atomic if atomic else config.dkdv
-    wanted = needed(config.forward, config.forward if atomic else dq, dkdv, learning(q, k, v, slopes))
+    dq, dkdv = backward_tiles(config, atomic, slopes.requires_grad)
+    wanted = needed(config.forward, dq, dkdv, learning(q, k, v, slopes))
     table, order, *backward_plan = tables(plan, ranges, q_position, k_position, wanted)
     tiles = [*config.forward, *dq, *dkdv]
     out: Tensor = attend_fused(
@@ -147,7 +135,15 @@ def learning(*tensors: Tensor) -> bool:
 
 def decodes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> bool:
     """Whether :func:`attend` hands these to the decode kernel, which reads rows of a cache where they lie."""
-    return not learning(q, k, v, slopes) and triton_decode.fits(q, k)
+    return not learning(q, k, v, slopes) and q.shape[2] <= triton_decode.MOST_QUERIES
+
+
+def backward_tiles(config: Config, atomic: bool, slopes: bool) -> tuple[Tile, Tile]:
+    """The tiles of dq and dkdv. In the atomic form, which has no kernel for dq, that of the forward pass stands for it:
+    its table is there anyway."""
+    if atomic:
+        return config.forward, config.dkdv_atomic
+    return config.dq_slopes if slopes else config.dq, config.dkdv
 
 
 def needed(forward: Tile, dq: Tile, dkdv: Tile, learning: bool) -> list[tuple[int, int, bool]]:
@@ -165,8 +161,8 @@ def prepare(
     `head_dim` and `dtype` are those of the queries to come.
     """
     config = configuration(dtype, head_dim, architecture(ranges.device))
-    kernels = (config.forward, config.dkdv_atomic) if atomic else (config.dq, config.dkdv)
-    tables(plan, ranges, q_position, k_position, needed(config.forward, *kernels, torch.is_grad_enabled()))
+    wanted = needed(config.forward, *backward_tiles(config, atomic, slopes=False), torch.is_grad_enabled())
+    tables(plan, ranges, q_position, k_position, wanted)
 
 
 def constants(q: Tensor, tile: Tile) -> dict[str, int]:
@@ -195,20 +191,9 @@ def strides(*tensors: Tensor) -> list[int]:
 
 @torch.library.custom_op("tidal::interval_attention_triton", mutates_args=())
 def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    backward_plan: Sequence[Tensor],
-    scale: float,
-    tiles: Sequence[int],
-    atomic: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
+    rows: Tensor, order: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int], atomic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The forward pass.
 
     Args:
@@ -238,22 +223,10 @@ def attend_fused(
 
 @torch.library.custom_op("tidal::interval_attention_triton_backward", mutates_args=())
 def attend_fused_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    backward_plan: Sequence[Tensor],
-    scale: float,
-    tiles: Sequence[int],
-    atomic: bool,
-    need_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
+    slopes: Tensor, out: Tensor, lse: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int],
+    atomic: bool, need_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and slopes, in their shapes and dtypes; that of slopes is zeros unless `need_slopes`.
 
     dout [B, Hq, Lq, D] is the gradient of `out`; the other arguments are the forward pass's and its results.
@@ -322,8 +295,8 @@ def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
     dq, dk, dv, dslopes = attend_fused_backward(
         dout, *tensors, backward_plan, ctx.scale, ctx.tiles, ctx.atomic, need_slopes
     )
-    nothing = (None,) * 3
-    return dq, dk, dv, *nothing, (dslopes if need_slopes else None), *nothing[:2], [None] * 4, *nothing
+    dslopes = dslopes if need_slopes else None
+    return dq, dk, dv, None, None, None, dslopes, None, None, [None] * len(backward_plan), None, None, None
 
 
 attend_fused.register_autograd(_backward, setup_context=_setup_context)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidal.kernels.triton_tiles import DTYPES, HEAD_DIMS, LOG2E, dot
+from tidal.kernels.triton_tiles import LOG2E, dot
 
 MOST_QUERIES = 64
 """queries per row and head that this kernel takes; more of them are not decoding but reading"""
@@ -172,25 +172,10 @@ def merge_kernel(part, lse, out, n_rows, n_splits, HEAD_DIM: tl.constexpr, CHUNK
 # ------------------------------------------------------------------------------------------ launching
 
 
-def fits(q: Tensor, k: Tensor) -> bool:
-    """Whether this kernel takes q [B, Hq, Lq, D] and k [B, Hkv, Lk, D]: Lq up to 64, D and dtype as for the others."""
-    return q.shape[2] <= MOST_QUERIES and q.shape[3] in HEAD_DIMS and q.dtype in DTYPES and k.dtype == q.dtype
-
-
 @torch.library.custom_op("tidal::interval_attention_decode", mutates_args=())
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    scale: float,
-    kv_rows: Tensor | None = None,
-    launch: Sequence[int] | None = None,
-) -> Tensor:
-    """Interval attention without gradients, for q and k that pass :func:`fits`.
+def decode(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
+           scale: float, kv_rows: Tensor | None = None, launch: Sequence[int] | None = None) -> Tensor:  # fmt: skip
+    """Interval attention without gradients, for up to MOST_QUERIES queries in a dtype and head dimension of the others.
 
     Shapes and dtypes as in :func:`tidal.kernels.interval_attention`, none of them checked here; kv_rows is its `rows`,
     int32 [B] on the device, and k and v then have any number of rows. Slices of a cache, ``k[:, :, :n]``, are read

@@ -61,7 +61,7 @@ def prepare_for_training(text: Text, seed: int) -> Prepared:
     """
     if text.prepared is not None:
         if text.data:
-            raise UserError("--prepared brings its own data; leave --data away")
+            raise UserError("--prepared brings its own data; leave --data out")
         found = load(Path(text.prepared))
         if text.tokenizer and tokenizer_for(text.tokenizer, 0, ()).fingerprint != found.tokenizer.fingerprint:
             raise UserError(f"{text.prepared} was prepared with another tokenizer than {text.tokenizer}; prepare anew")

@@ -166,7 +166,7 @@ def _is_text(data: BinaryIO, source: str) -> bool:
     try:
         for _ in _decoded(data, source):
             pass
-    except UserError:
+    except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
         return False
     data.seek(0)
     return True
@@ -240,7 +240,7 @@ def _lines(data: BinaryIO, path: str) -> Iterator[Part]:
         text = _decode(line, source, offset)
         offset += len(line)
         if text.strip():
-            yield from _from_values(_from_json(text, source), source, "\\u" in text)
+            yield from _from_values(from_json(text, source), source, "\\u" in text)
 
 
 def _rows(rows: Iterable[dict[str, Any]], path: str) -> Iterator[Part]:
@@ -248,7 +248,8 @@ def _rows(rows: Iterable[dict[str, Any]], path: str) -> Iterator[Part]:
         yield from _from_values(values, f"{path}:{number}")
 
 
-def _from_json(line: str, source: str) -> Any:
+def from_json(line: str, source: str) -> Any:
+    """What a line of .jsonl holds. Raises UserError, which begins with `source`."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:

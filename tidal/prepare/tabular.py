@@ -61,4 +61,4 @@ def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _missing(what: str, package: str) -> NoReturn:
-    raise UserError(f"{what} needs {package}: pip install 'tidal-transformer[data]'") from None
+    raise UserError(f'{what} needs {package}: pip install -e ".[data]"') from None

@@ -5,17 +5,15 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tidal.report.runs import Points, read
+from tidal.report.runs import Points
 
 WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 22
@@ -153,7 +151,7 @@ def _range(values: list[float], log: bool, zoom: bool) -> tuple[float, float]:
     return low - room * (low < 0 or zoom), high + room
 
 
-def png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
+def png(panels: Sequence[Panel], path: Path) -> None:
     """Draw the panels with matplotlib: the whole picture or, with an OSError, nothing. ValueError without panels."""
     from matplotlib.figure import Figure
 
@@ -161,7 +159,7 @@ def png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
 
     if not panels:
         raise ValueError("there is nothing to draw")
-    columns = min(columns, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * rows), dpi=120, layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
@@ -213,17 +211,3 @@ def terminal(panel: Panel, width: int = 80, height: int = 18) -> str:
             signal = signal.label(curve.label)
         figure.draw(signal.lines())
     return str(plotext.uncolorize(str(figure.build())))
-
-
-def draw(out: Path) -> None:
-    """The picture at the end of a run: loss.png with matplotlib, else a plot in the terminal."""
-    run, installed = read(out), importlib.util.find_spec("matplotlib") is not None
-    loss = Panel("training loss", "nats per unit", [Curve("loss", run.curve("loss"))], noisy=True)
-    held_out = [Curve(name.replace("_", " "), run.curve(name), i) for i, name in enumerate(run.held_out)]
-    if "held_out_bits_per_byte" in run.held_out:
-        held_out.append(Curve("training bits per byte", run.curve("bits_per_byte"), len(held_out)))
-    panels = [panel for panel in (loss, Panel("held out", "", held_out, linear=True)) if panel.shown()]
-    if installed and panels:
-        png(panels, out / "loss.png")
-    if sys.stderr.isatty() or not installed:
-        print(terminal(loss), file=sys.stderr)

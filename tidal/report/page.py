@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -12,7 +14,7 @@ from typing import Any
 
 from tidal.cli import UserError, note
 from tidal.config import flat
-from tidal.report.draw import COLOURS, COLOURS_ON_DARK, Curve, Panel, number, svg
+from tidal.report.draw import COLOURS, COLOURS_ON_DARK, Curve, Panel, number, png, svg, terminal
 from tidal.report.runs import Run, read
 from tidal.train.presets import PRESETS
 
@@ -76,6 +78,15 @@ def write_run(folder: Path) -> None:
     from tidal.files import atomic_write
 
     atomic_write(folder / "report.html", render_run(read(folder)))
+
+
+def draw(folder: Path) -> None:
+    """The picture at the end of a run: its diagrams as loss.png with matplotlib, else the loss in the terminal."""
+    panels, installed = run_panels(read(folder)), importlib.util.find_spec("matplotlib") is not None
+    if panels and installed:
+        png(panels, folder / "loss.png")
+    if panels and (sys.stderr.isatty() or not installed):
+        print(terminal(panels[0]), file=sys.stderr)
 
 
 class Pages:

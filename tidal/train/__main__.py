@@ -15,7 +15,7 @@ from tidal.allocator import keep_memory
 from tidal.cli import UserError, main, note, parse
 from tidal.config import MOST_PLACES, Train, flat
 from tidal.ranks import by_torchrun, one_voice, size
-from tidal.train.presets import PRESETS, SIZES, sized
+from tidal.train.presets import PRESETS, SIZES
 from tidal.train.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tidal.train.resume import Found
 
 DESCRIPTION = """Train a Tidal model. The default recipe, addition, needs no data; for your own text:
-python -m tidal.train --recipe text --data FILE"""
+python -m tidal.train --recipe text --data FILE. Defaults depend on the recipe: --recipe text --help shows those of
+text."""
 
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_steps", "rows", "parts", "validate_every", "keep", "accumulate", "problems"),
@@ -65,12 +66,12 @@ def _run(argv: list[str]) -> int:
         default = defaults_from(path)
     else:
         default = PRESETS[_recipe(argv)]
-    if (name := _given(argv, "--model-size")) is not None:
-        if default.init_from is not None:
-            raise UserError(f"--model-size {name}: the model that --init-from names has its size; leave one away")
+    if (name := _given(argv, "--model-size")) not in (None, default.model_size):
+        if path is not None:
+            raise UserError(f"--model-size {name}: the model of {path} has its size; leave --model-size out")
         if name not in SIZES or default.recipe != "text":
             raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
-        default = sized(default, name)
+        default = SIZES[name]
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
     if found is not None:
         settings = _elsewhere(settings, argv)
@@ -78,7 +79,7 @@ def _run(argv: list[str]) -> int:
     if found is None and settings.resume not in ("auto", "never"):
         raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
     if found is not None and settings.out != default.out:
-        raise UserError(f"--out is {settings.out}, but --resume continues in {default.out}; leave one of them away")
+        raise UserError(f"--out is {settings.out}, but --resume continues in {default.out}; leave one of them out")
     wanted = Path(settings.out or f"runs/{settings.recipe}")
     with Stop() as stop:
         try:
@@ -115,8 +116,7 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
 def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
     """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
-    from tidal.report.draw import draw  # downstream of the loop, as the doctor is
-    from tidal.report.page import Pages
+    from tidal.report.page import Pages, draw  # downstream of the loop, as the doctor is
     from tidal.train.disk import patiently
     from tidal.train.loop import train
 
@@ -159,7 +159,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             recipe = make_recipe(with_tokenizer(settings, source))
             verdict = None
             if settings.doctor and found is None:
-                from tidal.doctor.training import examine_before_training  # downstream of the loop
+                from tidal.doctor.examine import examine_before_training  # downstream of the loop
 
                 verdict = examine_before_training(settings, recipe).to_dict()
             elif settings.init_from and found is None:
@@ -247,8 +247,9 @@ def _check(settings: Train, default: Train) -> None:
     for names, where in (
         (("vocab_size",), text["tokenizer"] and f"--tokenizer {text['tokenizer']}, which is trained already"),
         (("vocab_size",), settings.init_from and "--init-from, which has its tokenizer"),
+        (("cache",), text["prepared"] and f"--prepared {text['prepared']}"),
         (("step_stride", "step_window"), shape.writer_attention == "none" and "--writer-attention none; give another"),
-        (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them away"),
+        (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them out"),
         (("parallel",), single and "a single process; start several with torchrun"),
     ):
         if where and (idle := [name for name in names if now[name] != before[name]]):

@@ -40,7 +40,7 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
     parallel = parallel or Parallel()
     optimizer.zero_grad()
     n = settings.optim.accumulate
-    batches = [parallel.batch(recipe, step * n + i) for i in range(n)]
+    batches = [recipe.batch(step * n + i, (parallel.rank, parallel.size)) for i in range(n)]
     counts = [(b.n_units, b.n_bytes, b.n_asked) for b in batches]
     totals = parallel.all_reduce_sum([number for count in counts for number in count])
     n_units, n_bytes, n_aux = sum(totals[::3]), sum(totals[1::3]), sum(totals[2::3])

@@ -28,12 +28,12 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.disk import check_space, keep_lines, patiently
 from tidal.train.fine_tuning import load_weights
 from tidal.train.gradient import NotFiniteError, gradients
-from tidal.train.memory import empty_cache, first_line, memory_for, out_of_memory
+from tidal.train.memory import first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
-from tidal.train.parallel import Parallel
+from tidal.train.parallel import Parallel, shard_like
 from tidal.train.presets import GREEDY
 from tidal.train.records import Metrics, bad_batch, show_samples, write_samples, write_settings
-from tidal.train.resume import Found, Saved, generators, set_generators
+from tidal.train.resume import Found, Saved
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
 from tidal.train.workers import PrefetchLoader, Source, n_workers, said_if_killed
@@ -109,7 +109,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
 
 
 class Run:
-    """One training run. What is in `saved`, the weights, the moments and the generators is all there is to it:
+    """One training run. What is in `saved`, the weights and the moments is all there is to it:
 
         step ─▶ log ─▶ save ─▶ validate ─▶ samples ─▶ step …     a signal is obeyed before each arrow; where it comes
                        (every validate_every)                    after `save`, the resumed run validates first
@@ -136,9 +136,11 @@ class Run:
         asked = self.settings.parts  # if it is the same as before, then more of them were found to be needed
         self.saved.parts = max(self.saved.parts, asked) if asked == found.settings.parts else asked
         try:
-            self.parallel.load(self.model, tensors)
-            set_generators(moments, self.device)
-            self.optimizer.load_state(moments)
+            with memory_for(f"the weights and moments of {found.folder}"):
+                own = self.model.state_dict()
+                self.model.load_state_dict({name: shard_like(own[name], tensor) if name in own else tensor
+                                            for name, tensor in tensors.items()})  # fmt: skip
+                self.optimizer.load_state(moments)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{found.folder} does not fit the model: {error}") from error
 
@@ -186,6 +188,8 @@ class Run:
         with progress(s.max_steps, "train", done=saved.step) as bar:
             if saved.due is not None:
                 self._examine(saved.due)
+            elif s.init_from is not None and saved.step == 0:
+                self._examine({})  # a fine-tuner wants to know where it begins
             while not saved.ended(s):
                 rate = learning_rate(saved.step, s.max_steps, s.optim)
                 figures = self.watch.timed(self._step, rate)
@@ -214,13 +218,13 @@ class Run:
                 raise self._explained(error) from error
             except (RuntimeError, MemoryError) as error:
                 if self.settings.compile and (missing := NO_COMPILER.search(str(error))):
-                    raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it away") from error
+                    raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it out") from error
                 if not out_of_memory(error):
                     raise
                 said = first_line(error)
             # Here, not above: the error's traceback holds on to the tensors.
             self.optimizer.zero_grad()
-            empty_cache(self.device)
+            torch.cuda.empty_cache()
             if saved.parts >= rows:
                 raise UserError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
             saved.parts = min(2 * saved.parts, rows)
@@ -272,7 +276,7 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint and point `latest` to it."""
         tensors = self.parallel.gathered(self.model.state_dict())
-        moments = self.parallel.gathered({**self.optimizer.state(), **generators(self.device)})
+        moments = self.parallel.gathered(self.optimizer.state())
         with self._alone():
             if self.parallel.leads:
                 self.saved.metrics = self.metrics.rows
@@ -297,10 +301,12 @@ class Run:
         saved, step = self.saved, self.saved.step
         with self.stop.anywhere():
             held_out = self._if_memory("validation", lambda: self.recipe.validate(model.to(self.device))) or {}
+            note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
+            if step == 0:
+                return
             batch = self.recipe.batch((step - 1) * self.settings.optim.accumulate)
             probes = self._if_memory("probing", lambda: self.watch.probes(
                 model.to(self.device), batch, saved.parts)) or {}  # fmt: skip
-            note(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in held_out.items() if k != "quality"))
             temperature = 0.0 if self.settings.recipe in GREEDY else 0.8
             completions = self._if_memory("sampling", lambda: generate(
                 model.to(self.device), self.recipe.tokenizer, self.recipe.sample_prompts(step),
@@ -328,7 +334,7 @@ class Run:
             if not out_of_memory(error):
                 raise
             said = first_line(error)
-        empty_cache(self.device)
+        torch.cuda.empty_cache()
         note(f"step {self.saved.step}: OUT OF MEMORY in {what} ({said}); left out")
         return None
 
@@ -344,6 +350,7 @@ def eager(compiled: bool) -> contextlib.AbstractContextManager[object]:
 def save(out: Path, saved: Saved, config: TidalConfig, tensors: dict[str, Tensor], moments: dict[str, Tensor],
          settings: Train, recipe: Recipe) -> str:  # fmt: skip
     """Write a checkpoint; returns its name. Raises UserError as `write_checkpoint`."""
-    trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest, **saved.to_dict()}
+    trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest,
+                               **dataclasses.asdict(saved)}  # fmt: skip
     return checkpoint.write_checkpoint(out, saved.step, tensors=tensors, config=config.to_dict(), trainer=trainer,
                                        tokenizer=recipe.tokenizer, optimizer=moments).name  # fmt: skip

@@ -34,9 +34,3 @@ def memory_for(what: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """What an error says, in short."""
     return str(error).partition("\n")[0][:160] or type(error).__name__
-
-
-def empty_cache(device: torch.device) -> None:
-    """Give back what a GPU's allocator keeps for later."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

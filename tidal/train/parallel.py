@@ -27,8 +27,6 @@ from tidal.cli import UserError
 from tidal.config import Train
 from tidal.model import TidalTransformer
 from tidal.ranks import OwnError
-from tidal.streams import Batch
-from tidal.train.workers import Source
 
 TIMEOUT = datetime.timedelta(days=30)
 """Of waiting: the first process may prepare data for hours, or wait for a full disk. torchrun sees who has ended."""
@@ -73,10 +71,6 @@ class Parallel:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-
-    def batch(self, recipe: Source, number: int) -> Batch:
-        """This process's rows of a batch."""
-        return recipe.batch(number) if self.size == 1 else recipe.batch(number, (self.rank, self.size))
 
     def no_sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around a forward and a backward pass, whose gradients are added up here until the `last` one.
@@ -144,15 +138,6 @@ class Parallel:
                 kept[name] = full if full is tensor else full.cpu()
         return kept
 
-    def load(self, model: TidalTransformer, tensors: dict[str, Tensor]) -> None:
-        """Give `model`, sharded or not, these weights. Raises RuntimeError where they do not fit."""
-        if not is_sharded(next(model.parameters())):
-            model.load_state_dict(tensors)
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        set_model_state_dict(model, {**tensors}, options=StateDictOptions(full_state_dict=True))
-
     def unsharded(self, model: TidalTransformer) -> TidalTransformer:
         """A model that one process alone can use: `model`, or of a sharded one, in the first process, a copy.
 
@@ -164,8 +149,7 @@ class Parallel:
         tensors = self.gathered(model.state_dict())
         if not self.leads:
             return model
-        with torch.random.fork_rng(devices=[]):  # its first weights leave no trace
-            copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
+        copy = TidalTransformer(model.config, model.foretold.spelling if model.foretold else None)
         copy.load_state_dict(tensors)
         return copy
 

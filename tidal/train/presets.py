@@ -67,11 +67,3 @@ SIZES: dict[str, Train] = {
 }
 """`--model-size`: shape, vocabulary, length of a row, rows in a batch, learning rate. Those above tiny follow the usual
 proportions (heads of 64 and 128, which the kernels have; a rate that falls with the width); they are not tuned."""
-
-
-def sized(settings: Train, name: str) -> Train:
-    """The settings with all that a size stands for."""
-    size = SIZES[name]
-    text = dataclasses.replace(settings.text, vocab_size=size.text.vocab_size, reader_budget=size.text.reader_budget)
-    optim = dataclasses.replace(settings.optim, lr=size.optim.lr)
-    return dataclasses.replace(settings, model=size.model, rows=size.rows, text=text, optim=optim)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from tidal import checkpoint
@@ -30,6 +29,7 @@ HARMLESS = {
     "data": "what is in it is compared, not where it is",
     "prepared": "likewise",
     "cache": "likewise",
+    "hold_out": "it is in the digest of the data, which is compared",
     "tokenizer": "likewise, by its fingerprint",
     "max_seconds": "when it ends, not how it gets there",
     "validate_every": "validation leaves no trace in the weights",
@@ -50,7 +50,7 @@ NEW = "start a new run with --resume never"
 
 @dataclass
 class Saved:
-    """What a run is, besides weights, moments and generators; goes into trainer.json."""
+    """What a run is, besides weights and moments; goes into trainer.json."""
 
     step: int = 0
     """Updates done."""
@@ -71,13 +71,9 @@ class Saved:
         late = 0 < settings.max_seconds <= self.seconds
         return self.step >= settings.max_steps or late
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; other keys are ignored. Raises ValueError for a missing one or a wrong type."""
+        """The inverse of `asdict`; other keys are ignored. Raises ValueError for a missing one or a wrong type."""
         kinds: dict[str, Any] = {"step": int, "seconds": float, "parts": int, "best": float | None,
                                  "best_name": str | None, "due": dict | None, "metrics": list}  # fmt: skip
         for name, kind in kinds.items():
@@ -112,16 +108,19 @@ class Found:
         return self.folder.parent.parent
 
     def read(self, config: TidalConfig, digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Saved]:
-        """Weights, moments (with generators) and state. Raises UserError for another model, other data, or damage."""
+        """Weights, moments and state. Raises UserError for another model, other data, or damage."""
         values, tensors, _ = checkpoint.read_checkpoint(self.folder)
         if values != json.loads(json.dumps(config.to_dict())):
             ours = {name: value for name, value in config.to_dict().items() if values.get(name) != value}
             raise UserError(f"{self.folder} is of another model: {', '.join(ours)} would differ; {NEW}")
         if self.trainer.get("data") != digest:
-            raise UserError(f"--data holds other text than {self.run_dir} was trained on; give the same, or {NEW}")
+            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --hold-out and --seed "
+                            f"(also of tidal.prepare) hold out another part of them; give the same, or {NEW}")
         moments = checkpoint.read_optimizer(self.folder)
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
+        # Earlier versions saved torch's random generators, too; nothing draws from them.
+        moments = {name: tensor for name, tensor in moments.items() if not name.startswith("generator.")}
         return tensors, moments, self.saved
 
 
@@ -225,26 +224,3 @@ def differences(then: Train, now: Train) -> dict[str, str]:
     old, new = (flat(dataclasses.asdict(s), unused) for s in (then, now))
     return {name: f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
             for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
-
-
-def generators(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's random generators, uint8 [n]: of the CPU, and of the GPU that trains.
-
-    Nothing draws from them after the weights are made (batches and samples have generators of their own, seeded by
-    step), but a model with dropout would.
-    """
-    states = {"generator.cpu": torch.get_rng_state()}
-    return states | ({"generator.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_generators(entries: dict[str, Tensor], device: torch.device) -> None:
-    """Take the states of `generators` out of `entries` and put them back; that of a GPU only where one trains now.
-
-    Raises RuntimeError or ValueError for what is no state.
-    """
-    states = {name: entries.pop(name) for name in list(entries) if name.startswith("generator.")}
-    if "generator.cpu" not in states:
-        raise ValueError("the state of torch's generator is missing")
-    torch.set_rng_state(states["generator.cpu"])
-    if device.type == "cuda" and "generator.cuda" in states:
-        torch.cuda.set_rng_state(states["generator.cuda"], device)

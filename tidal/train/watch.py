@@ -37,7 +37,7 @@ KINDS = ("abcdefghijklmnopqrstuvwxyz", "0123456789")
 
 
 class Watch:
-    """Beside the training loop; nothing here touches weights or generators."""
+    """Beside the training loop; nothing here touches weights."""
 
     def __init__(self, out: Path, settings: Train, tokenizer: MixedTokenizer, device: torch.device,
                  rows: Iterable[Mapping[str, Any]]) -> None:  # fmt: skip

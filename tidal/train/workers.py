@@ -75,7 +75,6 @@ class PrefetchLoader:
             self._coming = iter(DataLoader(
                 _Batches(self.recipe, share), batch_size=None, sampler=itertools.count(step),
                 num_workers=self.workers, multiprocessing_context="fork", worker_init_fn=_belong,
-                generator=torch.Generator(),  # its seed for workers is not to be drawn from the run's
             ))  # fmt: skip
             self._next = step, share
         if self._next != (step, share):

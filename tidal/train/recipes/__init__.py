@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from tidal.blocks import Ints
+from tidal.infer.engine import Completion, generate
+from tidal.model import TidalTransformer
+from tidal.tokenizer import MixedTokenizer
 
 
 @functools.lru_cache(2)  # validation, at the beginning of an epoch, looks back into the one before
 def order_of(seed: int, stream: int, epoch: int, n: int) -> Ints:
     """In which order an epoch takes n things [n]; the `stream` tells recipes' random numbers apart."""
     return np.random.default_rng([seed, stream, epoch]).permutation(n)
+
+
+def wrong_answers(model: TidalTransformer, tokenizer: MixedTokenizer, problems: Sequence[tuple[str, str]],
+                  batch_size: int = 256) -> dict[int, Completion]:  # fmt: skip
+    """What is written (greedily) after the prompts of those problems, by number, whose answers it is not exactly.
+
+    `problems`: prompts, each with its only right answer. To be right, a text must also end with it.
+    """
+    longest = max(len(answer) for _, answer in problems)
+    written = generate(model, tokenizer, [prompt for prompt, _ in problems], max_new_units=2 * longest + 8,
+                       batch_size=batch_size)  # fmt: skip
+    return {i: c for i, (c, (_, answer)) in enumerate(zip(written, problems, strict=True))
+            if c.completion != answer or c.stop_reason != "eos"}  # fmt: skip

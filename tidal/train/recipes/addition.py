@@ -17,12 +17,11 @@ import numpy as np
 from tidal.blocks import BlockTable, Passage, joined
 from tidal.cli import UserError
 from tidal.config import Addition, Train
-from tidal.infer.engine import Completion, generate
 from tidal.model import TidalTransformer
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.recipes import order_of
+from tidal.train.recipes import order_of, wrong_answers
 
 Sum = tuple[int, int]
 Problem = tuple[str, str]
@@ -102,23 +101,6 @@ def paired(asked: Sequence[Asked]) -> list[list[Asked]]:
 def longest_number(text: str) -> int:
     """Digits of the longest number in a text."""
     return max(map(len, re.findall(r"[0-9]+", text)))
-
-
-def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, sums: Sequence[Sum],
-                batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
-    """Share of sums answered exactly (greedy), and the wrong answers."""
-    return exact(model, tokenizer, [(prompt_of(*s), answer_of(*s)) for s in sums], batch_size)
-
-
-def exact(model: TidalTransformer, tokenizer: MixedTokenizer, problems: Sequence[Problem],
-          batch_size: int = 256) -> tuple[float, list[Completion]]:  # fmt: skip
-    """Share of problems answered exactly (greedy), and the wrong answers."""
-    longest = max(len(answer) for _, answer in problems)
-    answers = generate(model, tokenizer, [prompt for prompt, _ in problems], max_new_units=2 * longest + 8,
-                       batch_size=batch_size)  # fmt: skip
-    wrong = [c for c, (_, answer) in zip(answers, problems, strict=True)
-             if c.completion != answer or c.stop_reason != "eos"]  # fmt: skip
-    return (len(problems) - len(wrong)) / len(problems), wrong
 
 
 class AdditionRecipe:
@@ -225,7 +207,8 @@ class AdditionRecipe:
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match at the trained number of digits and at one and two more; `quality` is their mean."""
-        scores = {f"exact_{n}": exact(model, self.tokenizer, problems)[0] for n, problems in self.held_out.items()}
+        wrong = {n: wrong_answers(model, self.tokenizer, problems) for n, problems in self.held_out.items()}
+        scores = {f"exact_{n}": (len(of) - len(wrong[n])) / len(of) for n, of in self.held_out.items()}
         return {"quality": sum(scores.values()) / len(scores), **scores}
 
     def sample_prompts(self, step: int) -> list[str]:

@@ -26,11 +26,12 @@ from tidal.blocks import BlockTable, passage
 from tidal.config import Train
 from tidal.corpora.code import standard_library
 from tidal.corpora.documents import held_out_by_hash
-from tidal.infer.engine import Completion, generate
+from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.recipes import wrong_answers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SHORTEST, LONGEST = 3, 12
@@ -117,12 +118,10 @@ def exact_match(model: TidalTransformer, tokenizer: MixedTokenizer, asked: Mappi
                 batch_size: int = 256) -> tuple[dict[str, float], list[tuple[Question, Completion]]]:  # fmt: skip
     """Share of questions of each task answered exactly (greedy), and the wrong answers."""
     flat = [question for several in asked.values() for question in several]
-    longest = max(len(question.answer) for question in flat)
-    answers = generate(model, tokenizer, [q.prompt for q in flat], max_new_units=2 * longest + 8, batch_size=batch_size)
-    wrong = [(q, c) for q, c in zip(flat, answers, strict=True)
-             if c.completion != q.answer or c.stop_reason != "eos"]  # fmt: skip
-    failed = Counter(question.task for question, _ in wrong)
-    return {task: 1 - failed[task] / len(several) for task, several in asked.items()}, wrong
+    wrong = wrong_answers(model, tokenizer, [(q.prompt, q.answer) for q in flat], batch_size)
+    failed = Counter(flat[i].task for i in wrong)
+    return ({task: 1 - failed[task] / len(several) for task, several in asked.items()},
+            [(flat[i], completion) for i, completion in wrong.items()])  # fmt: skip
 
 
 class CharactersRecipe:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tidal import linear
+from tidal import layers
 
 SHAPES = [(1,), (2,), (3, 1), (2, 5), (128,), (43, 3), (0,), (0, 4)]
 
@@ -24,14 +24,14 @@ def whole(*size: int) -> torch.Tensor:
 def test_products_are_those_of_linear(shape: tuple[int, ...], dtype: torch.dtype, biased: bool) -> None:
     x, weight, bias = (whole(*size).to(dtype) for size in ((*shape, 256), (260, 256), (260,)))
     with torch.no_grad():
-        found = linear.product(x, weight, bias if biased else None)
+        found = layers.product(x, weight, bias if biased else None)
     torch.testing.assert_close(found, F.linear(x, weight, bias if biased else None), rtol=0, atol=0)
 
 
 def test_rows_with_strides_of_their_own() -> None:
     weight, x = whole(256, 256), whole(256, 2, 7).permute(1, 2, 0)
     with torch.no_grad():
-        torch.testing.assert_close(linear.product(x, weight), F.linear(x, weight), rtol=0, atol=0)
+        torch.testing.assert_close(layers.product(x, weight), F.linear(x, weight), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("rows", "columns", "gradients", "quick"), [
@@ -39,14 +39,14 @@ def test_rows_with_strides_of_their_own() -> None:
     (2, 255, False, False), (2, 256, True, False),
 ])  # fmt: skip
 def test_which_way_is_taken(rows: int, columns: int, gradients: bool, quick: bool) -> None:
-    layer = linear.Linear(columns, 256)
+    layer = layers.Linear(columns, 256)
     with mock.patch.object(torch, "mm", wraps=torch.mm) as mm, torch.set_grad_enabled(gradients):
         layer(torch.randn(rows, columns))
     assert mm.called == quick
 
 
 def test_gradients_are_those_of_linear() -> None:
-    layer, x = linear.Linear(256, 256), torch.randn(4, 256, requires_grad=True)
+    layer, x = layers.Linear(256, 256), torch.randn(4, 256, requires_grad=True)
     layer(x).square().sum().backward()
     plain, y = torch.nn.Linear(256, 256, bias=False), x.detach().requires_grad_()
     plain.load_state_dict(layer.state_dict())
