@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (torch.cuda.is_available() or (args.tiny and INTERPRETED.value)):
         parser.error("no GPU here; TRITON_INTERPRET=1 and --tiny show that the benchmark works")
     if args.tiny:
-        args.head_dims, args.keys, args.batch, args.heads, args.repeats = [32], 40, 1, 1, 1
+        args.head_dims, args.keys, args.batch, args.heads, args.repeats = [32], 20, 1, 1, 1
     form = Form(args.heads, args.heads, getattr(torch, args.dtype), "cpu" if INTERPRETED.value else "cuda")
     torch.manual_seed(0)
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
 import torch
 
-from tidal.checkpoint import (
-    write_checkpoint,
-)
-from tidal.cli import UserError
+from tidal.checkpoint import write_checkpoint
 
 
 class Tokenizer:
@@ -52,10 +48,3 @@ def write(run_dir: Path, step: int = 500, fill: float = 1.0) -> Path:
 
 FILES = ["model.safetensors", "config.json", "optimizer.safetensors", "trainer.json", "manifest.json",
          "tokenizer/tokenizer.model", "tokenizer/tokenizer.json"]  # fmt: skip
-
-
-def error_of(function: object, *arguments: object) -> str:
-    with pytest.raises(UserError) as raised:
-        function(*arguments)  # type: ignore[operator]
-    assert len(str(raised.value).splitlines()) == 1
-    return str(raised.value)

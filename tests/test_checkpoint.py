@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.run_folders import CONFIG, FILES, TRAINER, Tokenizer, error_of, write
+from tests.run_folders import CONFIG, FILES, TRAINER, Tokenizer, write
+from tests.train.runs import refused
 from tidal import checkpoint
 from tidal.checkpoint import (
     DiskFullError,
@@ -62,9 +63,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        assert f"is damaged: {name}" in error_of(verify, path.parents[name.count("/")])
+        assert f"is damaged: {name}" in refused(verify, path.parents[name.count("/")])
     path.write_bytes(data[:-1])
-    assert name in error_of(read_checkpoint, path.parents[name.count("/")])
+    assert name in refused(read_checkpoint, path.parents[name.count("/")])
     path.write_bytes(data)
     verify(path.parents[name.count("/")])
 
@@ -73,16 +74,16 @@ def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
 def test_missing_files_are_found(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path)
     (folder / name).unlink()
-    assert f"{name} is missing" in error_of(verify, folder)
+    assert f"{name} is missing" in refused(verify, folder)
 
 
 def test_unexpected_and_exchanged_files_are_found(tmp_path: Path) -> None:
     folder, other = write(tmp_path), write(tmp_path, 600, fill=2.0)
     (folder / "extra").touch()
-    assert "extra is unexpected" in error_of(verify, folder)
+    assert "extra is unexpected" in refused(verify, folder)
     (folder / "extra").unlink()
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    said = error_of(verify, folder)
+    said = refused(verify, folder)
     assert "model.safetensors has SHA-256" in said
     assert json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"][:16] in said
     assert json.loads((other / "manifest.json").read_text())["files"]["model.safetensors"][:16] in said
@@ -92,7 +93,7 @@ def test_unexpected_and_exchanged_files_are_found(tmp_path: Path) -> None:
 def test_manifests_that_are_none(tmp_path: Path, text: str) -> None:
     folder = write(tmp_path)
     (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert "manifest.json" in error_of(verify, folder)
+    assert "manifest.json" in refused(verify, folder)
 
 
 @pytest.mark.parametrize("same_step", [False, True])
@@ -178,7 +179,7 @@ def test_only_plain_files_are_read(what: str, tmp_path: Path) -> None:
         os.mkfifo(folder / name)
     else:
         (folder / name).symlink_to(tmp_path / "outside")
-    assert f"is damaged: {name} is {'no plain file' if what == 'pipe' else 'a link'}" in error_of(verify, folder)
+    assert f"is damaged: {name} is {'no plain file' if what == 'pipe' else 'a link'}" in refused(verify, folder)
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from benchmarks import attention, attention_cpu, attention_problems, clock, kernel_resources
+from benchmarks import attention, attention_cpu, attention_problems
 from benchmarks.attention_problems import FLEX_BLOCK, MASKS, Form, Problem, decode_problem, problem, ready
-from tests.commands import ROOT, run
-from tidal.kernels.aot import Resources
 from tidal.kernels.reference import alibi_bias, visible_keys
 from tidal.kernels.triton_tiles import INTERPRETED
 
@@ -329,34 +327,6 @@ def test_goals_of_the_plan_are_at_8192_keys() -> None:
     assert (compiled["rival"], compiled["worst"]) == ("create_block_mask, compiled", None)
 
 
-class Event:
-    """Of a device that takes as long as its queue says."""
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def record(self) -> None: ...
-
-    def elapsed_time(self, _: Event) -> float:
-        return 7.0
-
-
-def test_a_clock_sleeps_until_all_is_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is emptied by reading alone, and slow launches get a longer sleep from the next run on."""
-    slept: list[int] = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    now = iter(1e-3 * x for x in (0, 0.1, 10, 14, 20, 24, 30, 90, 100, 100.1))  # before and after each of five runs
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
-    timed = clock.Clock("cpu")
-    timed.flush = torch.zeros(4)
-    before = timed.flush._version
-    assert [timed(lambda: None) for _ in range(5)] == [7.0] * 5
-    assert timed.flush._version == before
-    assert slept == [clock.CYCLES_PER_MS * ms for ms in (1, 1, 8, 8, clock.LONGEST_SLEEP_MS)]
-    assert timed.late == 2
-
-
 def test_attention_cpu_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
     flags = ["--lengths", "600", "--heads", "2", "--repeats", "3", "--no-flex", "--out", str(out)]
@@ -371,44 +341,3 @@ def test_attention_cpu_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert 0 < result["tidal_error"] < 1e-5
     assert result["memory_mb"]["sdpa"] > 2 * 384 * 600 * 4 / 1e6  # at least its bias
     assert result["memory_mb"]["sdpa"] > result["memory_mb"]["tidal"]
-
-
-def test_kernel_resources_prints_a_table() -> None:
-    flags = ["--archs", "90", "--head-dims", "64", "--kernels", "decode", "forward"]
-    done = run([sys.executable, "-m", "benchmarks.kernel_resources", *flags], ROOT, env={"TRITON_INTERPRET": "0"})
-    assert done.code == 0, done.err
-    line = json.loads(done.lines[-1])
-    assert [k["kernel"] for k in line["kernels"]] == [
-        "forward", "decode 4 rows", "decode 4 whole", "decode 256 rows", "decode 256 whole", "decode merge"
-    ]  # fmt: skip
-    shifted, full, one_range, both = line["kernels"][0]["instructions_per_score"]
-    assert 5 < shifted < full < one_range < both < 50
-    assert (line["spilling"], line["too_large"]) == (0, 0)
-    for kernel in line["kernels"]:
-        assert 16 <= kernel["registers"] <= 255
-        assert kernel["shared_bytes"] <= kernel["shared_limit"] == 227 * 1024
-        assert kernel["resident_blocks"] >= 1
-    assert done.lines[-2] == "6 kernels: 0 spill, 0 want more shared memory than there is"
-    assert len(done.lines) == 9
-
-
-def test_blocks_that_a_multiprocessor_holds() -> None:
-    """By registers, which come in units of 256 a warp, by shared memory, by warps, and at most 32; on sm_86 16."""
-    found = [kernel_resources.resident_blocks(warps, Resources(registers, 0, kilobytes * 1024, b""), arch)
-             for warps, registers, kilobytes, arch in
-             ((8, 234, 83, 90), (4, 121, 10, 90), (4, 128, 100, 90), (8, 32, 1, 90), (1, 16, 0, 90), (1, 16, 0, 86),
-              (4, 16, 228, 90))]  # fmt: skip
-    assert found == [1, 4, 2, 8, 32, 16, 0]
-
-
-def test_kernel_resources_needs_the_compiler(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def resources(*_: object) -> None:
-        raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
-
-    monkeypatch.setattr(kernel_resources, "resources", resources)
-    with pytest.raises(SystemExit) as stop:
-        kernel_resources.main([])
-    assert stop.value.code == 2
-    assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import re
+import runpy
 import shlex
 import shutil
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import ROOT, Ran, run
 
+from tests.train.runs import short_samples
 from tidal.cli import parse
 from tidal.config import Train
 from tidal.infer.__main__ import Infer
@@ -32,16 +37,21 @@ ADAPTED = {
     r"(-m tidal\.(infer|evaluate samples) .*)": r"\1 --max-new-units 12",
     r"--count 1000": "--count 50",
     r"(-m tidal\.evaluate (boundary|samples) .*)": r"\1 --count 10",
-    r"(python -m tidal\.doctor .*)": r"\1 --quick --checks 1 13 14 16 19",
+    r"(python -m tidal\.doctor .*)": r"\1 --quick --checks 1 19",
 }
 """All that is changed in a command before it is run: names in capitals, how long it trains and writes, the size of the
-model of a text, how many answers are counted, that the doctor looks at one of the runs, and that what has been learnt
-in that time is not judged."""
+model of a text, how many answers are counted, that the doctor looks at one of the runs (most of its checks have just
+been made before the first training), and that what has been learnt in that time is not judged."""
 ADAPTED_PYTHON = ('["54663 + 132 ="])', '["54663 + 132 ="], max_new_units=12)')
 """The same in Python: a model that has learnt nothing does not end a text."""
 
-CHECKED_ELSEWHERE = {"make demo"}
-"""Commands that are not run here: `make demo` would install; see `test_make_demo_is_the_same_by_hand`."""
+CHECKED_ELSEWHERE = {
+    "make demo": "would install; see test_make_demo_is_the_same_by_hand",
+    "python -m tidal.sizes": "tests/test_sizes.py",
+    "torchrun --nproc-per-node 2 -m tidal.train --recipe text --data FILE --out runs/two --parallel fsdp":
+        "tests/train/test_parallel.py: torchrun with fsdp, and a text by two processes",
+}  # fmt: skip
+"""Commands that are not run here, and why."""
 
 
 def fences(language: str, text: str = README) -> list[str]:
@@ -67,9 +77,10 @@ FIRST = {shlex.split(command)[2]: command for command in reversed(COMMANDS) if c
 
 
 def in_a_process(command: str) -> bool:
-    """Whether it is run as the reader runs it: each module once, all training, and what is more than one program."""
+    """Whether it is run as the reader runs it: each module once (`tidal.infer` in tests/test_commands.py), and what is
+    more than one program."""
     module = shlex.split(command)[2]
-    return not command.startswith("python -m ") or module == "tidal.train" or command == FIRST[module]
+    return not command.startswith("python -m ") or (command == FIRST[module] and module != "tidal.infer")
 
 
 def test_there_is_something_to_run() -> None:
@@ -86,9 +97,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "other.txt").write_text("Once upon a time the sea went out, and never came in.\n" * 90)
     (home / "bin").mkdir()
     (home / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (home / "bin/torchrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
-    for program in (home / "bin").iterdir():
-        program.chmod(0o755)
+    (home / "bin/python").chmod(0o755)
     return home
 
 
@@ -103,7 +112,8 @@ def test_the_command_runs(shown: str, home: Path, command: Callable[..., Ran], m
     else:
         monkeypatch.chdir(home)
         _, _, module, *arguments = shlex.split(adapted)
-        done = command(module.removeprefix("tidal."), *arguments)
+        with short_samples():
+            done = command(module.removeprefix("tidal."), *arguments)
     assert done.code == 0, done.err
     traced = "--trace trace.html" in shown
     silent = ("tidal.train" in shown and "--help" not in shown) or traced
@@ -112,10 +122,10 @@ def test_the_command_runs(shown: str, home: Path, command: Callable[..., Ran], m
 
 
 @pytest.mark.parametrize("number", range(len(fences("python"))))
-def test_the_python_runs(number: int, home: Path) -> None:
-    (home / "block.py").write_text(fences("python")[number].replace(*ADAPTED_PYTHON), encoding="utf-8")
-    done = run([sys.executable, "block.py"], home)
-    assert done.code == 0, done.err
+def test_the_python_runs(number: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; tests/test_docs_python.py has one of its own."""
+    monkeypatch.chdir(home)
+    exec(fences("python")[number].replace(*ADAPTED_PYTHON), {})
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
@@ -161,32 +171,28 @@ def test_make_targets_and_extras_exist(name: str) -> None:
     assert named <= set(extras)
 
 
-HELPS = """
-import runpy, sys
-for command in sys.argv[1:]:
-    module, *subcommand = command.split()
-    sys.argv = [module, *subcommand, "--help"]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        assert not stop.code, command
-"""
-"""Prints the help of every command, in one process, since most of them import torch."""
-
-
 @pytest.fixture(scope="module")
-def known_flags(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Every flag that some command's help names."""
+def known_flags() -> set[str]:
+    """Every flag that some command's help names; they are run in this process, since most of them import torch."""
     names = ("train", "infer", "doctor", "corpora", "prepare", "report", "sizes", "kernels.picture")
-    modules = [f"tidal.{name}" for name in names]
-    modules += [f"tidal.evaluate {figure}" for figure in ("addition", "bits-per-byte", "boundary", "samples")]
+    commands = [f"tidal.{name}" for name in names]
+    commands += [f"tidal.evaluate {figure}" for figure in ("addition", "bits-per-byte", "boundary", "samples")]
     benchmarks = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"__init__"}
     if importlib.util.find_spec("triton") is None:
         benchmarks -= {"attention_tiles", "kernel_resources"}
-    modules += [f"benchmarks.{name}" for name in sorted(benchmarks)]
-    done = run([sys.executable, "-c", HELPS, *modules], ROOT)
-    assert done.code == 0, done.err
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", done.out))
+    commands += [f"benchmarks.{name}" for name in sorted(benchmarks)]
+    ended: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of modules that another test has imported
+        for module, *subcommand in map(str.split, commands):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [module, *subcommand, "--help"])
+                try:
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
+                except SystemExit as stop:
+                    ended[module] = stop.code
+    assert not any(ended.values()), ended
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", out.getvalue()))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_folders import error_of, write
+from tests.run_folders import write
+from tests.train.runs import refused
 from tidal.checkpoint import checkpoints, newest_verified, prune, read_pointer, resolve, set_pointer
 from tidal.files import atomic_write
 from tidal.train import disk
@@ -35,12 +36,12 @@ def test_resume_skips_damaged_checkpoints(tmp_path: Path, capsys: pytest.Capture
     assert newest_verified(tmp_path) == first
     assert "step-000002 is damaged: config.json" in capsys.readouterr().err
     (first / "config.json").unlink()
-    assert "no intact checkpoint" in error_of(newest_verified, tmp_path)
+    assert "no intact checkpoint" in refused(newest_verified, tmp_path)
 
 
 def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    assert error_of(resolve, None) == "no runs found under runs/; train one with: python -m tidal.train"
+    assert refused(resolve, None) == "no runs found under runs/; train one with: python -m tidal.train"
     run = Path("runs/a")
     first, second, third = (write(run, step) for step in (1, 2, 3))
     assert resolve(run) == third
@@ -63,12 +64,12 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_resolve_says_what_is_wrong(tmp_path: Path) -> None:
-    assert "does not exist" in error_of(resolve, tmp_path / "missing")
-    assert "is not a run or checkpoint folder (no manifest.json or checkpoints/ in it)" in error_of(resolve, tmp_path)
+    assert "does not exist" in refused(resolve, tmp_path / "missing")
+    assert "is not a run or checkpoint folder (no manifest.json or checkpoints/ in it)" in refused(resolve, tmp_path)
     (tmp_path / "file").touch()
-    assert "is not a run or checkpoint folder" in error_of(resolve, tmp_path / "file")
+    assert "is not a run or checkpoint folder" in refused(resolve, tmp_path / "file")
     (tmp_path / "checkpoints").mkdir()
-    assert "has no complete checkpoint" in error_of(resolve, tmp_path)
+    assert "has no complete checkpoint" in refused(resolve, tmp_path)
 
 
 def test_runs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -87,9 +88,9 @@ def test_runs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert resolve(None) == good
     assert capsys.readouterr().err == "passing over runs/locked: Permission denied\n"
     wanted = "runs/locked/checkpoints cannot be read: Permission denied; choose another run"
-    assert error_of(resolve, Path("runs/locked")) == wanted
+    assert refused(resolve, Path("runs/locked")) == wanted
     Path("runs/locked/checkpoints").rename(tmp_path / "elsewhere")  # as if it could not be looked into at all
-    assert "runs/locked cannot be read: Permission denied" in error_of(resolve, Path("runs/locked"))
+    assert "runs/locked cannot be read: Permission denied" in refused(resolve, Path("runs/locked"))
 
 
 def test_prepare_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,14 +115,14 @@ def test_prepare_run_dir_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.
         Path("/proc"),
         tmp_path / ("n" * 300),
     ):
-        assert "cannot write the run folder" in error_of(prepare_run_dir, out)
+        assert "cannot write the run folder" in refused(prepare_run_dir, out)
     assert (tmp_path / "file").read_bytes() == b""
 
     def denied(*arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(disk, "atomic_write", denied)
-    assert "Permission denied" in error_of(prepare_run_dir, tmp_path / "run")
+    assert "Permission denied" in refused(prepare_run_dir, tmp_path / "run")
 
 
 def test_atomic_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.doctor.plant import Patch, Plant, everywhere, in_packing, replacing
+from tests.train.runs import short_samples
 from tidal import checkpoint
 from tidal.config import Addition, Shape, Train
 from tidal.infer import sampling
@@ -54,7 +55,8 @@ def train_tiny(out: Path, steps: int = STEPS, **other: Any) -> Path:
     )  # fmt: skip
     assert isinstance(settings, Train)
     out.mkdir(parents=True)
-    return train(settings, make_recipe(settings), out)
+    with short_samples():
+        return train(settings, make_recipe(settings), out)
 
 
 def leak(batch: Batch) -> dict[str, Tensor]:
@@ -187,4 +189,4 @@ def train_both(folder: Path, patch: Patch) -> dict[bool, Path]:
     healthy = train_tiny(folder / "healthy")
     with patch.context() as inner:
         in_packing(leak)(inner)
-        return {False: healthy, True: train_tiny(folder / "leaky")}
+        return {False: healthy, True: train_tiny(folder / "leaky", 120)}  # a copy is soon learnt

@@ -222,7 +222,6 @@ def ended_blocks_read_before_reordering(go_on: Callable[..., None]) -> Callable[
 
 
 BUGS: dict[str, tuple[Any, str, Callable[..., Any], Callable[[], None]]] = {
-    "caches not reordered": (Decoder, "select", in_select("reader_caches", "writer_caches"), beams),
     "reader caches not reordered": (Decoder, "select", in_select("reader_caches"), beams),
     "writer caches not reordered": (Decoder, "select", in_select("writer_caches"), beams),
     "caches reordered along the heads": (Decoder, "select", along(2), beams),

@@ -50,7 +50,7 @@ def check_batch(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
 
 
 @pytest.mark.parametrize(("temperature", "dtype", "tolerance"), [
-    (0.0, torch.float64, 1e-9), (1.0, torch.float64, 1e-9), (0.0, torch.float32, 1e-4),
+    (1.0, torch.float64, 1e-9), (0.0, torch.float32, 1e-4),
 ])  # fmt: skip
 def test_sixty_four_prompts_as_one_at_a_time(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
     model, tokenizer = tiny("english", "memory", dtype)

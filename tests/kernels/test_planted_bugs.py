@@ -7,21 +7,17 @@ import torch
 from attention_cases import assert_agrees, make_case, worst_difference
 from torch import Tensor
 
+from tests.doctor.mutants import MUTANTS
+from tests.doctor.plant import Plant
 from tidal.kernels import api, cpu
 
 torch.set_num_threads(1)
 
-Plant = Callable[[pytest.MonkeyPatch], None]
 tile_geometry = cpu.tile_geometry
 
 
 def geometry(change: Callable[..., tuple[Tensor, Tensor | None]]) -> Plant:
     return lambda patch: patch.setattr(cpu, "tile_geometry", change)
-
-
-def wrong_alibi_sign(*args):  # type: ignore[no-untyped-def]
-    distance, mask = tile_geometry(*args)
-    return -distance, mask
 
 
 def signed_distance(ranges, q_position, k_position, index_k, dtype):  # type: ignore[no-untyped-def]
@@ -31,10 +27,6 @@ def signed_distance(ranges, q_position, k_position, index_k, dtype):  # type: ig
 
 def end_off_by_one(ranges, *args):  # type: ignore[no-untyped-def]
     return tile_geometry(ranges - torch.tensor([0, 1], dtype=torch.int32), *args)
-
-
-def end_inclusive(ranges, *args):  # type: ignore[no-untyped-def]
-    return tile_geometry(ranges + torch.tensor([0, 1], dtype=torch.int32), *args)
 
 
 def second_range_ignored(ranges, *args):  # type: ignore[no-untyped-def]
@@ -70,32 +62,19 @@ def dslopes_sign(patch: pytest.MonkeyPatch) -> None:
     ))  # fmt: skip
 
 
-def blind_queries_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cpu, "blind_queries", lambda ranges, n_keys: torch.zeros(ranges.shape[:2], dtype=torch.bool))
-
-
-def first_slice_only(patch: pytest.MonkeyPatch) -> None:
-    key_slices = cpu.key_slices
-    patch.setattr(cpu, "key_slices", lambda slices: key_slices(slices[:1]))
-
-
-def every_tile_full(patch: pytest.MonkeyPatch) -> None:
-    key_slices = cpu.key_slices
-    patch.setattr(cpu, "key_slices", lambda slices: (key_slices(slices)[0], True))
-
-
+OF_THE_DOCTOR = {mutant.name: mutant.plant for mutant in MUTANTS}
 BUGS: dict[str, Plant] = {
-    "wrong ALiBi sign": geometry(wrong_alibi_sign),
+    **{name: OF_THE_DOCTOR[name] for name in ("ALiBi with the wrong sign", "the kernel takes range ends as inclusive",
+                                              "queries without keys take the mean")},
     "signed distance": geometry(signed_distance),
     "range end off by one": geometry(end_off_by_one),
-    "range end inclusive": geometry(end_inclusive),
     "second range ignored": geometry(second_range_ignored),
     "masked with 0": geometry(masked_with_zero),
     "overlap counted twice": geometry(overlap_counted_twice),
     "dslopes sign": dslopes_sign,
-    "blind queries forgotten": blind_queries_forgotten,
-}
-TILED_BUGS: dict[str, Plant] = {"first slice only": first_slice_only, "every tile full": every_tile_full}
+}  # fmt: skip
+TILED_BUGS = {name: OF_THE_DOCTOR[name] for name in ("tiles use their first slice of keys only",
+                                                     "tiles are taken to be full")}  # fmt: skip
 VARIANTS = [(name, dense) for name in BUGS for dense in (True, False)] + [(name, False) for name in TILED_BUGS]
 
 

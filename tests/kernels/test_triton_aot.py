@@ -13,8 +13,10 @@ import sys
 import pytest
 import torch
 
+from benchmarks import kernel_resources
 from benchmarks.kernel_resources import ARCHITECTURES, SHARED_LIMIT
-from tidal.kernels.aot import kernel_specs, resources
+from tests.commands import ROOT, run
+from tidal.kernels.aot import Resources, kernel_specs, resources
 from tidal.kernels.triton_tiles import INTERPRETED
 
 PROGRAM = """
@@ -31,7 +33,8 @@ for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
             found = resources(spec, arch)
             print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared]))
 """
-TRAINING = ["forward", "delta", "dq", "dkdv", "dkdv_atomic", "rows", "columns", "order"]
+ATTENTION = ["forward", "delta", "dq", "dkdv", "dkdv_atomic"]
+PLAN = ["rows", "columns", "order"]  # of integers: much the same on every architecture
 
 Found = tuple[int, str, str, int, int, int]
 """architecture, name, tile, registers, spilled bytes, bytes of shared memory"""
@@ -57,10 +60,11 @@ def assert_fits(found: list[Found]) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes a GPU's time for what needs none; -m slow compiles all")
 def test_training_at_the_default_head_dimension() -> None:
     """And the measurement itself: 128 × 128 in four warps is known to spill."""
-    requests = [("bfloat16", 32, arch, TRAINING, []) for arch in ARCHITECTURES]
+    kernels = {arch: [*ATTENTION, *(PLAN if arch == 90 else ())] for arch in ARCHITECTURES}
+    requests = [("bfloat16", 32, arch, names, []) for arch, names in kernels.items()]
     *found, too_large = compiled(*requests, ("bfloat16", 64, 90, ["forward"], [128, 128, 4, 3]))
-    names = list(dict.fromkeys((arch, name) for arch, name, *_ in found))
-    assert names == [(arch, name) for arch in ARCHITECTURES for name in TRAINING]
+    compiled_for = list(dict.fromkeys((arch, name) for arch, name, *_ in found))
+    assert compiled_for == [(arch, name) for arch, names in kernels.items() for name in names]
     assert_fits(found)
     with pytest.raises(AssertionError, match=r"forward 128×128 spills \d+ bytes on sm_90"):
         assert_fits([too_large])
@@ -71,7 +75,7 @@ def test_training_at_the_default_head_dimension() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_kernel(dtype: str, head_dim: int) -> None:
     found = compiled(*((dtype, head_dim, arch, [], []) for arch in ARCHITECTURES))
-    assert len(found) >= len(ARCHITECTURES) * (len(TRAINING) + 3)
+    assert len(found) >= len(ARCHITECTURES) * (len(ATTENTION) + len(PLAN) + 3)
     assert_fits(found)
 
 
@@ -80,3 +84,47 @@ def test_interpreted_kernels_are_refused() -> None:
     spec = kernel_specs(torch.bfloat16, 64, 90)[0]
     with pytest.raises(ValueError, match=r"^kernels cannot be compiled while TRITON_INTERPRET is set: unset it$"):
         resources(spec, 90)
+
+
+# ---------------------------------------------------------------------------- benchmarks.kernel_resources
+
+
+def test_kernel_resources_prints_a_table() -> None:
+    flags = ["--archs", "90", "--head-dims", "64", "--kernels", "decode", "forward"]
+    done = run([sys.executable, "-m", "benchmarks.kernel_resources", *flags], ROOT, env={"TRITON_INTERPRET": "0"})
+    assert done.code == 0, done.err
+    line = json.loads(done.lines[-1])
+    assert [k["kernel"] for k in line["kernels"]] == [
+        "forward", "decode 4 rows", "decode 4 whole", "decode 256 rows", "decode 256 whole", "decode merge"
+    ]  # fmt: skip
+    shifted, full, one_range, both = line["kernels"][0]["instructions_per_score"]
+    assert 5 < shifted < full < one_range < both < 50
+    assert (line["spilling"], line["too_large"]) == (0, 0)
+    for kernel in line["kernels"]:
+        assert 16 <= kernel["registers"] <= 255
+        assert kernel["shared_bytes"] <= kernel["shared_limit"] == 227 * 1024
+        assert kernel["resident_blocks"] >= 1
+    assert done.lines[-2] == "6 kernels: 0 spill, 0 want more shared memory than there is"
+    assert len(done.lines) == 9
+
+
+def test_blocks_that_a_multiprocessor_holds() -> None:
+    """By registers, which come in units of 256 a warp, by shared memory, by warps, and at most 32; on sm_86 16."""
+    found = [kernel_resources.resident_blocks(warps, Resources(registers, 0, kilobytes * 1024, b""), arch)
+             for warps, registers, kilobytes, arch in
+             ((8, 234, 83, 90), (4, 121, 10, 90), (4, 128, 100, 90), (8, 32, 1, 90), (1, 16, 0, 90), (1, 16, 0, 86),
+              (4, 16, 228, 90))]  # fmt: skip
+    assert found == [1, 4, 2, 8, 32, 16, 0]
+
+
+def test_kernel_resources_needs_the_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resources(*_: object) -> None:
+        raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
+
+    monkeypatch.setattr(kernel_resources, "resources", resources)
+    with pytest.raises(SystemExit) as stop:
+        kernel_resources.main([])
+    assert stop.value.code == 2
+    assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -11,8 +12,10 @@ from tests.train.runs import short_samples, whole
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _short_samples() -> Iterator[None]:
-    with short_samples():
+def _quick_runs() -> Iterator[None]:
+    """Short samples, and no picture of the losses, which take a third of a tiny run's time; tests/test_commands.py
+    and tests/test_draw.py look at pictures."""
+    with short_samples(), mock.patch("tidal.report.page.draw"):
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import ENVIRONMENT, SMALL, children, wait_for
+from tests.commands import ENVIRONMENT, SMALL, SMALL_TEXT, children, wait_for
 from tests.train import together as work
 from tests.train.runs import SETTINGS, Hooked, apart, as_process, gradient, refused, results, train_step, whole
 from tests.train.together import TWICE, Job, eager_blocks, processes, run_jobs, together
@@ -252,7 +252,16 @@ def test_moments_are_allocated_before_the_first_step() -> None:
     assert {name: (t.shape, t.dtype, t.data_ptr()) for name, t in optimizer.state().items()} == before
 
 
-# ------------------------------------------------------------------------------------------- torchrun
+# ------------------------------------------------------------------------------------------- commands
+
+
+def test_a_text_by_two_processes(tmp_path: Path) -> None:
+    """The second takes the tokenizer that the first has trained; both come to an end."""
+    (tmp_path / "file.txt").write_text("Once upon a time there was a sea, and the sea came in and went out.\n" * 150)
+    flags = ["--recipe", "text", "--data", "file.txt", "--out", "two", "--parallel", "fsdp", "--device", "cpu",
+             "--max-steps", "2", *SMALL_TEXT]  # fmt: skip
+    assert together(2, tmp_path, work.run_command, flags, tmp_path) == [0, 0]
+    assert look_in(tmp_path / "two").saved.step == 2
 
 
 RUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "tidal.train", *SMALL, "--rows",

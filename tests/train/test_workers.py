@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import commands
 from tests.commands import ENVIRONMENT, SMALL
 from tests.strategies import differing
 from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
@@ -32,17 +32,9 @@ from tidal.train.workers import PrefetchLoader, n_workers
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
 
 
-def children() -> set[str]:
-    """Numbers of the living processes that this one has started."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if parent == str(os.getpid()) and state != "Z":
-            found.add(path.parent.name)
-    return found
+def children() -> set[int]:
+    """The living processes that this one has started."""
+    return set(commands.children(os.getpid()))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -162,8 +154,7 @@ def test_how_many(asked: int, device: str, threads: int, processes: int, wanted:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a killed parent takes along")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_the_command_takes_its_workers_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
     command = [*SMALL, "--digits", "1", "--max-block-units", "8", "--rows", "4", "--max-steps", "5000", "--out", "run",
@@ -172,13 +163,7 @@ def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: P
     with said.open("wb") as file, subprocess.Popen([sys.executable, "-m", "tidal.train", *command], cwd=tmp_path,
                                                    env=ENVIRONMENT, stderr=file) as run:  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "run" / "latest").exists():
-                assert run.poll() is None, said.read_text()
-                assert time.monotonic() < deadline, said.read_text()
-                time.sleep(0.05)
-            run.send_signal(number)
-            assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number), said.read_text()
+            commands.wait_for((tmp_path / "run/latest").exists, run, said, 120)
         finally:
             run.kill()
     monkeypatch.chdir(tmp_path)
