@@ -80,7 +80,7 @@ def attend_rows(
 def rows_geometry(
     ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, plan: TilePlan | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`dense_geometry` of each row by itself, its own queries over its own keys; kept in the plan for the next layer."""
+    """`dense_geometry` of each row by itself, of its queries over its keys; kept in the plan for the next layer."""
     key = f"rows {dtype} {torch.is_inference_mode_enabled()}"
     if plan is not None and key in plan.memo:
         q_seen, k_seen, *kept = plan.memo[key]
