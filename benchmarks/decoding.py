@@ -1,6 +1,6 @@
 """Tidal's decoder against a byte and a token transformer: characters per second, layer passes, cache bytes.
 
-    python -m benchmarks.decoding [--batch 1 8 64] [--context 256 1024 4096] [--d-model 512] [--layers 10]
+    python -m benchmarks.decoding [--batch 1 8 64] [--context 256 1024 4096] [--models token]
 
 Same machine, same run, same number of parameters, the same layers (benchmarks/baselines/causal.py), random weights,
 alternating. Weights at random would write gibberish, whose blocks are unlike words, so every model is led along the
@@ -37,7 +37,7 @@ from benchmarks.baselines.causal import BYTES, CausalConfig, CausalTransformer, 
 from tidal.blocks import BlockTable, passage
 from tidal.config import Shape
 from tidal.infer import engine
-from tidal.infer.sampling import Sampling, choose
+from tidal.infer.sampling import Sampling
 from tidal.layers import Layer
 from tidal.model import TidalTransformer
 from tidal.streams import pack
@@ -45,6 +45,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.presets import PRESETS
 
 TEXT = PRESETS["text"].model
+MODELS = ("tidal", "byte", "token")
 CHECKED_ROWS = 4  # at most, compared with a full forward pass before anything is timed
 CACHED_CHARS = 100_000  # of the timed text, over which cache bytes are averaged
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows side by side")
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="characters of the prompts")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=MODELS, help="to time; tidal always is")
     parser.add_argument("--d-model", type=int, default=512, help="width of all models (default: 512)")
     parser.add_argument("--layers", type=int, default=10, help="of all; two of Tidal's are writers (default: 10)")
     parser.add_argument("--writer-ff", type=int, default=0, help="of Tidal's writers (default: the width)")
@@ -176,7 +178,7 @@ class Runner:
 
 
 def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
-    """Tidal, and the baselines with the feed-forward width that gives them as many parameters."""
+    """Tidal, and those asked for of the baselines, with the feed-forward width that gives them as many parameters."""
     d, heads = args.d_model, max(4, args.d_model // 64)
     shape = Shape(d_model=d, n_heads=heads, n_kv_heads=heads, reader_layers=args.layers - 2, writer_layers=2,
                   reader_ff=3 * d, writer_ff=args.writer_ff or d, suffix_rows=args.suffix_rows,
@@ -194,6 +196,8 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
     )]  # fmt: skip
     coders = {"byte": BYTES, "token": coder_of(tokenizer)}
     for name, coder in coders.items():
+        if name not in args.models:
+            continue
         plain = CausalConfig.of(coder, d_model=d, n_heads=heads, n_kv_heads=heads, layers=args.layers, d_ff=3 * d)
         runners.append(baseline(name, coder, plain.with_parameters(total), args.device))
     return runners
@@ -230,20 +234,22 @@ def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, 
 
 
 class Led:
-    """Chooses as `choose` does, then puts the true unit of each row in the place of the chosen one.
+    """Chooses as the model's `choose` does, then puts the true unit of each row in the place of the chosen one.
 
     Rows are known by their generators. `start` is the time of the first choice, when the prompts have been read;
     `begin` is called then.
     """
 
-    def __init__(self, generators: list[Any], truth: list[list[int]], begin: Callable[[], object]) -> None:
+    def __init__(self, choose: Callable[..., Tensor], generators: list[Any], truth: list[list[int]],
+                 begin: Callable[[], object]) -> None:  # fmt: skip
+        self.choose = choose
         self.units = {id(g): iter(units) for g, units in zip(generators, truth, strict=True)}
         self.end = truth[0][-1]
         self.begin, self.start = begin, 0.0
 
     def __call__(self, logits: Tensor, allowed: Tensor, settings: Sequence[Sampling], generators: Sequence[Any],
                  *rest: Any) -> list[int]:  # fmt: skip
-        choose(logits, allowed, settings, generators, *rest)
+        self.choose(logits, allowed, settings, generators, *rest)
         if not self.start:
             self.begin()
             self.start = time.perf_counter()
@@ -255,7 +261,7 @@ def lead(runner: Runner, texts: Sequence[tuple[str, str]], cuda_graphs: bool,
     """Seconds between the first and the last choice, and the log-probabilities of the true units."""
     generators = [np.random.default_rng(i) for i in range(len(texts))]
     truth = [runner.encode(new) for _, new in texts]
-    led = Led(generators, truth, begin)
+    led = Led(runner.module.choose, generators, truth, begin)
     with mock.patch.object(runner.module, "choose", led):
         log_probs = runner.generate([prompt for prompt, _ in texts], max(map(len, truth)), generators, cuda_graphs)
     seconds = time.perf_counter() - led.start
@@ -294,7 +300,7 @@ def check(runner: Runner, texts: Sequence[tuple[str, str]], cuda_graphs: bool) -
 
 def measure(runners: Sequence[Runner], texts: Sequence[tuple[str, str]], sample: str, repeats: int,
             cuda_graphs: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Medians of alternating runs, after a check of each model."""
+    """Medians of alternating runs, after a check of each model; of speeds, the median of the ratios of each round."""
     n_chars = sum(len(new) for _, new in texts)
     seconds: dict[str, list[float]] = {r.name: [] for r in runners}
     figures: dict[str, dict[str, float]] = {}
@@ -312,14 +318,12 @@ def measure(runners: Sequence[Runner], texts: Sequence[tuple[str, str]], sample:
         rate = n_chars / statistics.median(seconds[r.name])
         figures[r.name] |= {"chars_per_second": rate, "repeats": len(seconds[r.name]),
                             "spread": max(seconds[r.name]) / min(seconds[r.name])}  # fmt: skip
-    tidal = figures["tidal"]
-    ratios = {
-        f"{what}_against_{name}": figures[name][key] / tidal[key] if key != "chars_per_second"
-        else tidal[key] / figures[name][key]
-        for name in figures if name != "tidal"
-        for what, key in (("speed", "chars_per_second"), ("layer_passes", "layer_passes_per_char"),
-                          ("cache", "cache_bytes_per_char"))
-    }  # fmt: skip
+    ratios = dict[str, float]()
+    for name in [name for name in figures if name != "tidal"]:
+        rounds = zip(seconds[name], seconds["tidal"], strict=True)
+        ratios[f"speed_against_{name}"] = statistics.median(other / own for other, own in rounds)
+        for what, key in (("layer_passes", "layer_passes_per_char"), ("cache", "cache_bytes_per_char")):
+            ratios[f"{what}_against_{name}"] = figures[name][key] / figures["tidal"][key]
     rounded = {name: {key: float(f"{value:.5g}") for key, value in f.items()} for name, f in figures.items()}
     return {"models": rounded, "ratios": {key: round(value, 3) for key, value in ratios.items()}}
 

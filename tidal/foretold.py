@@ -90,10 +90,9 @@ class Foretold(nn.Module):
         hints = F.embedding_bag(units[:, 0], table, begins, mode="sum", per_sample_weights=weights)
         if n_begun := int(begun.sum()) if n_begun is None else n_begun:
             first = begun.nonzero_static(size=n_begun)[:, 0]
-            units = self.children_of_all[: self.n_first]
-            of_first = (sums_nkt[..., units[:, 2]] - sums_nkt[..., units[:, 1]]).sum(1)
-            weights = self._weights(of_first, sums_nkt[..., -1].sum(1, keepdim=True)).to(table.dtype)
-            hints = hints.index_add(0, first, (weights @ table[units[:, 0]])[row[first]].to(hints.dtype))
+            units, its_row = self.children_of_all[: self.n_first], row[first][:, None]
+            weights = self._weights(_between(sums_nkt, its_row, units[:, 1:]), sums_nkt[its_row, :, -1].sum(-1))
+            hints = hints.index_add(0, first, (weights.to(table.dtype) @ table[units[:, 0]]).to(hints.dtype))
         return hints.view(*nodes.shape, table.shape[1])
 
     def fixed(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.causal import CausalTransformer
-from tidal.infer import recorded
-from tidal.infer.sampling import Sampling, choose
+from tidal.infer import recorded, sampling
+from tidal.infer.sampling import Sampling
 from tidal.kernels import TilePlan
 from tidal.kernels.cpu import DENSE_LIMIT
 from tidal.layers import KeysValues, View, log_softmax
@@ -29,7 +29,8 @@ class CachedDecoder:
     """Rows of different lengths decoded side by side. To be used without gradients.
 
     Slot i of a row holds its id number i, <bos> included. What lies behind a row's end is never seen and is
-    overwritten before it could be, so that padding needs no mask. `cuda_graphs` as in Tidal's.
+    overwritten before it could be, so that padding needs no mask. There is room for `capacity` ids a row, or for the
+    longest prompt. `cuda_graphs` as in Tidal's.
     """
 
     def __init__(self, model: CausalTransformer, prompts: Sequence[Sequence[int]], capacity: int,
@@ -83,8 +84,6 @@ class CachedDecoder:
     def step(self, ids: Sequence[int]) -> Tensor:
         """Append an id to every row; logits [rows, V] for what follows."""
         low, end = min(self.lengths), max(self.lengths) + 1
-        if end > self.data.shape[4]:
-            self._grow(2 * end)
         data = torch.tensor(list(zip(ids, self.lengths, strict=True)), device=self.device)
         if self.cuda_graphs:
             everything = functools.partial(self._step, self.data.shape[4], None)
@@ -123,13 +122,6 @@ class CachedDecoder:
         self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
         self.lengths = [self.lengths[row] for row in rows]
 
-    def _grow(self, capacity: int) -> None:
-        self.recording = None
-        size = list(self.data.shape)
-        size[4] = capacity - size[4]
-        self.data = torch.cat([self.data, self.data.new_zeros(size)], 4)
-        self.places = torch.arange(capacity, dtype=torch.float32, device=self.device)
-
 
 @dataclass
 class Written:
@@ -137,6 +129,13 @@ class Written:
 
     ids: list[int]
     log_probs: list[float]
+
+
+def choose(logits: Tensor, allowed: Tensor, settings: Sequence[Sampling], generators: Sequence[Any]) -> Tensor:
+    """As Tidal's; but where all rows take the likeliest, without a mask in float64, which nothing here needs."""
+    if not any(how.temperature for how in settings):
+        return logits.argmax(-1)
+    return sampling.choose(logits, allowed, settings, generators)
 
 
 @torch.inference_mode()
@@ -158,8 +157,7 @@ def generate(model: CausalTransformer, prompts: Sequence[Sequence[int]], *, max_
         rows = list(range(first, last))
         generators = {i: np.random.default_rng(seeds[i]) for i in rows}
         longest = max(len(prompts[i]) for i in rows)
-        room = 1 + longest + min(max_new, 1024)
-        decoder = CachedDecoder(model, [prompts[i] for i in rows], room, cuda_graphs)
+        decoder = CachedDecoder(model, [prompts[i] for i in rows], 1 + longest + max_new, cuda_graphs)
         logits, active = decoder.logits, set(rows)
         allowed = torch.ones(len(rows), model.config.vocab_size, dtype=torch.bool, device=logits.device)
         while True:

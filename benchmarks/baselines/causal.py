@@ -82,6 +82,8 @@ class CausalBatch:
     """int32 [B, L, 2, 2], ranges from the document's start up to the position itself"""
     targets: Tensor
     """int64 [B, L], -1 where nothing is learnt"""
+    learnt: Tensor
+    """int64 [n], the others, counted over all rows; a mask of them would make a GPU's host wait for their number"""
     recalled: Tensor | None = None
     """int64 [B, L, 3], what followed the same one, two and three ids the last time, -1 where nothing did"""
 
@@ -105,7 +107,7 @@ def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False)
             positions[row, start:end] = np.arange(end - start)
             sees[row, start:end, 0, 0], sees[row, start:end, 0, 1] = start, np.arange(start, end) + 1
             start = end
-    arrays = [ids, positions, sees, targets]
+    arrays = [ids, positions, sees, targets, np.flatnonzero(targets != NOTHING)]
     if recall:
         arrays.append(np.stack([recalled(*row) for row in zip(ids, positions, strict=True)]))
     return CausalBatch(*map(torch.from_numpy, arrays))
@@ -214,8 +216,9 @@ class CausalTransformer(nn.Module):
         """Logits [n, V] and targets [n] of all that is learnt, row by row."""
         plan = TilePlan.build(batch.sees, batch.ids.shape[1])
         view = View(batch.sees, batch.positions, batch.positions, plan=plan)
-        learnt = batch.targets != NOTHING
-        return self.head(self.run(batch.ids, [view] * len(self.layers), batch.recalled)[learnt]), batch.targets[learnt]
+        states = self.run(batch.ids, [view] * len(self.layers), batch.recalled)
+        states, targets = (x.flatten(0, 1).index_select(0, batch.learnt) for x in (states, batch.targets))
+        return self.head(states), targets
 
     def forward(self, batch: CausalBatch) -> tuple[Tensor, int]:
         """Sum of the losses in nats, and of how many targets."""

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import fuzz
 from tests.strategies import tiny, tiny_copy
-from tidal.infer.completion import Completion, degenerate
+from tidal.infer.completion import Completion, Limits, degenerate
 from tidal.infer.decoder import Decoder, RaggedView
-from tidal.infer.engine import generate, stream
+from tidal.infer.engine import Engine, generate, stream
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Repetition, Sampling, choose
 from tidal.kernels import cpu_rows
@@ -138,6 +138,49 @@ def test_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "attend_rows", lambda *args, rows: attend(*args, rows=[0] * len(rows)))
     with pytest.raises(AssertionError):
         check_batch(model, tokenizer, prompts, 1e-9, [4], temperature=1.0, max_new_units=40)
+
+
+def context_of_the_first(patch: pytest.MonkeyPatch) -> None:
+    """A step of some rows, not of all, is given the last states of the first ones."""
+    original = Decoder._write
+
+    def write(self: Decoder, some: list[int] | None, end: int, data: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return original(self, some, end, data, rest[0], self.context[: len(data), None])
+
+    patch.setattr(Decoder, "_write", write)
+
+
+@pytest.mark.parametrize(("shape", "some"), [("none", True), ("memory", False), ("block", False)])
+def test_rows_that_wait_are_left_out_where_nothing_is_copied(shape: str, some: bool,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    model, tokenizer = tiny("english", shape)
+    left_out, step = list[int](), Decoder.step
+
+    def watched(self: Decoder, rows: Sequence[int], *args: Any, **how: Any) -> torch.Tensor:
+        left_out.append(len(self.builders) - len(rows))
+        return step(self, rows, *args, **how)
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    check_batch(model, tokenizer, PROMPTS, 1e-9, [4, 10], temperature=1.0, max_new_units=40)
+    assert any(left_out) == some
+    if some:
+        context_of_the_first(monkeypatch)
+        with pytest.raises(AssertionError):
+            check_batch(model, tokenizer, PROMPTS, 1e-9, [4], temperature=1.0, max_new_units=40)
+
+
+@pytest.mark.parametrize(("shape", "n", "left"), [("memory", 4, 1), ("none", 4, 4), ("none", 9, 1)])
+def test_free_rows_are_kept_where_they_cost_no_steps(shape: str, n: int, left: int) -> None:
+    model, tokenizer = tiny_copy("english", shape)
+    model.head_mask[tokenizer.eos_id] = -math.inf
+    engine = Engine(model, tokenizer)
+    for i in range(n):
+        engine.submit("a dog", limits=Limits(3 if i else 40))
+    while engine.unfinished > 1:
+        engine.step()
+    engine.step()
+    assert engine.unfinished
+    assert len(engine._rows) == left
 
 
 @pytest.mark.parametrize("bug", [no_select, tokens_in_wrong_columns, context_not_selected, not_reopened, bos_forgotten])

@@ -202,17 +202,20 @@ def test_a_compiled_graph_cuts_ranges_to_the_keys(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_row_ends_at_its_own_end(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows of very different lengths each is multiplied with its own keys; what lies behind is not touched."""
+    """Of rows of very different lengths each is multiplied with its own keys, and only queries up to the last that sees
+    any; what lies behind is not touched."""
     monkeypatch.setattr(cpu_rows, "IN_PLACE", 0)
     case = make_case(0, n_batch=4, n_queries=queries, n_keys=400, head_dim=16, dtype=torch.float64)
     q, k, v, ranges, *others = case.inputs()
     ends = [400, 7, 1, 0]
     ranges = torch.zeros_like(ranges)
     ranges[:, :, 0, 1] = torch.tensor(ends, dtype=torch.int32)[:, None]
+    ranges[0, 1:] = 0  # padding, where a row has fewer queries than others
     with torch.inference_mode():
         wanted = interval_attention(q, k, v, ranges, *others, backend="reference")
         for row, end in enumerate(ends[:3]):
             k[row, :, end:] = v[row, :, end:] = math.nan  # which a product with all keys would spread
+        q[0, :, 1:] = q[3] = math.nan
         found = interval_attention(q, k, v, ranges, *others, backend="cpu", rows=range(4))
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         alike = torch.full_like(ranges[:, :, 0, 1], 400)

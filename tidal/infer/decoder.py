@@ -94,8 +94,8 @@ class Decoder:
 
     Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full; `trim` makes
     them smaller. To be used without gradients. With `cuda_graphs`, steps of all rows are recorded once and replayed,
-    over all that the caches have room for, until these change their size or rows leave; ValueError where there is no
-    CUDA device.
+    over all that the caches have room for, until these change their size or rows leave; `recorded.check` says whether a
+    device has them.
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256,
@@ -105,14 +105,16 @@ class Decoder:
         weight = model.unit_embedding.weight
         self.device = weight.device
         self.cuda_graphs = cuda_graphs
-        if cuda_graphs:
-            recorded.check(self.device)
         self.recording: recorded.Recorded | None = None
         """knows this decoder: set to None by who is done with it, else caches live until Python finds the cycle"""
         self.n_block = tokenizer.max_block_units + 1
         self.capacity = self.room = room
         self.reader_caches = [KeyValueCache(model, n_rows, room) for _ in model.reader]
-        own = self.n_block if model.config.shape.writer_attention != "none" else 0
+        self.writer_attends = model.config.shape.writer_attention != "none"
+        self.steps_some = not (self.writer_attends or cuda_graphs or self.device.type != "cpu")
+        """Whether a step of some rows costs less than one of all: where the writer has caches, it would copy them;
+        recorded steps are of all rows; and on a GPU the host would wait for the list of rows."""
+        own = self.n_block if self.writer_attends else 0
         self.writer_caches = [
             KeyValueCache(model, n_rows, own + (room if model.has_memory and i == 0 else 0))
             for i in range(len(model.writer))
@@ -258,7 +260,6 @@ class Decoder:
         n, here = self.n_block, slice(None) if some is None else some
         at = data[:, 0, 0], data[:, 0, 1]
         ranges = data[..., 11:].to(torch.int32).view(len(data), 1, 2, 2, 2)
-        self.positions[at] = q_position[:, 0]
 
         def view(cache: KeyValueCache, memory: bool) -> View:
             end = memory_end if memory else n
@@ -270,7 +271,11 @@ class Decoder:
             return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend,
                         rows=range(len(data)) if some is None else some)  # fmt: skip
 
-        views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
+        if self.writer_attends:
+            self.positions[at] = q_position[:, 0]
+            views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
+        else:  # nobody looks
+            views = [View(ranges[:, :, 1], q_position, q_position)] * len(self.writer_caches)
         hints = None
         if foretold := self.model.foretold:
             tell = foretold.fixed if self.cuda_graphs or data.is_cuda else foretold

@@ -184,9 +184,10 @@ class Engine:
         self._decoder.clear([i])
 
     def _shrink(self, decoder: Decoder) -> None:
-        """Copy the active rows together where half of all are free; give back memory that only longer ones needed."""
+        """Copy the active rows together where most are free; give back memory that only longer ones needed."""
         active = self._active()
-        if not self.cuda_graphs and 2 * len(active) <= len(self._rows):  # to record anew takes longer than idle rows do
+        most = 8 if decoder.steps_some else 2  # for each of the active: there free rows cost nothing but memory
+        if not self.cuda_graphs and most * len(active) <= len(self._rows):  # to record anew takes longer than idle rows
             decoder.select([i for i, _ in active])
             self._rows = [row for _, row in active]
         decoder.trim()
@@ -202,14 +203,15 @@ class Engine:
     def _write_one(self, decoder: Decoder) -> list[Event]:
         """Write a unit in every row that has nothing to read; what is finished by that."""
         going = [(i, row) for i, row in self._active() if not row.to_read]
-        # Rows that wait or are free take the step, too, and what comes out is dropped: leaving them out of the
-        # batch would copy the caches of all others.
-        written = [row.written if row else () for row in self._rows]
-        logits = decoder.step(range(len(self._rows)), written, check=False)
-        if len(going) < len(self._rows):
-            logits = logits[upload([i for i, _ in going], logits.device)]
-        allowed = upload(torch.stack([self._grammar.allowed(row.written) for _, row in going]), logits.device)
-        rows = [row for _, row in going]
+        numbers, rows = [i for i, _ in going], [row for _, row in going]
+        if decoder.steps_some:
+            logits = decoder.step(numbers, [row.written for row in rows], check=False)
+        else:  # rows that wait or are free take the step, too, and what comes out is dropped
+            written = [row.written if row else () for row in self._rows]
+            logits = decoder.step(range(len(self._rows)), written, check=False)
+            if len(going) < len(self._rows):
+                logits = logits[upload(numbers, logits.device)]
+        allowed = upload(torch.stack([self._grammar.allowed(row.written) for row in rows]), logits.device)
         units, log_probs = fetch(choose(logits, allowed, [row.sampling for row in rows],
                                         [row.generator for row in rows], [row.repeated() for row in rows]),
                                  logits)  # fmt: skip

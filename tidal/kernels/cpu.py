@@ -38,7 +38,9 @@ def attend(
 ) -> Tensor:
     """Shapes and dtypes as in :func:`tidal.kernels.interval_attention`."""
     if q.shape[2] * k.shape[2] <= DENSE_LIMIT:
-        return attend_dense(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        geometry = dense_geometry(ranges, q_position, k_position, dtype, plan)
+        return one_tile(q.to(dtype) * scale, k.to(dtype), v.to(dtype), slopes.to(dtype), *geometry).to(q.dtype)
     if plan is None:
         plan = TilePlan.build(ranges, k.shape[2])
     out: Tensor = attend_tiled(q, k, v, ranges, q_position, k_position, slopes, plan.slices, plan.tile_q, scale)
@@ -78,35 +80,23 @@ def tile_geometry(
 # ------------------------------------------------------------------------------------------ one dense tile
 
 
-def attend_dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    q_position: Tensor,
-    k_position: Tensor,
-    slopes: Tensor,
-    scale: float,
-    plan: TilePlan | None,
+def one_tile(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, distance: Tensor, mask: Tensor, sighted: Tensor
 ) -> Tensor:
-    """The whole score matrix as one tile; distances and mask are kept in the plan for the next layer."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    """The whole score matrix as one tile: out [B, Hq, Lq, D].
+
+    q [B, Hq, Lq, D] times the scale, k, v [B, Hkv, Lk, D] and slopes [Hq], in the dtype of the statistics; distance,
+    mask and sighted as `dense_geometry` gives them.
+    """
     (n_batch, n_heads, n_queries, head_dim), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
     n_products, n_rows = n_batch * n_kv_heads, n_heads // n_kv_heads * n_queries
-    distance, mask, sighted = dense_geometry(ranges, q_position, k_position, dtype, plan)
-    slopes_gr11 = slopes.to(dtype).view(n_kv_heads, -1, 1, 1)
+    slopes_gr11 = slopes.view(n_kv_heads, -1, 1, 1)
     bias_zmk = torch.addcmul(mask, distance, slopes_gr11, value=-1).view(n_products, n_rows, n_keys)
-    q_zmd = (q.to(dtype) * scale).reshape(n_products, n_rows, head_dim)
-    k_zkd, v_zkd = (x.to(dtype).reshape(n_products, n_keys, head_dim) for x in (k, v))
-    out = weighted(bias_zmk, q_zmd, k_zkd, v_zkd).view(n_batch, n_heads, n_queries, head_dim)
-    if sighted.numel():
-        out = out * sighted
-    return out.to(q.dtype)
-
-
-def weighted(bias_zmk: Tensor, q_zmd: Tensor, k_zkd: Tensor, v_zkd: Tensor) -> Tensor:
-    """softmax(bias + q kᵀ) v: [z, m, d]."""
-    return torch.bmm(torch.baddbmm(bias_zmk, q_zmd, k_zkd.transpose(1, 2)).softmax(dim=-1), v_zkd)
+    q_zmd = q.reshape(n_products, n_rows, head_dim)
+    k_zkd, v_zkd = (x.reshape(n_products, n_keys, head_dim) for x in (k, v))
+    weight_zmk = torch.baddbmm(bias_zmk, q_zmd, k_zkd.transpose(1, 2)).softmax(dim=-1)
+    out = torch.bmm(weight_zmk, v_zkd).view(q.shape)
+    return out * sighted if sighted.numel() else out
 
 
 def dense_geometry(

@@ -1,8 +1,8 @@
 """Rows of a cache attended to one by one: where they lie, and each up to its own end.
 
-    row 0   k k k k k k k k k k k k k k k k k k k k k        one product for each row, over its k
-    row 2   k k k . . . . . . . . . . . . . . . . . .        nothing is copied, and no . is multiplied
-    row 3   k k k k k . . . . . . . . . . . . . . . .
+    row 0   q · ·   k k k k k k k k k k k k k k k k k        one product for each row, of its q with its k
+    row 2   q q q   k k k . . . . . . . . . . . . . .        nothing is copied, and no · or . is multiplied
+    row 3   q · ·   k k k k k . . . . . . . . . . . .
 
 Shape letters as in cpu.py.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tidal.kernels.cpu import dense_geometry, weighted
+from tidal.kernels.cpu import blind_queries, dense_geometry, one_tile
 from tidal.kernels.plan import TilePlan
 
 LIMIT = 2**17
@@ -43,6 +43,12 @@ def row_ends(ranges: Tensor, n_keys: int) -> Tensor:
     return ranges[..., 1].amax(dim=(1, 2)).clamp(1, n_keys)
 
 
+def query_ends(ranges: Tensor, n_keys: int) -> Tensor:
+    """int64 [B]: the end of the last query of a row that sees a key; those of shorter rows are padding behind it."""
+    sighted_bq = blind_queries(ranges, n_keys).logical_not()
+    return (sighted_bq * torch.arange(1, ranges.shape[1] + 1)).amax(1)
+
+
 def attend_rows(
     q: Tensor,
     k: Tensor,
@@ -56,37 +62,35 @@ def attend_rows(
     *,
     rows: Sequence[int],
 ) -> Tensor:
-    """A tile for each row of the batch, over the keys of its row of k and v up to the last one that it sees.
+    """A tile for each row of the batch, of its queries up to the last one that sees anything, over the keys of its row
+    of k and v up to the last one that is seen.
 
     Nothing of these is copied, and a row does not pay for others that are longer.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    (n_batch, n_heads, n_queries, head_dim), n_kv_heads = q.shape, k.shape[1]
-    n_rows = n_heads // n_kv_heads * n_queries
-    slopes_gr11 = slopes.to(dtype).view(n_kv_heads, -1, 1, 1)
-    q_bgmd = (q.to(dtype) * scale).reshape(n_batch, n_kv_heads, n_rows, head_dim)
-    geometries, out = rows_geometry(ranges, q_position, k_position, dtype, plan), q.new_empty(q.shape)
-    for i, (row, (distance, mask, sighted)) in enumerate(zip(rows, geometries, strict=True)):
-        end = mask.shape[-1]
-        bias_gmk = torch.addcmul(mask[0], distance[0], slopes_gr11, value=-1).view(n_kv_heads, n_rows, end)
-        out_gmd = weighted(bias_gmk, q_bgmd[i], k[row, :, :end].to(dtype), v[row, :, :end].to(dtype))
-        out_hqd = out_gmd.view(n_heads, n_queries, head_dim)
-        out[i] = out_hqd * sighted[0] if sighted.numel() else out_hqd
+    geometries = rows_geometry(ranges, q_position, k_position, dtype, plan)
+    scaled, slopes, out = q.to(dtype) * scale, slopes.to(dtype), q.new_zeros(q.shape)
+    for i, (row, geometry) in enumerate(zip(rows, geometries, strict=True)):
+        n_queries, end = geometry[0].shape[-2:]
+        k_row, v_row = (x[row : row + 1, :, :end].to(dtype) for x in (k, v))
+        out[i, :, :n_queries] = one_tile(scaled[i : i + 1, :, :n_queries], k_row, v_row, slopes, *geometry)[0]
     return out
 
 
 def rows_geometry(
     ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, plan: TilePlan | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`dense_geometry` of each row by itself, over its own keys; kept in the plan for the next layer."""
+    """`dense_geometry` of each row by itself, of its queries over its keys; kept in the plan for the next layer."""
     key = f"rows {dtype} {torch.is_inference_mode_enabled()}"
     if plan is not None and key in plan.memo:
         q_seen, k_seen, *kept = plan.memo[key]
         if q_seen is q_position and k_seen is k_position:
             return list(zip(kept[::3], kept[1::3], kept[2::3], strict=True))
+    n_keys = k_position.shape[1]
+    sizes = zip(query_ends(ranges, n_keys).tolist(), row_ends(ranges, n_keys).tolist(), strict=True)
     geometries = [
-        dense_geometry(ranges[i : i + 1], q_position[i : i + 1], k_position[i : i + 1, :end], dtype, None)
-        for i, end in enumerate(row_ends(ranges, k_position.shape[1]).tolist())
+        dense_geometry(ranges[i : i + 1, :n], q_position[i : i + 1, :n], k_position[i : i + 1, :end], dtype, None)
+        for i, (n, end) in enumerate(sizes)
     ]
     if plan is not None:
         plan.memo[key] = (q_position, k_position, *itertools.chain.from_iterable(geometries))
