@@ -35,6 +35,7 @@ ADAPTED = {
     r"(-m tidal\.train\b(?!.*--help).*)": r"\1 --max-steps 4 --rows 4",
     r"(-m tidal\.train --recipe text .*)": r"\1 --no-doctor --d-model 32 --suffix-rows 500 --vocab-size 320",
     r"(-m tidal\.(infer|evaluate samples) .*)": r"\1 --max-new-units 12",
+    r"(-m tidal\.train --init-from .*)": r"\1 --no-doctor",
     r"--count 1000": "--count 50",
     r"(-m tidal\.evaluate (boundary|samples) .*)": r"\1 --count 10",
     r"(python -m tidal\.doctor .*)": r"\1 --quick --checks 1 19",

@@ -190,6 +190,14 @@ def where(name: str, check: int) -> Where:
     return found
 
 
+def test_what_a_model_does_not_look_at_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without suffix rows training hashes none, decoding does."""
+    BY_NAME["the reader is causal inside blocks, in decoding only"].plant(monkeypatch)
+    found = run(*make(dataclasses.replace(SHAPE, suffix_rows=0)), quick=True, checks=[14]).findings[0].where
+    assert found is not None
+    assert (found.layer, found.sides) == ("reader.0", ("training", "decoding"))
+
+
 def test_the_first_difference_is_named() -> None:
     """Text, block, step, layer, tensor and both values."""
     first = where("the reader is causal inside blocks, in decoding only", 14)

@@ -183,6 +183,21 @@ def test_free_rows_are_kept_where_they_cost_no_steps(shape: str, n: int, left: i
     assert len(engine._rows) == left
 
 
+def test_free_rows_are_left_behind_before_their_caches_double() -> None:
+    model, tokenizer = tiny_copy("english", "none")
+    model.head_mask[tokenizer.eos_id] = -math.inf
+    engine, sizes = Engine(model, tokenizer), []
+    for i in range(16):
+        engine.submit("a dog", limits=Limits(3 if i > 3 else 1200))
+    while engine.unfinished == 16:
+        engine.step()
+    while engine.unfinished:
+        sizes.append((len(engine._rows), engine._decoder.capacity if engine._decoder else 0))
+        engine.step()
+    assert {n for n, capacity in sizes if capacity == 256} == {16, 4}
+    assert {n for n, capacity in sizes if capacity > 256} == {4}
+
+
 @pytest.mark.parametrize("bug", [no_select, tokens_in_wrong_columns, context_not_selected, not_reopened, bos_forgotten])
 def test_planted_bugs_are_caught(bug: PlantedBug, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny("english", "memory")

@@ -311,6 +311,7 @@ def test_moved_data_may_be_continued_on_and_changed_data_not(tmp_path: Path, mon
     assert run([*base, *more]) == 0
     assert unequal(results(Path("runs/text")), wanted) == []
     undo(Path("runs/text"))
+    assert "--hold-out 0.05 (now 0.1)" in refused(run, [*base, *more, "--hold-out", "0.1"])
     Path("b.txt").write_text(text.replace("day 59", "day 60"))
     assert "the data hold other text" in refused(run, [*base, *more])
 

@@ -7,17 +7,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.commands import SMALL_TEXT
-from tests.train.runs import SETTINGS, Hooked, refused, short_samples, stopped_and_continued, unequal, whole
+from tests.train.runs import SETTINGS, Hooked, refused, results, short_samples, stop_at, unequal, whole
 from tidal import checkpoint, load
 from tidal.tokenizer import MixedTokenizer
+from tidal.train import loop
 from tidal.train.__main__ import run
 from tidal.train.health import Health
 from tidal.train.loop import train
+from tidal.train.resume import look_in
+from tidal.train.stop import Stop, Stopped
 
 LINES = "".join(f"The {name} sat on the mat and saw {n} rats.\n" for n, name in enumerate(["cat", "dog", "hen"] * 40))
 ASKED = "".join(json.dumps({"prompt": f"What saw {n} rats?", "completion": f" The cat {n}."}) + "\n" for n in range(60))
@@ -96,20 +100,36 @@ def test_the_doctor_examines_the_weights_that_training_begins_with(
 
 
 def test_a_run_that_is_stopped_goes_on_bit_for_bit_without_the_run_it_came_from(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "sums", source := tmp_path / "sums")
-    settings = dataclasses.replace(SETTINGS, init_from=str(source), seed=1)
-    first = whole(tmp_path / "whole", settings)
+    shutil.copytree(home / "sums", base := tmp_path / "sums")
+    settings, source = dataclasses.replace(SETTINGS, init_from=str(base), seed=1), checkpoint.resolve(base)
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    train(settings, Hooked(settings), tmp_path / "whole", source=source)
+    stop = Stop()
+    with pytest.raises(Stopped):
+        train(settings, Hooked(settings, stop_at(stop, "batch", 5)), tmp_path / "stopped", source=source, stop=stop)
+    shutil.rmtree(base)
+    train(settings, Hooked(settings), tmp_path / "stopped", found=look_in(tmp_path / "stopped"))
+    assert not unequal(first := results(tmp_path / "whole"), results(tmp_path / "stopped"))
+    assert "weights" in unequal(first, whole(tmp_path / "fresh", settings))
 
-    class Lost(Hooked):
-        def batch(self, step: int, share: tuple[int, int] = (0, 1)) -> object:  # type: ignore[override]
-            if step == 4:
-                shutil.rmtree(source, ignore_errors=True)
-            return super().batch(step, share)
 
-    assert not unequal(first, stopped_and_continued(tmp_path / "stopped", "batch", 5, settings, Lost))
-    assert not source.exists()
-    fresh = whole(tmp_path / "fresh", dataclasses.replace(settings, init_from=None))
-    assert "weights" in unequal(first, fresh)
+def test_which_checkpoint_is_asked_once(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is still trained may have another best one the next time."""
+    shutil.copytree(here / "base", base := tmp_path / "base")
+    first, last = checkpoint.checkpoints(base)
+    checkpoint.set_pointer(base, "best", first.name)
+    real = loop.model_for
+
+    def slow(*arguments: Any) -> object:
+        checkpoint.set_pointer(base, "best", last.name)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "model_for", slow)
+    with short_samples():
+        assert run([*TUNE, "--init-from", str(base), "--lr", "0", "--out", str(tmp_path / "still")]) == 0
+    assert same(best(tmp_path / "still"), best(first))
+    assert not same(best(first), best(last))
 
 
 def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,14 +146,18 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (("--d-model", "32"), "--init-from base does not fit: --d-model 32 (there 16)"),
+    (("--d-model", "32"), "does not fit: --d-model 32 (there 16)"),
+    (("--no-qk-norm",), "does not fit: --qk-norm False (there True)"),
+    (("--n-heads", "4"), "does not fit: --n-heads 4 (there 2)"),
+    (("--rotary-places",), "does not fit: --rotary-places True (there False)"),
+    (("--query-gain", "3"), "--query-gain does nothing with --init-from"),
     (("--writer-attention", "memory", "--reader-layers", "2"), "--reader-layers 2 (there 1)"),
     (("--init-from", "nowhere"), "nowhere does not exist"),
     (("--model-size", "mini"), "--model-size mini: the model of base has its size; leave --model-size out"),
     (("--vocab-size", "400"), "--vocab-size does nothing with --init-from"),
     (("--recipe", "addition"), "--recipe addition: base was trained by the recipe text"),
     (("--init-from", "sums"), "--data goes with --recipe text"),
-    (("--tokenizer", "sums/tokenizer"), "--init-from base does not fit: the model was trained with tokenizer"),
+    (("--tokenizer", "sums/tokenizer"), "does not fit: the model was trained with tokenizer"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(here: Path, flags: tuple[str, ...], said: str) -> None:
     out = here / "refused"
@@ -141,6 +165,11 @@ def test_what_does_not_fit_is_refused_in_one_line(here: Path, flags: tuple[str, 
     assert said in told
     assert "\n" not in told
     assert not out.exists()
+
+
+def test_a_longer_block_is_another_tokenizer(here: Path) -> None:
+    said = refused(run, ["--init-from", "sums", "--max-block-units", "9", "--no-doctor", *BRIEF])
+    assert "--max-block-units does nothing with --init-from" in said
 
 
 def test_a_run_that_is_good_from_the_first_step_is_not_warned_of() -> None:

@@ -19,7 +19,7 @@ from tests.commands import ENVIRONMENT, SMALL, SMALL_TEXT, children, wait_for
 from tests.train import together as work
 from tests.train.runs import SETTINGS, Hooked, apart, as_process, gradient, refused, results, train_step, whole
 from tests.train.together import TWICE, Job, eager_blocks, processes, run_jobs, together
-from tidal import checkpoint
+from tidal import checkpoint, load
 from tidal.config import Text
 from tidal.layers import Layer
 from tidal.streams import Batch
@@ -262,6 +262,11 @@ def test_a_text_by_two_processes(tmp_path: Path) -> None:
              "--max-steps", "2", *SMALL_TEXT]  # fmt: skip
     assert together(2, tmp_path, work.run_command, flags, tmp_path) == [0, 0]
     assert look_in(tmp_path / "two").saved.step == 2
+    tune = ["--init-from", "two", "--data", "file.txt", "--out", "tuned", "--parallel", "fsdp", "--device", "cpu",
+            "--max-steps", "1", "--lr", "0", "--no-doctor"]  # fmt: skip
+    assert together(2, tmp_path, work.run_command, tune, tmp_path) == [0, 0]
+    one, other = (load(tmp_path / name)[0].state_dict() for name in ("two", "tuned"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 RUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "tidal.train", *SMALL, "--rows",

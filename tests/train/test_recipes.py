@@ -25,6 +25,7 @@ from tidal.tokenizer import NO_PLACE, MixedTokenizer
 from tidal.train import recipes
 from tidal.train.loop import Recipe
 from tidal.train.presets import PRESETS
+from tidal.train.recipes import addition
 from tidal.train.recipes.addition import AdditionRecipe, random_operand, random_sums
 from tidal.train.recipes.text import TextRecipe
 
@@ -126,6 +127,14 @@ def test_the_whole_answer_and_its_end_must_be_right(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(recipes, "generate", generate)
     wrong = recipes.wrong_answers(None, None, [("1 + 2 =", " 3\n")] * 6)  # type: ignore[arg-type]
     assert {i: (c.completion, c.stop_reason) for i, c in wrong.items()} == dict(enumerate(answers[1:], start=1))
+
+
+def test_what_chooses_the_best_checkpoint_is_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = AdditionRecipe(PRESETS["addition"])
+    recipe.held_out = {n: problems[: 4 * n] for n, problems in recipe.held_out.items()}
+    monkeypatch.setattr(addition, "wrong_answers", lambda *_: dict.fromkeys(range(5)))
+    wanted = {f"exact_{n}": (4 * n - 5) / (4 * n) for n in recipe.held_out}
+    assert recipe.validate(None) == {"quality": sum(wanted.values()) / 3, **wanted}  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------------- text

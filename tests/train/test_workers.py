@@ -154,7 +154,8 @@ def test_how_many(asked: int, device: str, threads: int, processes: int, wanted:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a killed parent takes along")
-def test_the_command_takes_its_workers_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
     command = [*SMALL, "--digits", "1", "--max-block-units", "8", "--rows", "4", "--max-steps", "5000", "--out", "run",
@@ -164,6 +165,8 @@ def test_the_command_takes_its_workers_along(tmp_path: Path, monkeypatch: pytest
                                                    env=ENVIRONMENT, stderr=file) as run:  # fmt: skip
         try:
             commands.wait_for((tmp_path / "run/latest").exists, run, said, 120)
+            run.send_signal(number)
+            assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number), said.read_text()
         finally:
             run.kill()
     monkeypatch.chdir(tmp_path)

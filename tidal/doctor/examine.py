@@ -105,17 +105,18 @@ def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), qu
                tell=lambda check: tell(f"{check.number:>2} {check.title}"))  # fmt: skip
 
 
-def examine_before_training(settings: Train, recipe: Recipe) -> Report:
+def examine_before_training(settings: Train, recipe: Recipe, source: Path | None = None) -> Report:
     """Quick checks on the model, tokenizer, data and first batch that these settings give, on the CPU.
 
-    The model is made anew and thrown away; the training that follows is the same, bit for bit, as without.
+    The model is made anew, or with the weights of the checkpoint `source`, and thrown away; the training that follows
+    is the same, bit for bit, as without.
 
     Raises:
         UserError: a finding; the table is on stderr.
     """
     set_threads(settings.model.d_model, settings.threads)
     with memory_for("the doctor's models; try a smaller model, or --no-doctor"):
-        report = run(model_for(settings, recipe.tokenizer), recipe.tokenizer, texts=recipe.sample_prompts(0),
+        report = run(model_for(settings, recipe.tokenizer, source), recipe.tokenizer, texts=recipe.sample_prompts(0),
                      quick=True, feed=feed_of(settings, recipe), precision=settings.precision,
                      subject="before training")  # fmt: skip
     if not report.ok:

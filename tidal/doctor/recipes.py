@@ -1,4 +1,4 @@
-"""What the recipe of a run feeds, next to what it was made of, for check 11."""
+"""What the recipe of a run feeds, and what of its data was a prompt, for check 11."""
 
 from __future__ import annotations
 

@@ -186,7 +186,9 @@ class Engine:
     def _shrink(self, decoder: Decoder) -> None:
         """Copy the active rows together where most are free; give back memory that only longer ones needed."""
         active = self._active()
-        most = 8 if decoder.steps_some else 2  # for each of the active: there free rows cost nothing but memory
+        longest = max(builder.n_read for builder in decoder.builders)
+        filling = longest + decoder.room // 4 > decoder.capacity  # all rows' caches will soon double
+        most = 8 if decoder.steps_some and not filling else 2  # there free rows cost nothing but their memory
         if not self.cuda_graphs and most * len(active) <= len(self._rows):  # to record anew takes longer than idle rows
             decoder.select([i for i, _ in active])
             self._rows = [row for _, row in active]

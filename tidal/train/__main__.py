@@ -108,12 +108,13 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
              f"trains another one; try: {_use(settings, found.run_dir)}")  # fmt: skip
         return
     with joined(settings.parallel, device) as parallel, contextlib.ExitStack() as held:
-        recipe, out = _ready(settings, wanted, found, stop, parallel, held)
-        _learn(settings, recipe, out, found, stop, parallel)
+        recipe, out, source = _ready(settings, wanted, found, stop, parallel, held)
+        _learn(settings, recipe, out, found, source, stop, parallel)
     note(f"done; try: {_use(settings, out)}")
 
 
-def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop: Stop, parallel: Parallel) -> None:
+def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, source: Path | None, stop: Stop,
+           parallel: Parallel) -> None:  # fmt: skip
     """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
     from tidal.report.page import Pages, draw  # downstream of the loop, as the doctor is
@@ -122,7 +123,7 @@ def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, stop
 
     pages = Pages()
     try:
-        train(settings, recipe, out, stop=stop, found=found, parallel=parallel,
+        train(settings, recipe, out, stop=stop, found=found, source=source, parallel=parallel,
               examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
     except Stopped:
         latest = checkpoint.read_pointer(out, "latest")
@@ -141,8 +142,9 @@ def _use(settings: Train, run_dir: Path) -> str:
 
 
 def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel,
-           held: contextlib.ExitStack) -> tuple[Recipe, Path]:  # fmt: skip
-    """The data, the tokenizer and the run's folder. The first process makes them; the others wait, and find them.
+           held: contextlib.ExitStack) -> tuple[Recipe, Path, Path | None]:  # fmt: skip
+    """The data, the tokenizer, the run's folder, and the checkpoint that --init-from names. The first process makes or
+    finds them; the others wait.
 
     Nobody else may write to the folder as long as `held` is open. It is not locked while data are prepared.
     """
@@ -153,17 +155,19 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
     from tidal.train.records import write_settings
     from tidal.train.resume import check_unchanged, with_tokenizer
 
-    source = found.folder if found else resolve(Path(settings.init_from)) if settings.init_from else None
+    source = None
     with stop.anywhere():
         if parallel.leads:
-            recipe = make_recipe(with_tokenizer(settings, source))
+            if settings.init_from and found is None:  # once: a run that is being trained may choose another soon
+                source = resolve(Path(settings.init_from))
+            recipe = make_recipe(with_tokenizer(settings, found.folder if found else source))
             verdict = None
             if settings.doctor and found is None:
                 from tidal.doctor.examine import examine_before_training  # downstream of the loop
 
-                verdict = examine_before_training(settings, recipe).to_dict()
-            elif settings.init_from and found is None:
-                model_for(settings, recipe.tokenizer)  # weights that do not fit fail before there is a run folder
+                verdict = examine_before_training(settings, recipe, source).to_dict()
+            elif source is not None:
+                model_for(settings, recipe.tokenizer, source)  # what does not fit fails before there is a run folder
             out = prepare_run_dir(wanted) if found is None else found.run_dir
             held.enter_context(locked(out))
             check_unchanged(out, found)
@@ -174,12 +178,13 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
                 patiently(lambda: atomic_write(out / "doctor.json", text), out, stop)
             if parallel.size > 1 and found is None:
                 patiently(lambda: recipe.tokenizer.save(out / "tokenizer"), out, stop)
-            parallel.broadcast(str(out))
+            parallel.broadcast(json.dumps([str(out), source and str(source)]))
         else:
-            out = Path(parallel.broadcast(""))
+            there, begins = json.loads(parallel.broadcast(""))
+            out, source = Path(there), begins and Path(begins)
             recipe = make_recipe(with_tokenizer(settings, out if found is None else found.folder))
         parallel.check_same(f"{recipe.digest} {recipe.tokenizer.fingerprint} {found and found.folder}")
-    return recipe, out
+    return recipe, out, source
 
 
 def _elsewhere(settings: Train, argv: list[str]) -> Train:
@@ -246,7 +251,9 @@ def _check(settings: Train, default: Train) -> None:
     shape, single = settings.model, settings.parallel == "fsdp" and not by_torchrun()
     for names, where in (
         (("vocab_size",), text["tokenizer"] and f"--tokenizer {text['tokenizer']}, which is trained already"),
-        (("vocab_size",), settings.init_from and "--init-from, which has its tokenizer"),
+        (("vocab_size", "word_vocab_size", "max_block_units"),
+         settings.init_from and "--init-from, which has its tokenizer"),
+        (("query_gain",), settings.init_from and "--init-from, which has its gains"),
         (("cache",), text["prepared"] and f"--prepared {text['prepared']}"),
         (("step_stride", "step_window"), shape.writer_attention == "none" and "--writer-attention none; give another"),
         (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them out"),

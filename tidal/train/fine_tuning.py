@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from tidal import checkpoint
@@ -13,6 +12,9 @@ from tidal.config import Train
 from tidal.infer.load import load
 from tidal.model import TidalTransformer
 from tidal.train.presets import PRESETS
+
+UNSEEN = ("n_heads", "n_kv_heads", "rotary_places")
+"""Of a shape, what the sizes of weights need not show, and what they mean depends on."""
 
 
 def defaults_from(path: Path) -> Train:
@@ -32,16 +34,18 @@ def defaults_from(path: Path) -> Train:
                                text=rules)  # fmt: skip
 
 
-def load_weights(model: TidalTransformer, path: str | os.PathLike[str]) -> None:
-    """Give `model` the weights in `path`. Raises UserError where its tokenizer or its shape is another."""
-    source, _ = load(path)
-    ours, theirs = (dataclasses.asdict(m.config) for m in (model, source))
+def load_weights(model: TidalTransformer, source: Path) -> None:
+    """Give `model` the weights of the checkpoint `source`. Raises UserError where its tokenizer or shape is another."""
+    there, _ = load(source)
+    ours, theirs = (dataclasses.asdict(m.config) for m in (model, there))
     try:
-        model.config.check_tokenizer(source.config.fingerprint)
-        model.load_state_dict(source.state_dict())
+        model.config.check_tokenizer(there.config.fingerprint)
+        if any(ours["shape"][name] != theirs["shape"][name] for name in UNSEEN):
+            raise ValueError("another shape")
+        model.load_state_dict(there.state_dict())
     except (ValueError, RuntimeError) as error:
         shapes = ours.pop("shape"), theirs.pop("shape")
         changed = [f"--{name.replace('_', '-')} {value} (there {shapes[1][name]})"
                    for name, value in shapes[0].items() if value != shapes[1][name]]  # fmt: skip
         why = ", ".join(changed) if ours == theirs else error
-        raise UserError(f"--init-from {path} does not fit: {why}") from error
+        raise UserError(f"--init-from {source} does not fit: {why}") from error

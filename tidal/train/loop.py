@@ -73,21 +73,20 @@ def make_recipe(settings: Train) -> Recipe:
     return TextRecipe(settings)
 
 
-def model_for(settings: Train, tokenizer: MixedTokenizer, resumed: bool = False) -> TidalTransformer:
-    """The model that training begins with: fresh and seeded, or with the weights that `--init-from` names.
-
-    A run that is `resumed` gets those of its own checkpoint later. Raises UserError where the weights do not fit.
-    """
+def model_for(settings: Train, tokenizer: MixedTokenizer, source: Path | None = None) -> TidalTransformer:
+    """A fresh model, seeded; with the weights of the checkpoint `source`, if given. UserError if they do not fit."""
     torch.manual_seed(settings.seed)
     model = TidalTransformer.of(tokenizer, settings.model)
-    if settings.init_from is not None and not resumed:
-        load_weights(model, settings.init_from)
+    if source is not None:
+        load_weights(model, source)
     return model
 
 
 def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None,
-          examined: Callable[[Path], None] = lambda out: None, parallel: Parallel | None = None) -> Path:  # fmt: skip
-    """Train into the run folder `out`, from scratch or from the checkpoint `found`; returns the folder.
+          source: Path | None = None, examined: Callable[[Path], None] = lambda out: None,
+          parallel: Parallel | None = None) -> Path:  # fmt: skip
+    """Train into the run folder `out`: from scratch, with the weights of `source`, or on from the checkpoint `found`.
+    Returns the folder.
 
     `examined` is called with it after every validation. With `parallel`, all its processes call this function alike.
 
@@ -96,7 +95,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
             killed.
         Stopped: `stop` was signalled. A checkpoint of the last step is saved.
     """
-    run = Run(settings, recipe, out, stop or Stop(), examined, parallel, resumed=found is not None)
+    run = Run(settings, recipe, out, stop or Stop(), examined, parallel, source)
     if found is not None:
         run.restore(found)
     run.open(found)
@@ -117,7 +116,7 @@ class Run:
 
     def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop,
                  examined: Callable[[Path], None] = lambda out: None,
-                 parallel: Parallel | None = None, resumed: bool = False) -> None:  # fmt: skip
+                 parallel: Parallel | None = None, source: Path | None = None) -> None:  # fmt: skip
         self.settings, self.out, self.stop, self.examined = settings, out, stop, examined
         self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
@@ -125,7 +124,7 @@ class Run:
         workers = n_workers(settings.workers, self.device, local_size())
         self.recipe, self.prefetched = recipe, PrefetchLoader(recipe, workers) if workers else None
         with memory_for("the weights and the optimizer's moments; try a smaller model"):
-            self.model = model_for(settings, recipe.tokenizer, resumed).to(self.device)
+            self.model = model_for(settings, recipe.tokenizer, source).to(self.device)
             self.wrapped = self.parallel.wrap(self.model, settings)
             self.optimizer = Optimizer(self.model, settings.optim)
         self.saved = Saved(parts=settings.parts)

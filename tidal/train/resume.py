@@ -29,7 +29,7 @@ HARMLESS = {
     "data": "what is in it is compared, not where it is",
     "prepared": "likewise",
     "cache": "likewise",
-    "hold_out": "it is in the digest of the data, which is compared",
+    "hold_out": "where data go on in another form, see `may_continue`; it is in their digest, which is compared",
     "tokenizer": "likewise, by its fingerprint",
     "max_seconds": "when it ends, not how it gets there",
     "validate_every": "validation leaves no trace in the weights",
@@ -199,7 +199,8 @@ def may_continue(found: Found, settings: Train, path_given: bool, named: bool = 
     Else settings of another meaning raise UserError, which lists them; harmless ones are noted.
     """
     changed = differences(found.settings, settings)
-    meant = [text for name, text in changed.items() if name not in HARMLESS]
+    same_form = (found.settings.text.prepared is None) == (settings.text.prepared is None)
+    meant = [text for name, text in changed.items() if name not in HARMLESS or (name == "hold_out" and same_form)]
     if meant and not path_given and (is_finished(found, found.settings) or not named):
         return False
     if meant:
