@@ -100,7 +100,6 @@ def test_few_templates_need_say_nothing_of_what_follows(n: int, said: str, monke
     found = result(21, [Document(f"question {i % n}:", f" the answer is {i}\n") for i in range(12)])
     assert found.verdict == ("finding" if n == 12 else "well"), found
     assert said in found.message
-    assert n < 12 or found.measured < found.limit == checks_run.LEAST_GAIN
 
 
 def test_held_out_text_that_costs_far_more_than_samples_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def reasons(patient: Patient, meter: Meter) -> None:
     gain = other - own
     meter.note(f"the true prompt is worth {gain:.3f} nats a unit")
     meter.holds(gain >= LEAST_GAIN, f"what the true prompt is worth is {gain:.4g}, less than {LEAST_GAIN:.4g}",
-                Where(documents[0].prompt), gain, LEAST_GAIN)  # fmt: skip
+                Where(documents[0].prompt))  # fmt: skip
 
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:

@@ -193,12 +193,11 @@ class Meter:
             self._stop(said, value, limit, where or Where(), 0, "", ("", ""), ("", ""))
         self._remember(value, limit)
 
-    def holds(self, condition: bool, message: str, where: Where | None = None, measured: float = 1.0,
-              limit: float = 0.0) -> None:  # fmt: skip
-        """A statement must be true; of a figure and its limit, if it is about these."""
+    def holds(self, condition: bool, message: str, where: Where | None = None) -> None:
+        """A statement must be true."""
         self.compared += 1
         if not condition:
-            self._stop(message, measured, limit, where or Where(), 0, "", ("", ""), ("", ""))
+            self._stop(message, 1, 0.0, where or Where(), 0, "", ("", ""), ("", ""))
 
     def _remember(self, measured: float, limit: float) -> None:
         if limit and (not self.limit or measured / limit >= self.measured / self.limit):
