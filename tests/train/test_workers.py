@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from tests.strategies import differing
 from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
 from tidal.cli import UserError
 from tidal.ranks import OwnError
-from tidal.streams import Batch
 from tidal.train import __main__ as training
 from tidal.train import loop, workers
 from tidal.train.loop import Run, train
+from tidal.train.memory import first_line
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
@@ -95,19 +96,36 @@ def test_a_worker_that_is_killed_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_hands_over_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the signal is heard of: what it was sending cannot be received."""
-    class Dying:
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
+    """Before the signal is heard of: what it was sending cannot be received. Heard of while that is said, the signal
+    must not be another error, of torch's words.
+    """
+    before = children()
+    loader = PrefetchLoader(Hooked(SETTINGS), 1)
+    loader.batch(0)
+    (worker,) = children() - before
+    hears = signal.getsignal(signal.SIGCHLD)
+    assert callable(hears)
 
-        def __iter__(self) -> Iterator[Batch]:
-            raise ConnectionResetError(104, "Connection reset by peer")
-            yield
+    def reset(*_: object, **__: object) -> NoReturn:
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # not yet
+        os.kill(worker, signal.SIGKILL)
+        os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+        raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr(workers, "DataLoader", Dying)
+    def line(error: Exception) -> str:
+        hears(signal.SIGCHLD, None)  # but now
+        return first_line(error)
+
+    monkeypatch.setattr(loader._coming, "_try_get_data", reset)
+    monkeypatch.setattr(workers, "first_line", line)
     said = r"^a worker, which builds batches, was killed \(while it handed over a batch\)"
-    with pytest.raises(OwnError, match=said), workers.said_if_killed():
-        PrefetchLoader(Hooked(SETTINGS), 1).batch(0)
+    try:
+        with pytest.raises(OwnError, match=said), workers.said_if_killed():
+            loader.batch(1)
+    finally:
+        signal.signal(signal.SIGCHLD, hears)
+        loader.close()
+    assert children() == before
 
 
 def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +175,7 @@ def test_how_many(asked: int, device: str, threads: int, processes: int, wanted:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Killed, it leaves no worker that holds the run's lock: the same command continues at once."""
+    """Killed, it leaves no worker that holds the run's lock: the same command continues."""
     command = [*SMALL, "--digits", "1", "--max-block-units", "8", "--rows", "4", "--max-steps", "5000", "--out", "run",
                "--validate-every", "2", "--workers", "2"]  # fmt: skip
     said = tmp_path / "said.txt"
@@ -165,8 +183,14 @@ def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: P
                                                    env=ENVIRONMENT, stderr=file) as run:  # fmt: skip
         try:
             commands.wait_for((tmp_path / "run/latest").exists, run, said, 120)
+            theirs = commands.children(run.pid)
+            assert len(theirs) == 2, said.read_text()
             run.send_signal(number)
             assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number), said.read_text()
+            end = time.monotonic() + 60  # killed as well, but a busy machine may take a moment over it
+            while any(Path(f"/proc/{worker}").exists() for worker in theirs):
+                assert time.monotonic() < end, "the workers have outlived their parent"
+                time.sleep(0.01)
         finally:
             run.kill()
     monkeypatch.chdir(tmp_path)

@@ -83,6 +83,7 @@ class PrefetchLoader:
         try:
             return next(self._coming)
         except (ConnectionError, EOFError) as error:
+            self.close()  # waits for the signal, which else would be heard of wherever this error is dealt with
             raise HandOverError("while it handed over a batch") from error
 
     def close(self) -> None:
