@@ -280,7 +280,8 @@ class BaselineRunner(Runner):
         torch.manual_seed(seed)
         self.model = CausalTransformer(CausalConfig.of(
             self.coder, d_model=shape.d_model, n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads,
-            qk_norm=shape.qk_norm, layers=b.layers, d_ff=b.d_ff, recall=b.recall)).to(device)  # fmt: skip
+            qk_norm=shape.qk_norm, layers=b.layers, d_ff=b.d_ff, recall=b.recall,
+            ngram_rows=b.ngram_rows)).to(device)  # fmt: skip
         self.optimizer = optimizer_of(cast(TidalTransformer, self.model), self.train.optim)  # asks for its tables only
         self.rows = [[self._document(p) for p in row] for row in self.recipe.rows]  # encoded beforehand, as Tidal's are
 
@@ -298,8 +299,8 @@ class BaselineRunner(Runner):
         return array("i", itertools.chain.from_iterable(tokens))
 
     def _packed(self, rows: Sequence[Sequence[Document]]) -> causal.CausalBatch:
-        batch = causal.pack(rows, self.coder, self.entry.baseline.recall)
-        scale = self.entry.baseline.position_scale
+        b = self.entry.baseline
+        batch, scale = causal.pack(rows, self.coder, b.recall, b.ngram_rows > 0), b.position_scale
         return batch if scale == 1 else dataclasses.replace(batch, positions=batch.positions * scale)
 
     def step(self, rate: float) -> None:

@@ -29,6 +29,8 @@ class Baseline:
     """Distances are multiplied by it before ALiBi sees them. A byte is further away in bytes than in tokens."""
     recall: bool = False
     """Told what followed the same one, two and three ids the last time, as Tidal's writer is told."""
+    ngram_rows: int = 0
+    """Rows of a hashed table of the last two and three ids, as Tidal's writer has of suffixes (two vectors a row)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,16 @@ import torch
 from benchmarks import decoding
 from benchmarks.baselines import causal
 from benchmarks.baselines.cached import CachedDecoder, generate
-from benchmarks.baselines.causal import BYTES, CausalConfig, CausalTransformer, Coder, Document, pack, recalled
+from benchmarks.baselines.causal import (
+    BYTES,
+    CausalConfig,
+    CausalTransformer,
+    Coder,
+    Document,
+    ngram_hashes,
+    pack,
+    recalled,
+)
 from tests.strategies import tokenizers
 
 TEXTS = ["the fox saw the land, 12 + 345 = 357", "", "dogs ☃ with\nthe light", "night"]
@@ -24,10 +33,14 @@ def coder_of(name: str) -> Coder:
     return BYTES if name == "bytes" else causal.coder_of(tokenizers()["english"])
 
 
-def random_model(coder: Coder, dtype: torch.dtype = torch.float64, recall: bool = False) -> CausalTransformer:
+def random_model(coder: Coder, dtype: torch.dtype = torch.float64, lookups: bool = False) -> CausalTransformer:
     torch.manual_seed(0)
-    config = CausalConfig.of(coder, d_model=16, n_heads=4, n_kv_heads=2, layers=3, d_ff=24, recall=recall)
-    return CausalTransformer(config).to(dtype).eval()
+    config = CausalConfig.of(coder, d_model=16, n_heads=4, n_kv_heads=2, layers=3, d_ff=24, recall=lookups,
+                             ngram_rows=97 * lookups)  # fmt: skip
+    model = CausalTransformer(config).to(dtype).eval()
+    if lookups:
+        torch.nn.init.normal_(model.ngram_embedding.weight[1:])
+    return model
 
 
 @pytest.fixture(params=["bytes", "tokens"])
@@ -56,13 +69,13 @@ def test_loss_by_hand(coder: Coder) -> None:
     torch.testing.assert_close(loss, -torch.stack(expected).sum(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("recall", [False, True])
-def test_packed_rows_equal_documents_alone(coder: Coder, recall: bool) -> None:
-    model = random_model(coder, recall=recall)
+@pytest.mark.parametrize("lookups", [False, True])
+def test_packed_rows_equal_documents_alone(coder: Coder, lookups: bool) -> None:
+    model = random_model(coder, lookups=lookups)
     documents = [Document(coder.encode(TEXTS[i - 1]), coder.encode(text), ends=i != 2) for i, text in enumerate(TEXTS)]
-    alone = [model.log_probs(pack([[d]], coder, recall)) for d in documents]
+    alone = [model.log_probs(pack([[d]], coder, lookups, lookups)) for d in documents]
     assert [len(x) for x in alone] == [len(d.completion) + d.ends for d in documents]
-    packed = model.log_probs(pack([documents[:3], documents[3:]], coder, recall))
+    packed = model.log_probs(pack([documents[:3], documents[3:]], coder, lookups, lookups))
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-9)
 
 
@@ -77,12 +90,24 @@ def test_what_is_recalled_by_hand() -> None:
     assert recalled(np.array([9, 1, 1, 1, 1]), np.arange(5, dtype=np.float32)).tolist()[-1] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("recall", [False, True])
-def test_nothing_leaks_from_later_ids(coder: Coder, recall: bool) -> None:
-    model, ids = random_model(coder, recall=recall), coder.encode(TEXTS[0])
+def test_hashes_of_ngrams_by_hand() -> None:
+    ids, at = np.array([[9, 1, 2, 1, 2, 9, 1, 2]]), np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.float32)
+    two, three = ngram_hashes(ids, at)[0].T
+    assert (two == -1).tolist() == [True, False, False, False, False, True, False, False]
+    assert (three == -1).tolist() == [True, True, False, False, False, True, True, False]
+    named = [tuple(ids[0, i - 1 : i + 1]) for i in range(8) if two[i] >= 0]
+    assert len(set(two[two >= 0].tolist())) == len(set(named)) == len(set(zip(named, two[two >= 0], strict=True)))
+    assert three[2] == three[7]  # <bos> a b
+    assert len({three[2], three[3], three[4]}) == 3
+    assert not set(two.tolist()) & set(three.tolist()) - {-1}
+
+
+@pytest.mark.parametrize("lookups", [False, True])
+def test_nothing_leaks_from_later_ids(coder: Coder, lookups: bool) -> None:
+    model, ids = random_model(coder, lookups=lookups), coder.encode(TEXTS[0])
     for changed in range(len(ids)):
         other = [*ids[:changed], ids[changed] - 1, *ids[changed + 1 :]]
-        one, two = (model.log_probs(pack([[Document([], x)]], coder, recall)) for x in (ids, other))
+        one, two = (model.log_probs(pack([[Document([], x)]], coder, lookups, lookups)) for x in (ids, other))
         assert torch.equal(one[:changed], two[:changed])
         assert not torch.equal(one[changed:], two[changed:])
 

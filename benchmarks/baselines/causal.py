@@ -30,6 +30,7 @@ from tidal.recall import N_RECALLED, repeats
 from tidal.tokenizer import MixedTokenizer
 
 NOTHING = -1  # the target of a position that is not learnt
+NGRAMS = (2, 3)  # lengths of those that have hashed rows
 
 
 # --------------------------------------------------------------------------------------------- text ⇄ ids
@@ -86,14 +87,17 @@ class CausalBatch:
     """int64 [n], the others, counted over all rows; a mask of them would make a GPU's host wait for their number"""
     recalled: Tensor | None = None
     """int64 [B, L, 3], what followed the same one, two and three ids the last time, -1 where nothing did"""
+    ngrams: Tensor | None = None
+    """int64 [B, L, 2], hashes of the last two and the last three ids, -1 where the document has fewer"""
 
     def to(self, device: torch.device | str) -> CausalBatch:
         """The batch on another device."""
-        return CausalBatch(*(x.to(device) for f in fields(self) if (x := getattr(self, f.name)) is not None))
+        there = {f.name: getattr(self, f.name) for f in fields(self)}
+        return CausalBatch(**{name: x if x is None else x.to(device) for name, x in there.items()})
 
 
-def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False) -> CausalBatch:
-    """Lay documents out in rows; with what they recall, if that is asked for."""
+def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False, ngrams: bool = False) -> CausalBatch:
+    """Lay documents out in rows; with what they recall and hashes of their n-grams, if that is asked for."""
     width = max(sum(1 + len(d.prompt) + len(d.completion) for d in row) for row in rows)
     ids, targets = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), NOTHING, np.int64)
     positions, sees = np.zeros((len(rows), width), np.float32), np.zeros((len(rows), width, 2, 2), np.int32)
@@ -107,10 +111,11 @@ def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False)
             positions[row, start:end] = np.arange(end - start)
             sees[row, start:end, 0, 0], sees[row, start:end, 0, 1] = start, np.arange(start, end) + 1
             start = end
-    arrays = [ids, positions, sees, targets, np.flatnonzero(targets != NOTHING)]
+    batch = CausalBatch(*map(torch.from_numpy, (ids, positions, sees, targets, np.flatnonzero(targets != NOTHING))))
     if recall:
-        arrays.append(np.stack([recalled(*row) for row in zip(ids, positions, strict=True)]))
-    return CausalBatch(*map(torch.from_numpy, arrays))
+        found = np.stack([recalled(*row) for row in zip(ids, positions, strict=True)])
+        batch = replace(batch, recalled=torch.from_numpy(found))
+    return replace(batch, ngrams=torch.from_numpy(ngram_hashes(ids, positions))) if ngrams else batch
 
 
 def recalled(ids: npt.NDArray[np.int64], position: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
@@ -124,6 +129,19 @@ def recalled(ids: npt.NDArray[np.int64], position: npt.NDArray[np.float32]) -> n
         key = (key ^ (np.roll(ids, order) + 1).astype(np.uint64)) * np.uint64(FACTOR)
         last, now = repeats(key, document, np.flatnonzero(position >= order))
         found[now, order] = ids[last + 1]
+    return found
+
+
+def ngram_hashes(ids: npt.NDArray[np.int64], positions: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """For ids [B, L], hashes [B, L, 2] of 32 bits that name the last two and the last three ids of the document; what
+    the hashed suffixes are to Tidal's writer. Positions [B, L] are counted in the document.
+    """
+    found = np.full((*ids.shape, len(NGRAMS)), NOTHING)
+    for column, order in enumerate(NGRAMS):
+        key = np.full(ids.shape, order, np.uint64)
+        for back in range(order):
+            key = (key ^ (np.roll(ids, back, 1) + 1).astype(np.uint64)) * np.uint64(FACTOR)
+        found[..., column] = np.where(positions >= order - 1, (key >> np.uint64(32)).astype(np.int64), NOTHING)
     return found
 
 
@@ -146,6 +164,9 @@ class CausalConfig:
     qk_norm: bool = True
     recall: bool = False
     """As Tidal's; it cannot be decoded with, and is there to be fair in benchmarks/quality.py."""
+    ngram_rows: int = 0
+    """Rows of a hashed table of the last two and three ids, added to the input (Huang et al. 2025, "Over-Tokenized
+    Transformer"), as Tidal's writer has one of suffixes; also for the sake of fairness."""
 
     @classmethod
     def of(cls, coder: Coder, **shape: Any) -> CausalConfig:
@@ -175,6 +196,8 @@ class CausalTransformer(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-6)
         if config.recall:  # of each V + 1 rows, the first says that nothing is recalled
             self.recall_embedding = nn.Embedding(N_RECALLED * (config.vocab_size + 1), d)
+        if config.ngram_rows:  # row 0 is "none" and stays zero
+            self.ngram_embedding = nn.Embedding(1 + config.ngram_rows, d, padding_idx=0)
         mask = torch.zeros(config.vocab_size)
         mask[list(config.never)] = -math.inf
         self.register_buffer("head_mask", mask, persistent=False)
@@ -193,8 +216,11 @@ class CausalTransformer(nn.Module):
         if self.config.recall:
             table = self.recall_embedding.weight.data.view(N_RECALLED, -1, d)
             table[:, 0], table[:, 1:] = 0, self.embedding.weight.data / math.sqrt(N_RECALLED)
+        if self.config.ngram_rows:  # what was never met adds nothing
+            nn.init.zeros_(self.ngram_embedding.weight)
 
-    def run(self, ids: Tensor, views: Sequence[View], recalled: Tensor | None = None) -> Tensor:
+    def run(self, ids: Tensor, views: Sequence[View], recalled: Tensor | None = None,
+            ngrams: Tensor | None = None) -> Tensor:  # fmt: skip
         """States [B, L, D] of ids [B, L]; one view a layer."""
         x_bld = self.embedding(ids)
         if self.config.recall:
@@ -202,6 +228,12 @@ class CausalTransformer(nn.Module):
                 raise RuntimeError("this baseline recalls; pack its batches with recall=True")
             rows = recalled - NOTHING + (self.config.vocab_size + 1) * torch.arange(N_RECALLED, device=ids.device)
             told = F.embedding_bag(rows.flatten(0, 1), self.recall_embedding.weight, mode="sum")
+            x_bld = x_bld + told.view_as(x_bld)
+        if self.config.ngram_rows:
+            if ngrams is None:
+                raise RuntimeError("this baseline has hashed n-grams; pack its batches with ngrams=True")
+            rows = torch.where(ngrams == NOTHING, 0, 1 + ngrams % self.config.ngram_rows)
+            told = F.embedding_bag(rows.flatten(0, 1), self.ngram_embedding.weight, mode="sum", padding_idx=0)
             x_bld = x_bld + told.view_as(x_bld)
         for layer, view in zip(self.layers, views, strict=True):
             x_bld = layer(x_bld, view)
@@ -216,7 +248,7 @@ class CausalTransformer(nn.Module):
         """Logits [n, V] and targets [n] of all that is learnt, row by row."""
         plan = TilePlan.build(batch.sees, batch.ids.shape[1])
         view = View(batch.sees, batch.positions, batch.positions, plan=plan)
-        states = self.run(batch.ids, [view] * len(self.layers), batch.recalled)
+        states = self.run(batch.ids, [view] * len(self.layers), batch.recalled, batch.ngrams)
         states, targets = (x.flatten(0, 1).index_select(0, batch.learnt) for x in (states, batch.targets))
         return self.head(states), targets
 
