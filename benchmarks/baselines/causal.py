@@ -92,8 +92,8 @@ class CausalBatch:
 
     def to(self, device: torch.device | str) -> CausalBatch:
         """The batch on another device."""
-        there = {f.name: getattr(self, f.name) for f in fields(self)}
-        return CausalBatch(**{name: x if x is None else x.to(device) for name, x in there.items()})
+        tensors = [getattr(self, f.name) for f in fields(self)]
+        return CausalBatch(*(x if x is None else x.to(device) for x in tensors))
 
 
 def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False, ngrams: bool = False) -> CausalBatch:
