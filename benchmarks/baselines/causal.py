@@ -92,8 +92,10 @@ class CausalBatch:
 
     def to(self, device: torch.device | str) -> CausalBatch:
         """The batch on another device."""
-        tensors = [getattr(self, f.name) for f in fields(self)]
-        return CausalBatch(*(x if x is None else x.to(device) for x in tensors))
+        def moved(x: Any) -> Any:
+            return x if x is None else x.to(device)
+
+        return CausalBatch(*(moved(getattr(self, f.name)) for f in fields(self)))
 
 
 def pack(rows: Sequence[Sequence[Document]], coder: Coder, recall: bool = False, ngrams: bool = False) -> CausalBatch:
