@@ -42,7 +42,7 @@ import torch
 from benchmarks import record
 from benchmarks.forgeries import damage, forged
 from tidal import checkpoint
-from tidal.cli import main, note
+from tidal.cli import UserError, main, note
 from tidal.train import disk
 from tidal.train.__main__ import run as train_command
 from tidal.train.figures import COLUMNS, MEASURED
@@ -151,12 +151,23 @@ def kills(home: Path, scale: Scale, rng: np.random.Generator) -> dict[str, Any]:
             os.kill(pid, signal.SIGKILL)
             done += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
             where[_moment(out)] += 1
+            wait_for(lambda: _free(out), "the workers of a killed run to end")
             continue
         wait_for(lambda pid=pid: finished(pid), f"a continued run; see {log}", 600)  # type: ignore[misc]
         runs, wrong = runs + 1, wrong + (results(out) != wanted)
         note(f"kills: {done} of {count}; {runs} runs ended, {wrong} of them differ from the one left alone")
         shutil.rmtree(out)
     return {"kills": done, "runs": runs, "runs_that_differ": wrong, "moments": dict(where)}
+
+
+def _free(out: Path) -> bool:
+    """Whether no process holds the run."""
+    with contextlib.suppress(UserError):
+        if out.is_dir():
+            with disk.locked(out):
+                pass
+        return True
+    return False
 
 
 def ended_before(pid: int, out: Path, rng: np.random.Generator, seconds: float) -> bool:

@@ -59,7 +59,7 @@ def tidal(module: str, *arguments: str | bytes, cwd: Path, stdin: str = "", fail
     return done
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 240.0) -> None:
     """Until it is so; the process, which writes to `log`, must not end before."""
     end = time.monotonic() + seconds
     while not what():
@@ -68,17 +68,20 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Pa
         time.sleep(0.05)
 
 
-def children(parent: int) -> list[int]:
-    """The ids of the living processes that a process has started, in their order. From /proc."""
-    found = []
+def living() -> dict[int, int]:
+    """The ids of the living processes, and of those that started them. From /proc."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, its_parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it has ended
-            continue
-        if state != "Z" and int(its_parent) == parent:
-            found.append(int(stat.parent.name))
-    return sorted(found)
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
+    return found
+
+
+def children(parent: int) -> list[int]:
+    """The ids of the living processes that a process has started, in their order."""
+    return sorted(child for child, its_parent in living().items() if its_parent == parent)
 
 
 class Terminal:
@@ -92,7 +95,7 @@ class Terminal:
         os.close(its)
         self.ours, self.shown = ours, b""
 
-    def read_until(self, what: str, seconds: float = 60.0) -> str:
+    def read_until(self, what: str, seconds: float = 240.0) -> str:
         """All that has been shown since the last call, as soon as `what` is in it."""
         end = time.monotonic() + seconds
         while what.encode() not in self.shown:
@@ -103,7 +106,7 @@ class Terminal:
     def type(self, keys: str | bytes) -> None:
         os.write(self.ours, keys.encode() if isinstance(keys, str) else keys)
 
-    def end(self, seconds: float = 60.0) -> tuple[int, str]:
+    def end(self, seconds: float = 240.0) -> tuple[int, str]:
         """Wait for the end: exit code, and what was shown since the last call."""
         end = time.monotonic() + seconds
         while self._read(end - time.monotonic()):

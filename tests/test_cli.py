@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -232,6 +233,7 @@ def test_a_closed_pipe_ends_quietly(body: str) -> None:
 def test_plain_progress_prints_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cli, "LINE_EVERY_S", math.inf)
     with progress(1000, "train", done=200) as bar:
         for _ in range(799):
             bar.update(loss=2.34567)

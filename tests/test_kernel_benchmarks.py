@@ -329,15 +329,15 @@ def test_goals_of_the_plan_are_at_8192_keys() -> None:
 
 def test_attention_cpu_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
-    flags = ["--lengths", "600", "--heads", "2", "--repeats", "3", "--no-flex", "--out", str(out)]
+    flags = ["--lengths", "1200", "--heads", "2", "--repeats", "3", "--no-flex", "--out", str(out)]
     attention_cpu.main(flags)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads(out.read_text())
     (result,) = line["results"]
-    assert (result["keys"], result["queries"]) == (600, 384)
+    assert (result["keys"], result["queries"]) == (1200, 768)
     for part in ("both", "forward"):
         assert set(result["milliseconds"][part]) == {"tidal", "sdpa"}
         assert result["times_faster"][part]["sdpa"] > 0
     assert 0 < result["tidal_error"] < 1e-5
-    assert result["memory_mb"]["sdpa"] > 2 * 384 * 600 * 4 / 1e6  # at least its bias
+    assert result["memory_mb"]["sdpa"] > 2 * 768 * 1200 * 4 / 1e6  # at least its bias
     assert result["memory_mb"]["sdpa"] > result["memory_mb"]["tidal"]

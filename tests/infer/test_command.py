@@ -164,6 +164,22 @@ def test_turns_draw_as_the_prompts_of_a_file(infer: Command, monkeypatch: pytest
     assert re.findall(r"^completion +(.*)$", traces, re.MULTILINE) == [visible(str(text)) for text in wanted[1::2]]
 
 
+def test_ctrl_c_tears_no_line(infer: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        """Ctrl-C as soon as anything is written."""
+
+        def write(self, text: str) -> int:
+            super().write(text)
+            raise KeyboardInterrupt
+
+    for flags in (["--json"], ["--json", "--stream"], []):
+        monkeypatch.setattr(sys, "stdin", Typed("1 + 1 =\n2 + 2 =\n"))
+        monkeypatch.setattr(sys, "stdout", out := Interrupted())
+        assert infer(*flags, "--num-samples", "2", *SAMPLED).code == 0
+        assert out.getvalue().endswith("\n")
+        assert not flags or [answer["index"] for answer in objects(out.getvalue().splitlines())] == [0, 0]
+
+
 def test_a_failed_answer_does_not_end_the_conversation(infer: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a prompt is waited for does."""
     real, errors = engine.stream, iter([KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")])

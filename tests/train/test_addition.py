@@ -320,7 +320,7 @@ def test_asking_in_one_pass_is_asking_the_decoder(half_learnt: tuple[Any, Additi
     problems = [(prompt_of(a, b), answer_of(a, b)) for a in range(10) for b in range(10)]
     decoded, wrong = benchmark.ask(model, recipe, problems, decode=True)
     packed, missed = benchmark.ask(model, recipe, problems, decode=False, rows=30)
-    assert 0.03 < decoded < 0.97
+    assert 0 < decoded < 1
     assert packed == decoded
     assert [text.split(" =")[0] + " =" for text in wrong] == missed
 

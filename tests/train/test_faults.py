@@ -116,15 +116,16 @@ def test_a_second_signal_kills_at_once(second: signal.Signals) -> None:
                           stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:  # fmt: skip
         assert process.stdin
         assert process.stdout
+        assert process.stderr
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "alive\n"
+        assert process.stderr.readline() == "\n"
+        assert "SIGTERM: saving, then stopping; once more ends it at once" in process.stderr.readline()
         process.send_signal(second)
         assert process.wait(60) == -second
-        assert process.stderr
-        assert "SIGTERM: saving, then stopping; once more ends it at once" in process.stderr.read()
 
 
 def test_ignored_signals_stay_ignored_and_others_come_back() -> None:

@@ -269,9 +269,9 @@ def test_a_text_by_two_processes(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-RUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "tidal.train", *SMALL, "--rows",
-       "4", "--digits", "1", "--max-block-units", "8", "--max-steps", "100000", "--validate-every", "2", "--parallel",
-       "fsdp", "--device", "cpu", "--out", "run"]  # fmt: skip
+RUN = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--monitor-interval", "2", "-m",
+       "tidal.train", *SMALL, "--rows", "4", "--digits", "1", "--max-block-units", "8", "--max-steps", "100000",
+       "--validate-every", "2", "--parallel", "fsdp", "--device", "cpu", "--out", "run"]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -290,7 +290,6 @@ def torchrun(home: Path, log: str) -> Iterator[subprocess.Popen[bytes]]:
             agent.wait()
 
 
-@pytest.mark.timeout(600)  # it may wait four times
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_torchrun_a_killed_worker_ends_the_run_and_a_signal_saves_it(tmp_path: Path) -> None:
     with torchrun(tmp_path, "first.txt") as agent:

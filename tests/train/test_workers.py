@@ -188,7 +188,7 @@ def test_the_command_takes_its_workers_along(number: signal.Signals, tmp_path: P
             run.send_signal(number)
             assert run.wait(60) == (-number if number == signal.SIGKILL else 128 + number), said.read_text()
             end = time.monotonic() + 60  # killed as well, but a busy machine may take a moment over it
-            while any(Path(f"/proc/{worker}").exists() for worker in theirs):
+            while set(theirs) & commands.living().keys():
                 assert time.monotonic() < end, "the workers have outlived their parent"
                 time.sleep(0.01)
         finally:

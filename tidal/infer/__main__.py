@@ -253,7 +253,7 @@ def _write(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str
                     print(text[shown:end], end="", flush=True)
                     shown = end
                 elif by_block and settings.json:
-                    print(json.dumps({**_number(i, settings), "block": event}, ensure_ascii=False), flush=True)
+                    _write_line(json.dumps({**_number(i, settings), "block": event}, ensure_ascii=False))
                 continue
             done[i], n_units = event, n_units + event.units
             while n_printed in done:
@@ -325,10 +325,15 @@ def _print(completion: Completion | Hypothesis, i: int, settings: Infer, shown: 
     """Completion number `i`; of its text what comes after the characters that are `shown`, and the end of its line."""
     if settings.json:
         values = {**_number(i, settings), **completion.to_dict(per_unit=settings.log_probs)}
-        print(json.dumps(values, ensure_ascii=False), flush=True)
+        _write_line(json.dumps(values, ensure_ascii=False))
     else:
-        text = completion.text
-        print(text[shown:], end="" if text.endswith("\n") else "\n", flush=True)
+        _write_line(completion.text[shown:], end="" if completion.text.endswith("\n") else "\n")
+
+
+def _write_line(text: str, end: str = "\n") -> None:
+    """Print at one go: Ctrl-C during `print`, which ends a line by a write of its own, would leave half of it."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -74,7 +76,8 @@ class PrefetchLoader:
         if self._next is None:  # the first: those that follow are expected
             self._coming = iter(DataLoader(
                 _Batches(self.recipe, share), batch_size=None, sampler=itertools.count(step),
-                num_workers=self.workers, multiprocessing_context="fork", worker_init_fn=_belong,
+                num_workers=self.workers, multiprocessing_context="fork",
+                worker_init_fn=functools.partial(_belong, os.getpid()),
             ))  # fmt: skip
             self._next = step, share
         if self._next != (step, share):
@@ -89,8 +92,14 @@ class PrefetchLoader:
     def close(self) -> None:
         """End the workers. (Torch ends them with their iterator, but the traceback of an error may hold on to that.)"""
         if self._next is not None:
-            self._coming._shutdown_workers()  # type: ignore[attr-defined]
-        self._coming, self._next = iter(()), None
+            coming: Any = self._coming
+            self._coming, self._next = iter(()), None
+            try:
+                coming._shutdown_workers()
+            finally:
+                for worker in coming._workers:  # torch sends SIGTERM to those that take too long: they ignore it
+                    worker.kill()
+                    worker.join()
 
 
 class _Batches(Dataset[Batch]):
@@ -101,7 +110,7 @@ class _Batches(Dataset[Batch]):
         return self.recipe.batch(step, self.share)
 
 
-def _belong(_: int) -> None:
+def _belong(parent: int, _: int) -> None:
     """What a worker does first. Signals are its parent's to obey, which saves and then ends it; a parent that is killed
     takes it along, for it holds the run's lock, too.
     """
@@ -109,3 +118,5 @@ def _belong(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
