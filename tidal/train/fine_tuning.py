@@ -44,7 +44,7 @@ def maybe_learnt(settings: Train, digest: str, source: Path) -> list[str]:
     """Files of the data, by their real paths, of which the checkpoint `source` may have learnt what is held out now.
 
     Empty where it was trained on the same data with the same part held out, which their `digest` shows. Files of
-    prepared data are not known. Which documents are held out depends on their numbers, so one more file holds out others.
+    prepared data are not known. Documents are held out by their numbers, so with one more file they are others.
     """
     try:
         trainer = json.loads((source / "trainer.json").read_text(encoding="utf-8"))
