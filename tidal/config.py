@@ -153,7 +153,7 @@ class Optim:
     lr: float = 2e-3
     """Highest learning rate of the matrices, which Muon trains (embeddings and gains: AdamW)."""
     table_lr_scale: float = 10.0
-    """Embedding tables learn with this multiple of it, and without weight decay."""
+    """Embedding tables learn with this multiple of --lr, and without weight decay."""
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     sharpen: float = 0.0
@@ -164,7 +164,7 @@ class Optim:
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_fraction: float = 0.5
-    """The last part of the steps, in which the rate falls linearly to zero."""
+    """Fraction of the steps, at the end, in which the learning rate falls linearly to zero."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     aux_weight: float = 0.3
@@ -194,8 +194,8 @@ class Addition:
     problems: int = 1
     """Most problems of a document, of which the last is learnt and the others are its context."""
     elsewhere: float = 0.0
-    """Part of the documents that begin with another problem, whose places are moved so far that they meet none of the
-    learnt one's: teaches to look past digits many places away, which longer numbers than those of training have."""
+    """Fraction of the documents that begin with another problem, whose places are moved so far that they meet none of
+    the learnt one's: teaches to look past digits many places away, which longer numbers than those of training have."""
     stretch: float = 1.0
     """In training, distances between the tokens of a document are multiplied by a random number from 1 to this one, so
     that those of longer problems are met beforehand."""
@@ -231,8 +231,8 @@ class Text:
     """Boundary dropout: the probability, at each place between two characters of a block, that training text is cut
     there as a prompt is."""
     hold_out: float = 0.05
-    """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
-    end)."""
+    """Fraction of the characters, at most about a million, kept for validation, in whole documents (of a single one,
+    its end)."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ class Train:
     max_steps: int = 1000
     """Optimizer steps; the learning rate is planned over them."""
     max_seconds: float = 0.0
-    """Stop after this many seconds of training, if not done before; 0: no limit."""
+    """Stop after this many seconds of training, if not done before; 0: no limit. The learning rate has then not fallen
+    to zero, since it is planned over --max-steps."""
     rows: int = 32
     """Rows in a batch; of the recipe addition, documents, which share rows in pairs."""
     seed: int = 0
@@ -266,7 +267,8 @@ class Train:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: each process has the whole model, or (fsdp) a share of every tensor, which takes less memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Of products in training (autocast); weights, moments and validation are float32 in any case."""
+    """Number format of matrix products in training (autocast); weights, moments and validation are float32 in any
+    case."""
     compile: bool = False
     """Compile the layers with torch.compile: a slow start, then faster steps."""
     checkpoint_activations: bool = False

@@ -123,6 +123,19 @@ def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> N
     assert "weights do not fit its config.json" in complaint or "places" in complaint
 
 
+def test_no_memory_for_the_model_is_no_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, *tiny("english", "none"))
+
+    def made(*arguments: Any) -> TidalTransformer:
+        if torch.empty(0).device.type != "meta":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return TidalTransformer(*arguments)
+
+    monkeypatch.setattr("tidal.infer.load.TidalTransformer", made)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        load(folder)
+
+
 def test_loading_and_generating_import_no_compiler(tmp_path: Path) -> None:
     """torch._dynamo, which tensors without memory fetch for some operations, takes longer to import than torch."""
     folder = write(tmp_path / "run", *tiny("english", "memory", torch.float32))

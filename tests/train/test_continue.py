@@ -28,7 +28,8 @@ from tidal.train.resume import HARMLESS, differences
 
 def flags(*more: str) -> list[str]:
     return ["--no-doctor", "--max-steps", "4", "--validate-every", "2", "--rows", "2", "--digits", "1",
-            "--max-block-units", "8", "--device", "cpu", "--out", "run", *SMALL, *more]  # fmt: skip
+            "--max-block-units", "8", "--warmup-steps", "1", "--device", "cpu", "--out", "run", *SMALL,
+            *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +157,13 @@ def test_names_need_not_be_utf_8(here: Path) -> None:
 
 
 def test_other_settings_are_refused(here: Path) -> None:
+    said = "--max-steps 4 (now 5), which only checkpoints up to step 3 can go on with. Repeat them"
+    assert said in refused(run, ["--resume", "run", "--max-steps", "5"])
     undo(here / "run")
     said = refused(run, flags("--seed", "1", "--lr", "0.5", "--keep", "9"))
     assert "--seed 0 (now 1), --lr 0.003 (now 0.5)." in said
     assert "keep" not in said
     assert "--resume run, or start a new run with --resume never" in said
-    assert "--max-steps 4 (now 5)" in refused(run, ["--resume", "run", "--max-steps", "5"])
     assert "leave one of them out" in refused(run, ["--resume", "run", "--out", "elsewhere"])
     assert "--recipe addition (now text)" in refused(run, ["--resume", "run", "--recipe", "text"])
 
@@ -335,7 +337,7 @@ def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch
 
 
 def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("".join(f"The tide of day {i} came in and went out.\n" for i in range(60)))
     prepare(["--data", "a.txt", "--out", "shards", "--vocab-size", "300", "--workers", "1", "--hold-out", "0.2"])
@@ -347,6 +349,7 @@ def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(
     said = refused(run, ["--resume", "run", "--data", "a.txt"])
     assert "--hold-out and --seed (also of tidal.prepare) hold out another part" in said
     assert run(["--resume", "run", "--data", "a.txt", "--hold-out", "0.2"]) == 0
+    assert "other settings" not in capsys.readouterr().err  # the setting is new, but what is held out is not
     assert unequal(results(Path("run")), wanted) == []
 
 

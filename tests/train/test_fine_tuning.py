@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +141,8 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert "continuing at step 2 of 4" in said
     assert said.count("step 0: ") == 1
+    assert run([*TUNE, "--init-from", "./base/", "--out", str(tmp_path / "run")]) == 0
+    assert "run is finished: 4 steps" in capsys.readouterr().err
     said = refused(run, [*TUNE, "--init-from", str(checkpoint.checkpoints(here / "base")[-1]),
                          "--resume", str(tmp_path / "run")])  # fmt: skip
     assert "--init-from base (now " in said
@@ -152,7 +155,8 @@ def test_the_same_command_finds_the_run_again(here: Path, tmp_path: Path, capsys
     (("--rotary-places",), "does not fit: --rotary-places True (there False)"),
     (("--query-gain", "3"), "--query-gain does nothing with --init-from"),
     (("--writer-attention", "memory", "--reader-layers", "2"), "--reader-layers 2 (there 1)"),
-    (("--init-from", "nowhere"), "nowhere does not exist"),
+    (("--init-from", "nowhere"), "goes on without it: --resume and its folder"),
+    (("--init-from", ""), "--init-from is empty; give a run folder or a checkpoint in one"),
     (("--model-size", "mini"), "--model-size mini: the model of base has its size; leave --model-size out"),
     (("--vocab-size", "400"), "--vocab-size does nothing with --init-from"),
     (("--recipe", "addition"), "--recipe addition: base was trained by the recipe text"),
@@ -170,6 +174,45 @@ def test_what_does_not_fit_is_refused_in_one_line(here: Path, flags: tuple[str, 
 def test_a_longer_block_is_another_tokenizer(here: Path) -> None:
     said = refused(run, ["--init-from", "sums", "--max-block-units", "9", "--no-doctor", *BRIEF])
     assert "--max-block-units does nothing with --init-from" in said
+
+
+def test_a_recipe_that_this_version_does_not_have(here: Path, tmp_path: Path) -> None:
+    shutil.copytree(here / "base", base := tmp_path / "base")
+    for folder in checkpoint.checkpoints(base):
+        (file := folder / "trainer.json").write_text(file.read_text().replace('"recipe": "text"', '"recipe": "poems"'))
+    said = refused(run, [*TUNE, "--init-from", str(base), "--out", str(tmp_path / "run")])
+    assert re.search(r"--init-from: .*trainer\.json cannot be read: KeyError\('poems'\)$", said)
+
+
+def test_no_memory_for_the_weights(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
+    monkeypatch.setattr(loop, "model_for", mock.Mock(side_effect=RuntimeError(text)))
+    said = refused(run, [*TUNE, "--out", str(tmp_path / "run")])
+    assert said == f"out of memory ({text}) for the weights; try a smaller model"
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_said_where_what_is_held_out_may_have_been_learnt(
+        here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    (tmp_path / "new.txt").write_text("Two hens.\n" * 9)
+    for number, (more, learnt) in enumerate([
+        (("--data", "text.txt"), False),  # what is held out is the same
+        (("--data", str(tmp_path / "new.txt")), False),
+        (("--data", "text.txt", "--hold-out", "0.1"), True),
+        (("--data", "text.txt", str(tmp_path / "new.txt")), True),
+    ]):  # fmt: skip
+        with short_samples():
+            run(["--init-from", "base", "--no-doctor", *BRIEF, "--max-steps", "1", "--out", str(tmp_path / f"{number}"),
+                 *more])  # fmt: skip
+        said = re.search(r"may have been learnt by base/checkpoints/step-.*, which was trained on .*/text\.txt, too; "
+                         r"figures on it are no held-out figures", capsys.readouterr().err)  # fmt: skip
+        assert bool(said) == learnt, more
+
+
+def test_a_rise_that_is_small_against_guessing_is_no_divergence_of_a_tuned_run() -> None:
+    rows = [{"step": 10 * i, "loss": 1e-5 if i < 10 else 1e-3, "lr": 3e-3} for i in range(1, 40)]
+    assert "diverging" in Health(400, 100, rows).alarms
+    assert not Health(400, 100, rows, fine_tuned=True).alarms
 
 
 def test_a_run_that_is_good_from_the_first_step_is_not_warned_of() -> None:

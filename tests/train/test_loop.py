@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,12 +27,12 @@ from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train import loop
 from tidal.train.figures import COLUMNS
-from tidal.train.loop import model_for, train
+from tidal.train.loop import Run, model_for, train
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.presets import PRESETS
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.records import Metrics
-from tidal.train.resume import Saved
+from tidal.train.stop import Stop
 
 SHAPE = Shape(d_model=16, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=1, reader_ff=24, writer_ff=24,
               suffix_rows=50, place_jitter=3)  # fmt: skip
@@ -177,6 +178,16 @@ def test_compiling_without_a_compiler(compiled: bool, tmp_path: Path, monkeypatc
                                  if compiled else text)  # fmt: skip
 
 
+@pytest.mark.parametrize(("precision", "told"), [("float32", True), ("bf16", False)])
+def test_float32_on_a_gpu_is_told_of_tensor_cores(precision: Any, told: bool, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    settings = dataclasses.replace(SETTINGS, precision=precision, workers=0)
+    run = Run(settings, Scripted(settings, []), tmp_path, Stop())
+    run.device = torch.device("cuda")
+    run.open(None)
+    assert ("tensor cores; --precision bf16 does" in capsys.readouterr().err) == told
+
+
 # --------------------------------------------------------------------------------------- accumulation
 
 
@@ -221,9 +232,9 @@ def test_optimizer_state_continues_bit_for_bit(tmp_path: Path) -> None:
     optimizer = Optimizer(model, SETTINGS.optim)
     for step in range(3):
         train_step(model, optimizer, recipe, step, 1e-2, SETTINGS, CPU)
-    name = loop.save(tmp_path, Saved(step=3), model.config, model.state_dict(), optimizer.state(), SETTINGS,
-                     recipe)  # fmt: skip
-    folder = tmp_path / "checkpoints" / name
+    folder = checkpoint.write_checkpoint(tmp_path, 3, tensors=model.state_dict(), config=model.config.to_dict(),
+                                         trainer={}, tokenizer=recipe.tokenizer,
+                                         optimizer=optimizer.state())  # fmt: skip
 
     resumed = model_for(dataclasses.replace(SETTINGS, seed=5), recipe.tokenizer)
     resumed.load_state_dict(weights_of(folder))

@@ -38,7 +38,7 @@ from tidal.train.optim import Optimizer
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.records import Metrics
-from tidal.train.resume import Saved, look_in
+from tidal.train.resume import Saved, look_in, may_continue
 from tidal.train.stop import Stop, Stopped
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
@@ -130,18 +130,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "is damaged: optimizer" not in refused(look_in, tmp_path)
 
 
-def test_states_of_generators_in_older_checkpoints_are_passed_over(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    wanted, real = whole(tmp_path / "whole"), Optimizer.state
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimizer, "state", lambda self: {**real(self), "generator.cpu": torch.get_rng_state()})
-        whole(tmp_path / "older")
-    shutil.rmtree(checkpoint.checkpoints(tmp_path / "older")[-1])
-    assert "generator.cpu" in (checkpoint.read_optimizer(checkpoint.checkpoints(tmp_path / "older")[-1]) or {})
-    train(SETTINGS, Hooked(), tmp_path / "older", found=look_in(tmp_path / "older"))
-    assert unequal(results(tmp_path / "older"), wanted) == []
-
-
 def test_no_memory_for_a_checkpoint_is_no_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole(tmp_path / "run", settings := dataclasses.replace(SETTINGS, max_steps=1))
     found = look_in(tmp_path / "run")
@@ -168,6 +156,29 @@ def test_from_an_earlier_checkpoint_that_is_named(tmp_path: Path, monkeypatch: p
     assert "what was written later goes: step-000006, step-000009\n" in capsys.readouterr().err
     train(settings, Hooked(settings), out, found=look_in(out))
     assert [folder.name for folder in checkpoint.checkpoints(out)] == [checkpoint.name_of(n) for n in (3, 5, 6, 9)]
+    assert unequal(results(out), wanted) == []
+
+
+def test_more_steps_before_the_rate_falls(tmp_path: Path) -> None:
+    short, long = (dataclasses.replace(SETTINGS, max_steps=steps, keep=99) for steps in (8, 12))
+    wanted, out, stop = whole(tmp_path / "whole", long), tmp_path / "run", Stop()
+    out.mkdir()
+    with pytest.raises(Stopped):
+        train(short, Hooked(short, stop_at(stop, "batch", 2)), out, stop=stop)
+    shutil.copytree(out, tmp_path / "finished")
+    found = look_in(out)
+    assert may_continue(found, long, path_given=False)
+    assert not may_continue(found, long, path_given=False, named=False)  # it was begun beside another one, for 8 steps
+    train(long, Hooked(long), out, found=found)
+    assert unequal(results(out), wanted) == []
+
+    train(short, Hooked(short), out := tmp_path / "finished", found=look_in(tmp_path / "finished"))
+    said = "--max-steps 8 (now 12), which only checkpoints up to step 5 can go on with"
+    assert said in refused(may_continue, look_in(out), long, path_given=True)
+    assert not may_continue(look_in(out), long, path_given=False)  # a new run begins beside it
+    found = look_in(out / "checkpoints" / checkpoint.name_of(3))
+    assert may_continue(found, long, path_given=True)
+    train(long, Hooked(long), out, found=found)
     assert unequal(results(out), wanted) == []
 
 

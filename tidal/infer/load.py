@@ -54,8 +54,8 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
                 raise UserError(f"{folder}: {name} has {n} values that are not finite; use another checkpoint")
         with shapes_only():  # sizes that the file does not have cost no memory
             TidalTransformer(config, tokenizer.spelling).load_state_dict(tensors, assign=True)
-        model = TidalTransformer(config, tokenizer.spelling)
-        model.load_state_dict(tensors)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder}: weights do not fit its config.json: {error}") from error
+    model = TidalTransformer(config, tokenizer.spelling)
+    model.load_state_dict(tensors)
     return model.to(device=device, dtype=dtype).eval(), tokenizer, trainer

@@ -73,6 +73,10 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"--model-size {name}: give one of {', '.join(SIZES)}, with --recipe text")
         default = SIZES[name]
     settings = parse(Train, argv, "tidal.train", DESCRIPTION, default=default)
+    if settings.init_from is not None:
+        if not settings.init_from:
+            raise UserError("--init-from is empty; give a run folder or a checkpoint in one")
+        settings = dataclasses.replace(settings, init_from=str(Path(settings.init_from)))  # runs/text/ is runs/text
     if found is not None:
         settings = _elsewhere(settings, argv)
     _check(settings, default)
@@ -151,7 +155,9 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
     from tidal.checkpoint import resolve
     from tidal.files import atomic_write
     from tidal.train.disk import locked, patiently, prepare_run_dir
+    from tidal.train.fine_tuning import maybe_learnt
     from tidal.train.loop import make_recipe, model_for
+    from tidal.train.memory import memory_for
     from tidal.train.records import write_settings
     from tidal.train.resume import check_unchanged, with_tokenizer
 
@@ -161,13 +167,17 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             if settings.init_from and found is None:  # once: a run that is being trained may choose another soon
                 source = resolve(Path(settings.init_from))
             recipe = make_recipe(with_tokenizer(settings, found.folder if found else source))
+            if source is not None and (learnt := maybe_learnt(settings, recipe.digest, source)):
+                note(f"what is held out here may have been learnt by {source}, which was trained on {learnt[0]}, too; "
+                     "figures on it are no held-out figures (docs/training.md, Fine-tuning)")  # fmt: skip
             verdict = None
             if settings.doctor and found is None:
                 from tidal.doctor.examine import examine_before_training  # downstream of the loop
 
                 verdict = examine_before_training(settings, recipe, source).to_dict()
             elif source is not None:
-                model_for(settings, recipe.tokenizer, source)  # what does not fit fails before there is a run folder
+                with memory_for("the weights; try a smaller model"):  # what does not fit fails before there is a folder
+                    model_for(settings, recipe.tokenizer, source)
             out = prepare_run_dir(wanted) if found is None else found.run_dir
             held.enter_context(locked(out))
             check_unchanged(out, found)

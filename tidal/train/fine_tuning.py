@@ -11,6 +11,7 @@ from tidal.cli import UserError
 from tidal.config import Train
 from tidal.infer.load import load
 from tidal.model import TidalTransformer
+from tidal.prepare.again import also_trained_on, training_of
 from tidal.train.presets import PRESETS
 
 UNSEEN = ("n_heads", "n_kv_heads", "rotary_places")
@@ -23,15 +24,36 @@ def defaults_from(path: Path) -> Train:
     Recipe, shape, and how it was trained (rate, rows, rules of the data) are as there; data, steps and all else as in
     any new run. Raises UserError where no settings can be read.
     """
-    file = checkpoint.resolve(path) / "trainer.json"
+    try:
+        file = checkpoint.resolve(path) / "trainer.json"
+    except UserError as error:
+        raise UserError(f"--init-from: {error}; a run that has begun goes on without it: --resume and its folder"
+                        ) from error  # fmt: skip
     try:
         there = Train.from_dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+        preset = PRESETS[there.recipe]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--init-from: {file} cannot be read: {error!r}") from error
     rules = dataclasses.replace(there.text, data=(), prepared=None, cache=Train().text.cache, tokenizer=None)
-    return dataclasses.replace(PRESETS[there.recipe], init_from=str(path), rows=there.rows, model=there.model,
+    return dataclasses.replace(preset, init_from=str(path), rows=there.rows, model=there.model,
                                optim=there.optim, addition=there.addition, characters=there.characters,
                                text=rules)  # fmt: skip
+
+
+def maybe_learnt(settings: Train, digest: str, source: Path) -> list[str]:
+    """Files of the data, by their real paths, of which the checkpoint `source` may have learnt what is held out now.
+
+    Empty where it was trained on the same data with the same part held out, which their `digest` shows. Files of
+    prepared data are not known. Documents are held out by their numbers, so with one more file they are others.
+    """
+    try:
+        trainer = json.loads((source / "trainer.json").read_text(encoding="utf-8"))
+        there = training_of(trainer)
+    except (OSError, ValueError, RecursionError):
+        return []
+    if settings.recipe != "text" or trainer.get("data") == digest:
+        return []
+    return also_trained_on(settings.text.data, there.text)
 
 
 def load_weights(model: TidalTransformer, source: Path) -> None:

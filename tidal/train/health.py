@@ -18,8 +18,9 @@ FLAT = 0.05
 """The least part of its first value that the loss must have lost after warm-up and 10 rows (100 steps). Healthy runs
 lose 30% and more by then (docs/training.md); the doctor asks the same of a whole run."""
 RISEN = (0.25, 0.1)
-"""A loss diverges where it stands above its lowest by these parts of what had been learnt, and of its first value: a
-spike that the run recovers from within 50 steps, and the noise around a loss near 0, stay below."""
+"""A loss diverges where it stands above its lowest by these parts of what had been learnt, and of its first value (of
+guessing, where it began with weights of another run): a spike that the run recovers from within 50 steps, and the noise
+around a loss near 0, stay below."""
 ABOVE_GUESSING = 1.25
 """Untrained weights stand at 1.1 times guessing; twenty logged steps later only broken ones are above this."""
 LOW, EARLY = 0.02, 100
@@ -61,6 +62,7 @@ class Health:
         self.max_steps, self.warmup_steps = max_steps, warmup_steps
         self.losses: list[float] = []
         self.fell, self.lowest, self.early = fine_tuned, math.inf, 0 if fine_tuned else EARLY
+        self.least_first = GUESSING if fine_tuned else 0.0  # who begins near the lowest would be warned of any noise
         self.speeds: deque[float] = deque(maxlen=BEFORE + ROWS)
         self.alarms: dict[str, Alarm] = {}
         for row in rows:
@@ -86,7 +88,8 @@ class Health:
         self.alarms.setdefault(kind, Alarm(kind, step, text))
 
     def _loss(self, step: int, rate: float) -> None:
-        n, now, first = len(self.losses), median(self.losses[-ROWS:]), median(self.losses[:ROWS])
+        n, now = len(self.losses), median(self.losses[-ROWS:])
+        first = max(self.least_first, median(self.losses[:ROWS]))
         if step <= self.early and n >= 2 and max(self.losses[-2:]) < LOW * GUESSING:
             self._say("implausibly low", step, f"a loss of {now:.3g} nats a unit so early; either the data say next to "
                       "nothing, or the model sees what it is asked for: run python -m tidal.doctor")  # fmt: skip

@@ -11,14 +11,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from tidal import checkpoint
 from tidal.cli import UserError, note, progress
-from tidal.config import TidalConfig, Train
+from tidal.config import Train
 from tidal.device import pick_device, set_threads
 from tidal.files import atomic_write
 from tidal.infer.engine import generate
@@ -93,7 +92,7 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
     Raises:
         UserError: a loss or gradient that is not finite, no memory even for one row, `found` does not fit, a worker was
             killed.
-        Stopped: `stop` was signalled. A checkpoint of the last step is saved.
+        Stopped: `stop` was signalled. A checkpoint of the last step, if there was one, is saved.
     """
     run = Run(settings, recipe, out, stop or Stop(), examined, parallel, source)
     if found is not None:
@@ -149,6 +148,8 @@ class Run:
         sizes = self.model.n_parameters()
         note(f"{out}: {sizes['total']:,} parameters ({sizes['tables']:,} in tables), {self.settings.recipe}, "
              f"on {self.device}, {self.parallel}{torch.get_num_threads()} CPU threads")  # fmt: skip
+        if self.device.type == "cuda" and self.settings.precision == "float32":
+            note("float32 does not use the GPU's tensor cores; --precision bf16 does")
         if found is not None:
             note(f"continuing at step {saved.step} of {self.settings.max_steps}, from {found.folder.name}")
         if not self.parallel.leads:
@@ -279,9 +280,12 @@ class Run:
         with self._alone():
             if self.parallel.leads:
                 self.saved.metrics = self.metrics.rows
-                name = self._write(lambda: save(self.out, self.saved, self.model.config, tensors, moments,
-                                                self.settings, self.recipe))  # fmt: skip
-                self._write(lambda: checkpoint.set_pointer(self.out, "latest", name))
+                trainer = {"settings": dataclasses.asdict(self.settings), "data": self.recipe.digest,
+                           **dataclasses.asdict(self.saved)}  # fmt: skip
+                folder = self._write(lambda: checkpoint.write_checkpoint(
+                    self.out, self.saved.step, tensors=tensors, config=self.model.config.to_dict(), trainer=trainer,
+                    tokenizer=self.recipe.tokenizer, optimizer=moments))  # fmt: skip
+                self._write(lambda: checkpoint.set_pointer(self.out, "latest", folder.name))
 
     def _examine(self, row: dict[str, float]) -> None:
         """Validate, show samples, choose the best checkpoint, remove old ones; at last the row in metrics.csv, whose
@@ -344,12 +348,3 @@ class Run:
 def eager(compiled: bool) -> contextlib.AbstractContextManager[object]:
     """Where compiled layers are called as they are written: decoding has too many shapes to compile for each."""
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
-
-def save(out: Path, saved: Saved, config: TidalConfig, tensors: dict[str, Tensor], moments: dict[str, Tensor],
-         settings: Train, recipe: Recipe) -> str:  # fmt: skip
-    """Write a checkpoint; returns its name. Raises UserError as `write_checkpoint`."""
-    trainer: dict[str, Any] = {"settings": dataclasses.asdict(settings), "data": recipe.digest,
-                               **dataclasses.asdict(saved)}  # fmt: skip
-    return checkpoint.write_checkpoint(out, saved.step, tensors=tensors, config=config.to_dict(), trainer=trainer,
-                                       tokenizer=recipe.tokenizer, optimizer=moments).name  # fmt: skip

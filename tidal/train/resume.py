@@ -19,6 +19,7 @@ from tidal.cli import UserError, note
 from tidal.config import TidalConfig, Train, flat
 from tidal.train.disk import locked, numbered
 from tidal.train.figures import last_step
+from tidal.train.optim import learning_rate
 
 HARMLESS = {
     "out": "where it lies",
@@ -31,6 +32,7 @@ HARMLESS = {
     "cache": "likewise",
     "hold_out": "where data go on in another form, see `may_continue`; it is in their digest, which is compared",
     "tokenizer": "likewise, by its fingerprint",
+    "max_steps": "where no rate of the steps done would have been another, see `may_continue`",
     "max_seconds": "when it ends, not how it gets there",
     "validate_every": "validation leaves no trace in the weights",
     "keep": "what is kept, not what is learnt",
@@ -43,7 +45,7 @@ HARMLESS = {
     "checkpoint_activations": "the same sums, done twice",
 }
 """Settings that may change when a run is continued, and why. All others mean another run: the model, the data, their
-order, the tokenizer's rules, the optimizer and its schedule (so also `max_steps`, over which the rate is planned)."""
+order, the tokenizer's rules, the optimizer and its schedule."""
 
 NEW = "start a new run with --resume never"
 
@@ -119,8 +121,6 @@ class Found:
         moments = checkpoint.read_optimizer(self.folder)
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
-        # Earlier versions saved torch's random generators, too; nothing draws from them.
-        moments = {name: tensor for name, tensor in moments.items() if not name.startswith("generator.")}
         return tensors, moments, self.saved
 
 
@@ -196,21 +196,31 @@ def may_continue(found: Found, settings: Train, path_given: bool, named: bool = 
     """Whether a run with these settings continues `found`; if not, another one does, or it begins anew, beside it.
 
     Only a finished run that nobody pointed to is passed over, and one that is called otherwise than was asked for.
-    Else settings of another meaning raise UserError, which lists them; harmless ones are noted.
+    Else settings of another meaning raise UserError, which lists them; harmless ones are noted. `max_steps` is harmless
+    as long as the rate, which is planned over it, has not fallen: the run is then the beginning of the longer one.
     """
     changed = differences(found.settings, settings)
     same_form = (found.settings.text.prepared is None) == (settings.text.prepared is None)
     meant = [text for name, text in changed.items() if name not in HARMLESS or (name == "hold_out" and same_form)]
+    if "max_steps" in changed and ((fits := last_that_fits(found, settings.max_steps)) < found.saved.step or not named):
+        meant.append(f"{changed['max_steps']}, which only checkpoints up to step {fits} can go on with")
     if meant and not path_given and (is_finished(found, found.settings) or not named):
         return False
     if meant:
         raise UserError(f"{found.run_dir} was begun with other settings: {', '.join(meant)}. Repeat them, continue "
                         f"with its own by --resume {found.run_dir}, or {NEW}")  # fmt: skip
-    quiet = ("out", "resume", "data", "prepared", "cache", "tokenizer")
+    quiet = ("out", "resume", "data", "prepared", "cache", "hold_out", "tokenizer")
     shown = [text for name, text in changed.items() if name not in quiet]
     if shown:
         note(f"continuing with other settings: {', '.join(shown)}")
     return True
+
+
+def last_that_fits(found: Found, max_steps: int) -> int:
+    """The last step up to which all learning rates of `found` are those of a run of `max_steps` steps."""
+    then, steps = found.settings, found.saved.step
+    return next((step for step in range(steps) if learning_rate(step, then.max_steps, then.optim)
+                 != learning_rate(step, max_steps, then.optim)), steps)  # fmt: skip
 
 
 def is_finished(found: Found, settings: Train) -> bool:
