@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --quick shows that the benchmark works")
     if args.cuda_graphs and args.device.type != "cuda":
         parser.error(f"--cuda-graphs needs --device cuda, not {args.device}")
 
