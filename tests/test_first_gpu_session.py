@@ -64,6 +64,12 @@ def test_the_tests_are_there() -> None:
     assert marked - {"tests/test_first_gpu_session.py"} <= {name.partition("::")[0] for name in names}
 
 
+def test_what_needs_a_gpu_comes_first(request: pytest.FixtureRequest) -> None:
+    """Of all tests that were collected with this one."""
+    others = [item.get_closest_marker("gpu") is None for item in request.session.items]
+    assert others == sorted(others)
+
+
 def test_a_step_that_fails_or_hangs_loses_nothing(tmp_path: Path) -> None:
     """With another program in place of Python: it fails, and hangs after it has saved what it found."""
     program, out = tmp_path / "python", tmp_path / "out"
