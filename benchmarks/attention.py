@@ -60,7 +60,6 @@ GOALS: tuple[tuple[str, str, tuple[str, ...], float, float], ...] = (  # rival, 
     ("flash-attention-2", "backward", ("causal",), 0.9, 1.05),
     ("flex", "decode", ("decode",), 1.2, 2.0),
     ("create_block_mask", "plan", MASKS, 20.0, 100.0),
-    ("create_block_mask, compiled", "plan", MASKS, 20.0, 100.0),
 )
 GOALS_AT = 8192  # keys: measured first, and the only ones for which the goals of the plan are
 
@@ -124,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "attention", "device": device, "backend": args.backend, "dtype": args.dtype,
         "heads": args.heads, "kv_heads": args.kv_heads, "tokens": args.tokens, "repeats": args.repeats,
         "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **record.machine(),
-        "roofline_tflops": roofline, "goals": against_goals(), **results, "failed": failed, "left_out": left_out,
+        "roofline_tflops": roofline, "goals": against_goals(), **results, "plan_shares": [], "failed": failed,
+        "left_out": left_out,
         "tiles": args.found, "goals_with_tiles": against_goals(ours="tidal-tiles") if args.found else [],
     }  # fmt: skip
     for name, section, measure in problems(args, clock, roofline):
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             failed[name] = said(reason)
             print(f"{name}: {failed[name]}", flush=True)
         line["goals"] = against_goals(*results.values())
+        line["plan_shares"] = plan_shares(results["results"], results["plans"])
         if args.found:
             line["goals_with_tiles"] = against_goals(*results.values(), ours="tidal-tiles")
         line["sleep_ms"], line["runs_with_late_launches"] = round(clock.sleep_ms, 1), clock.late
@@ -148,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
             print(f"{ours:<11} {goal['direction']:<9} against {goal['rival']:<27} {'/'.join(goal['masks']):<40} "
                   f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
+    for share in line["plan_shares"]:
+        print(f"plan {share['mask']:<13} {share['keys']:>6} keys D {share['head_dim']:>3}  takes "
+              f"{share['plan_share_of_a_layer']:.1%} of the attention of one layer, forward and backward")  # fmt: skip
     for what, names in (("not asked for", line["not_asked"]), ("no time left for", left_out), ("failed", [*failed])):
         if names:
             print(f"{what}: {', '.join(names)}")
@@ -157,23 +161,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def problems(args: argparse.Namespace, clock: Clock, roofline: float) -> list[Named]:
-    """All that is to be measured, what the goals ask for first."""
+    """All that is to be measured, what the goals ask for first: plans, which take least, then one head dimension after
+    another."""
     first, *others = sorted(args.lengths, key=lambda n: n != GOALS_AT)
     print(f"{'mask':<13} {'D':>3} {'keys':>6} {'rows':>4}  {'':<18} {'forward':>10} {'roofline':>9} {'tidal ×':>8}"
           f" {'backward':>10} {'roofline':>9} {'tidal ×':>8}")  # fmt: skip
 
-    def attention(lengths: list[int]) -> list[Named]:
+    def attention(lengths: list[int], masks: list[str], head_dims: list[int]) -> list[Named]:
         return [(f"attention {mask} D {d} {n} keys", "results",
                  functools.partial(attention_result, args, clock, roofline, mask, n, d))
-                for n, mask, d in itertools.product(lengths, args.masks, args.head_dims)]  # fmt: skip
+                for n, mask, d in itertools.product(lengths, masks, head_dims)]  # fmt: skip
 
     def plan(lengths: list[int]) -> list[Named]:
         return [(f"plan {mask} {n} keys", "plans", functools.partial(plan_result, args, clock, mask, n))
                 for n, mask in itertools.product(lengths, args.masks)]  # fmt: skip
 
-    decode = [(f"decode {m} queries {n} keys D {d}", "decode", functools.partial(decode_result, args, clock, m, n, d))
-              for m, n, d in itertools.product(args.decode_queries, args.decode_contexts, args.head_dims)]  # fmt: skip
-    return [*attention([first]), *decode, *plan([first]), *attention(others), *plan(others)]
+    def decode(d: int) -> list[Named]:
+        return [(f"decode {m} queries {n} keys D {d}", "decode", functools.partial(decode_result, args, clock, m, n, d))
+                for m, n in itertools.product(args.decode_queries, args.decode_contexts)]  # fmt: skip
+
+    asked = {mask for _, direction, masks, *_ in GOALS if direction != "plan" for mask in masks}
+    of_goals = [mask for mask in args.masks if mask in asked]
+    rest = [mask for mask in args.masks if mask not in asked]
+    goals = [work for d in args.head_dims for work in (*decode(d), *attention([first], of_goals, [d]))]
+    return [*plan([first]), *goals, *attention([first], rest, args.head_dims),
+            *attention(others, args.masks, args.head_dims), *plan(others)]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- timing
@@ -230,26 +242,28 @@ def attention_result(
 
 
 def plan_result(args: argparse.Namespace, clock: Clock, mask: str, n_keys: int) -> dict[str, Any]:
-    """Building the plan against building FlexAttention's block mask, by the wall clock, as each batch must."""
+    """Building the plan against building FlexAttention's block mask, as each batch must: by the wall clock, and by the
+    device's, which launches do not count for."""
     p = problem(mask, n_keys, max(1, args.tokens // n_keys), args.head_dims[0], args.form)
     failed: dict[str, str] = {}
     works: dict[str, Callable[[], object]] = {
         "tidal": functools.partial(build_plan, p, args.backend),
         "create_block_mask": functools.partial(build_block_mask, p, create_block_mask),
     }
-    if {"flex", "flex-max-autotune"} & set(args.rivals):
+    if "create_block_mask-compiled" in args.rivals:
         torch._dynamo.reset()
         compiled = functools.partial(build_block_mask, p, torch.compile(create_block_mask, dynamic=False))
         try:
             compiled()
-            works["create_block_mask, compiled"] = compiled
+            works["create_block_mask-compiled"] = compiled
         except FAILURES as reason:
-            failed["create_block_mask, compiled"] = said(reason)
-    times = median_times(clock.wall, works, args.repeats)
-    cells = "  ".join([f"{n} {t:.3f} ms" for n, t in times.items()] + [f"{n}: {why}" for n, why in failed.items()])
-    print(f"plan {mask:<13} {n_keys:>6} keys  {cells}", flush=True)
-    return {"mask": mask, "keys": n_keys, "failed": failed,
-            "times": rounded({n: {"plan_ms": t} for n, t in times.items()})}  # fmt: skip
+            failed["create_block_mask-compiled"] = said(reason)
+    wall, device = (median_times(time_of, works, args.repeats) for time_of in (clock.wall, clock))
+    times = {name: {"plan_ms": wall[name], "plan_device_ms": device[name]} for name in works}
+    cells = [f"{n} {t['plan_ms']:.3f} ms (device {t['plan_device_ms']:.3f})" for n, t in times.items()]
+    cells += [f"{n}: {why}" for n, why in failed.items()]
+    print(f"plan {mask:<13} {n_keys:>6} keys  {'  '.join(cells)}", flush=True)
+    return {"mask": mask, "keys": n_keys, "failed": failed, "times": rounded(times)}
 
 
 def decode_result(args: argparse.Namespace, clock: Clock, n_queries: int, n_keys: int, head_dim: int) -> dict[str, Any]:
@@ -284,6 +298,22 @@ def against_goals(*sections: list[dict[str, Any]], ours: str = "tidal") -> list[
                     "worst": round(min(ratios), 3) if ratios else None,
                     "median": round(statistics.median(ratios), 3) if ratios else None})  # fmt: skip
     return met
+
+
+def plan_shares(results: list[dict[str, Any]], plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What building the plan takes, as a share of the attention of one layer, forward and backward.
+
+    Divided by the number of layers that share the plan, it bounds the plan's share of a training step from above.
+    """
+    building = {(r["mask"], r["keys"]): r["times"]["tidal"]["plan_ms"] for r in plans}
+    shares = []
+    for result in results:
+        layer, key = result["times"]["tidal"], (result["mask"], result["keys"])
+        if key in building:
+            share = building[key] / (layer["forward_ms"] + layer["backward_ms"])
+            shares.append({"mask": key[0], "keys": key[1], "head_dim": result["head_dim"],
+                           "plan_share_of_a_layer": float(f"{share:.3g}")})  # fmt: skip
+    return shares
 
 
 def rounded(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -21,7 +21,8 @@ from tidal.kernels.reference import visible_keys
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Modifier = Callable[..., Tensor]
 MASKS = ("causal", "packed", "block-causal", "two-stream")
-RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2")
+RIVALS = ("tidal-atomic", "flex", "flex-max-autotune", "sdpa", "flash-attention-2", "create_block_mask-compiled")
+"""the last one builds block masks for flex, compiled; without it they are built as by default"""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 CHECKED = 64  # queries compared with the reference
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's mask

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
+import itertools
 import os
 import statistics
 import sysconfig
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=16384, help="largest vocabulary (default: 16384)")
     parser.add_argument("--new-chars", type=int, default=128, help="characters written a row (default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats, fewer when slow (default: 5)")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="no batch and context is begun later")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32", help="of all models")
@@ -80,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    started = time.monotonic()
     args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --quick shows that the benchmark works")
     if args.cuda_graphs and args.device.type != "cuda":
         parser.error(f"--cuda-graphs needs --device cuda, not {args.device}")
 
@@ -97,19 +101,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
         "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars,
         "device": record.device_name(str(args.device)), "precision": args.precision, "cuda_graphs": args.cuda_graphs,
-        **record.machine(),
+        **record.machine(), "left_out": [],
     }  # fmt: skip
-    for context in args.context:
-        for batch in args.batch:
-            texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
-            figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats,
-                              args.cuda_graphs)  # fmt: skip
-            load = round(os.getloadavg()[0], 2)
-            line["results"].append({"batch": batch, "context": context, "load": load, **figures})
-            print_result(line["results"][-1], header=len(line["results"]) == 1)
-            if args.out:  # now: the larger ones take long
-                record.save(args.out, line)
-    print(json.dumps(line))
+    for context, batch in itertools.product(args.context, args.batch):
+        if time.monotonic() - started > args.budget_s:
+            line["left_out"].append(f"batch {batch} context {context}")
+            continue
+        texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
+        figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats, args.cuda_graphs)
+        load = round(os.getloadavg()[0], 2)
+        line["results"].append({"batch": batch, "context": context, "load": load, **figures})
+        print_result(line["results"][-1], header=len(line["results"]) == 1)
+        if args.out:  # now: the larger ones take long
+            record.save(args.out, line)
+    if line["left_out"]:
+        print(f"no time left for: {', '.join(line['left_out'])}")
+    record.write(line, args.out)
 
 
 # ----------------------------------------------------------------------------------------------------- text

@@ -45,8 +45,9 @@ if importlib.util.find_spec("triton") is None:  # off Linux on x86-64; tests/ker
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of `LONGEST` first, the others in their order."""
-    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+    """What needs a GPU first, which may be lent for minutes; then the files of `LONGEST`, the others in their order."""
+    items.sort(key=lambda item: (item.get_closest_marker("gpu") is None,
+                                 [*LONGEST, item.path.stem].index(item.path.stem)))  # fmt: skip
 
 
 @pytest.fixture(scope="session")

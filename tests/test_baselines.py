@@ -181,6 +181,14 @@ def test_benchmark_runs(precision: str, capsys: pytest.CaptureFixture[str], tmp_
         assert all(m["chars_per_second"] > 0 for m in result["models"].values())
 
 
+def test_the_benchmark_begins_nothing_when_its_time_is_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, arguments = tmp_path / "decoding.json", "--batch 1 3 --context 64 --d-model 32 --layers 3 --suffix-rows 64"
+    decoding.main([*arguments.split(), "--vocab-size", "500", "--text", __file__, "--out", str(out), "--budget-s", "0"])
+    line = json.loads(out.read_text())
+    assert (line["results"], line["left_out"]) == ([], ["batch 1 context 64", "batch 3 context 64"])
+    assert "no time left for: batch 1 context 64, batch 3 context 64\n" in capsys.readouterr().out
+
+
 def test_models_of_the_benchmark_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = list[list[str]](), decoding.build
 

@@ -191,14 +191,33 @@ def test_attention_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert times["forward_share"] == pytest.approx(times["forward_tflops"] / line["roofline_tflops"], rel=1e-3)
             assert min(times.values()) > 0
     assert len(line["plans"]) == 4
-    assert {"tidal", "create_block_mask"} == set(line["plans"][0]["times"])
+    for result in line["plans"]:
+        assert set(result["times"]) == {"tidal", "create_block_mask"}
+        assert all(set(t) == {"plan_ms", "plan_device_ms"} and min(t.values()) > 0 for t in result["times"].values())
+    assert [(s["mask"], s["keys"], s["head_dim"]) for s in line["plan_shares"]] == [
+        (r["mask"], r["keys"], 32) for r in line["results"]
+    ]
+    assert sum("of the attention of one layer" in text for text in printed[:-1]) == 4
     assert [(r["queries"], r["keys"]) for r in line["decode"]] == [(1, 96), (5, 96)]
     assert not any(g["worst"] for g in line["goals"])  # FlexAttention was not asked, and the plan's are at 8192 keys
-    assert sum("not measured" in text for text in printed[:-1]) == 9
-    assert line["not_asked"] == ["tidal-atomic", "flex", "flex-max-autotune", "flash-attention-2"]
+    assert sum("not measured" in text for text in printed[:-1]) == 8
+    assert line["not_asked"] == [
+        "tidal-atomic", "flex", "flex-max-autotune", "flash-attention-2", "create_block_mask-compiled"
+    ]  # fmt: skip
     assert line["failed"] == {}
     assert line["left_out"] == []
     assert sum("sdpa" in text for text in printed[:-1]) == 4
+
+
+def test_block_masks_are_built_compiled_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flags = ["--device", "cpu", "--tiny", "--masks", "causal", "--rivals"]
+    for rivals in ([], ["create_block_mask-compiled"]):
+        attention.main([*flags, *rivals])
+        (plan, _) = json.loads(capsys.readouterr().out.splitlines()[-1])["plans"]
+        assert set(plan["times"]) == {"tidal", "create_block_mask", *rivals}
 
 
 def test_what_fails_loses_nothing_else(
@@ -208,11 +227,11 @@ def test_what_fails_loses_nothing_else(
 
     def planted(p: Problem, *rest: Any, **more: Any) -> attention_problems.Ready:
         if p.k.shape[2] == 192:
+            kept.append(json.loads(out.read_text()))  # what a run that is ended here has already saved
             raise SystemExit("a wrong result")
         return ready(p, *rest, **more)
 
     def fails(*_: object) -> None:
-        kept.append(json.loads(out.read_text()))  # what a run that is ended here has already saved
         raise TritonError("out of resources")
 
     monkeypatch.setattr(attention, "ready", planted)
@@ -233,16 +252,24 @@ def test_what_fails_loses_nothing_else(
 
 def test_what_the_goals_ask_for_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
-    flags = ["--device", "cpu", "--masks", "causal", "packed", "--lengths", "2048", "8192", "--head-dims", "64",
-             "--decode-queries", "1", "--decode-contexts", "96", "--rivals", "--budget-s", "0"]  # fmt: skip
+    flags = ["--device", "cpu", "--masks", "causal", "block-causal", "two-stream", "--lengths", "2048", "8192",
+             "--head-dims", "64", "128", "--decode-queries", "1", "8", "--decode-contexts", "96", "--rivals",
+             "--budget-s", "0"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "measure_roofline", lambda *_: 1.0)
         attention.main([*flags, "--out", str(out)])
     found = json.loads(out.read_text())["left_out"]
     assert found == [
-        "attention causal D 64 8192 keys", "attention packed D 64 8192 keys", "decode 1 queries 96 keys D 64",
-        "plan causal 8192 keys", "plan packed 8192 keys", "attention causal D 64 2048 keys",
-        "attention packed D 64 2048 keys", "plan causal 2048 keys", "plan packed 2048 keys",
+        "plan causal 8192 keys", "plan block-causal 8192 keys", "plan two-stream 8192 keys",
+        "decode 1 queries 96 keys D 64", "decode 8 queries 96 keys D 64",
+        "attention causal D 64 8192 keys", "attention two-stream D 64 8192 keys",
+        "decode 1 queries 96 keys D 128", "decode 8 queries 96 keys D 128",
+        "attention causal D 128 8192 keys", "attention two-stream D 128 8192 keys",
+        "attention block-causal D 64 8192 keys", "attention block-causal D 128 8192 keys",
+        "attention causal D 64 2048 keys", "attention causal D 128 2048 keys",
+        "attention block-causal D 64 2048 keys", "attention block-causal D 128 2048 keys",
+        "attention two-stream D 64 2048 keys", "attention two-stream D 128 2048 keys",
+        "plan causal 2048 keys", "plan block-causal 2048 keys", "plan two-stream 2048 keys",
     ]  # fmt: skip
     assert "no time left for: " + ", ".join(found) in capsys.readouterr().out
 
@@ -300,7 +327,7 @@ def test_goals_are_against_a_rivals_best_form() -> None:
         result("packed", tidal=(2, 2), flex=(3, 3)),
         result("two-stream", tidal=(1, 1), sdpa=(9, 9)),
     ]
-    building = {"tidal": 2.0, "create_block_mask": 90.0, "create_block_mask, compiled": 60.0}
+    building = {"tidal": 2.0, "create_block_mask": 90.0, "create_block_mask-compiled": 60.0}
     plans = [{"mask": "packed", "keys": 8192, "times": {name: {"plan_ms": t} for name, t in building.items()}}]
     decoded = [{"queries": 1, "times": {"tidal": {"decode_ms": 1.0}, "flex": {"decode_ms": 3.0}}}]
     met = {(g["rival"], g["direction"], g["masks"][0]): (g["worst"], g["median"])
@@ -314,17 +341,29 @@ def test_goals_are_against_a_rivals_best_form() -> None:
         ("flash-attention-2", "forward", "causal"): (0.5, 0.5),
         ("flash-attention-2", "backward", "causal"): (1.5, 1.5),
         ("flex", "decode", "decode"): (3.0, 3.0),
-        ("create_block_mask", "plan", "causal"): (45.0, 45.0),
-        ("create_block_mask, compiled", "plan", "causal"): (30.0, 30.0),
+        ("create_block_mask", "plan", "causal"): (30.0, 30.0),
     }
 
 
 def test_goals_of_the_plan_are_at_8192_keys() -> None:
     plans = [{"mask": "packed", "keys": keys, "times": {"tidal": {"plan_ms": 1.0}, "create_block_mask": {"plan_ms": t}}}
              for keys, t in ((2048, 2.0), (8192, 90.0), (16384, 1.0))]  # fmt: skip
-    eager, compiled = (g for g in attention.against_goals(plans) if g["direction"] == "plan")
-    assert (eager["rival"], eager["worst"], eager["median"]) == ("create_block_mask", 90.0, 90.0)
-    assert (compiled["rival"], compiled["worst"]) == ("create_block_mask, compiled", None)
+    (goal,) = (g for g in attention.against_goals(plans) if g["direction"] == "plan")
+    assert (goal["rival"], goal["worst"], goal["median"]) == ("create_block_mask", 90.0, 90.0)
+
+
+def test_the_share_of_the_plan_is_that_of_one_layer_which_uses_it() -> None:
+    def result(mask: str, keys: int, d: int) -> dict[str, Any]:
+        times = {"tidal": {"forward_ms": 1.0, "backward_ms": 3.0 * d / 64}, "flex": {"forward_ms": 9.0}}
+        return {"mask": mask, "keys": keys, "head_dim": d, "times": times}
+
+    measured = ("causal", 8192, 64), ("causal", 8192, 128), ("causal", 96, 64), ("packed", 8192, 64)
+    building = {"tidal": {"plan_ms": 0.2}, "create_block_mask": {"plan_ms": 9.0}}
+    plans = [{"mask": "causal", "keys": 8192, "times": building}]
+    shares = attention.plan_shares([result(*what) for what in measured], plans)
+    assert [(s["mask"], s["keys"], s["head_dim"], s["plan_share_of_a_layer"]) for s in shares] == [
+        ("causal", 8192, 64, 0.05), ("causal", 8192, 128, 0.0286)
+    ]  # fmt: skip
 
 
 def test_attention_cpu_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def test_tiles_are_ranked_and_the_wrong_ones_refused(
         "16×32, 4 warps, 1 stages": "wrong result: errors {'dk': nan}",
         "32×16, 4 warps, 1 stages": "RuntimeError: out of resources",
     }
-    in_use = "128 keys, 2 a core, 4 warps, 3 stages (now)"
+    in_use = "128 keys, 8 a core, 4 warps, 3 stages (now)"
     assert decode["of"] == "decode_ms"
     assert set(decode["times"]) == {
         in_use,
@@ -89,7 +89,8 @@ def test_the_fastest_tiles_race(tmp_path: Path, capsys: pytest.CaptureFixture[st
     tiles.write_text(json.dumps(line))
     flags = ["--device", "cpu", "--tiny", "--backend", "triton", "--masks", "two-stream", "--decode-queries"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "plan_result", lambda *_: {"mask": "two-stream", "keys": 8, "times": {}})
+        plan = {"mask": "two-stream", "keys": 8, "times": {"tidal": {"plan_ms": 1.0}}}
+        patch.setattr(attention, "plan_result", lambda *_: plan)
         patch.setattr(attention, "GOALS", (("sdpa", "forward", ("two-stream",), 1.0, 2.0),))
         patch.setattr(attention, "problem", lambda mask, *_: problem(mask, 20, 1, 32, FORM))
         patch.setattr(

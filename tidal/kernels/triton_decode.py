@@ -43,8 +43,9 @@ class Launch(NamedTuple):
     """TILE_N, keys per tile"""
     warps: int
     stages: int
-    per_core: int = 2
-    """programs per multiprocessor, if there are enough keys to split"""
+    per_core: int = 8
+    """programs per multiprocessor, if there are enough keys to split: more than run at once, since rows differ in
+    length, and the longest may start last"""
 
 
 UNSPECIALIZED = ("n_queries", "n_keys", "n_splits")
