@@ -45,8 +45,8 @@ class TextRecipe:
         drawn = np.random.default_rng([settings.seed, 5]).permutation(len(self._validation))[:VALIDATION_ROWS]
         self._drawn = sorted(drawn.tolist())
         epochs = settings.rows * settings.optim.accumulate * settings.max_steps / len(self.rows)
-        note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows "
-             f"({epochs:,.2f} epochs in {settings.max_steps:,} steps); "
+        note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows, "
+             f"{self.rows.fill:.0%} full ({epochs:,.2f} epochs in {settings.max_steps:,} steps); "
              f"{len(held_out):,} held out; vocabulary {self.tokenizer.vocab_size:,}, "
              f"{self.tokenizer.n_writable} writable")  # fmt: skip
 
