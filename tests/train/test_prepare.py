@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -211,17 +210,10 @@ def test_a_long_document_is_cut_and_its_tail_held_out(tmp_path: Path) -> None:
 
 
 def test_copies_of_what_is_held_out_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As by definition; a line says how many. Without copies the digest is the one of the rule before."""
+    """As by definition; a line says how many."""
     alike, tail = [{"text": some_text(i, 20)} for i in range(9)], [{"text": some_text(1, 900)}, {"text": "sea"}]
     for different, left_out in ((alike, 4), (tail, 2)):
         with small():
             assert check_rows(tmp_path, different * 3, tokenizers()["english"], 50, 400) > 1
         said = f"{2 * len(different)} of {3 * len(different)} documents are copies of others; {left_out} of them,"
         assert said in capsys.readouterr().err
-        found = []
-        for n in (1, 2):
-            (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in different * n))
-            data = survey([str(tmp_path / "a.jsonl")], 0.3, 3)
-            found.append(data.digest == hashlib.sha256(f"{data.content} 0.3 3".encode()).hexdigest())
-        assert found == [True, False]
-        capsys.readouterr()

@@ -6,27 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidal.cli import UserError, main, note, parse
-from tidal.config import Text
+from tidal.config import Data
 
 DESCRIPTION = """Split, tokenize and count data into a folder of shards that training maps into memory. Interrupted, the
 same command goes on where it stopped. Then: python -m tidal.train --prepared OUT"""
 
 
-@dataclass(frozen=True)
-class Prepare:
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Data):
     """Settings of `python -m tidal.prepare`."""
 
     out: str
     """Folder of the shards; new, or one that was begun with the same settings."""
-    data: tuple[str, ...] = ()
-    """Text files, folders, globs, .jsonl and .parquet ({"text"} or {"prompt", "completion"}), .gz; hf:DATASET."""
-    tokenizer: str | None = None
-    """Folder of a trained tokenizer; none: train one on the data."""
-    vocab_size: int = Text.vocab_size
-    """Size of the sentencepiece vocabulary to train."""
-    hold_out: float = Text.hold_out
-    """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
-    end)."""
     seed: int = 0
     """Chooses the documents held out."""
     workers: int = 0

@@ -105,8 +105,7 @@ def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
         note(f"{division.n_copies:,} of {len(sizes):,} documents are copies of others; {division.left_out.sum():,} of "
              "them, copies of what is held out, are left out")  # fmt: skip
     start = division.tail_start(_stretch(read_parts(paths), division)) if division.cut >= 0 else 0
-    rule = " copies" if division.n_copies else ""  # once they were divided like other documents
-    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}{rule}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}".encode()).hexdigest()
     return Survey(paths, division, start, content.n_bytes, content.hexdigest(), digest)
 
 
