@@ -133,8 +133,8 @@ def test_files_passed_over_for_their_names_are_said(tmp_path: Path, capsys: pyte
     for name in ("README.md", ".hidden", "b.py", "a.py"):
         (tmp_path / name).write_text(name)
     assert texts(tmp_path) == ["README.md"]
-    assert capsys.readouterr().err == (f"{tmp_path}: 2 files passed over, not named .txt, .md, .jsonl or .parquet, such as "
-                                       f"{tmp_path / 'a.py'}; for these give a glob\n")  # fmt: skip
+    assert capsys.readouterr().err == (f"{tmp_path}: 2 files passed over, not named .txt, .md, .jsonl or .parquet, "
+                                       f"such as {tmp_path / 'a.py'}; for these give a glob\n")  # fmt: skip
     assert texts(tmp_path / "*.py", tmp_path / "README.md") == ["a.py", "b.py", "README.md"]
     assert capsys.readouterr().err == ""
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class Corpus:
             block, byte = block + n_blocks, byte + n_bytes
 
 
-class Rows(Sequence[list[Passage]]):
+class Rows:
     """Rows of passages, each made when it is asked for: the twin of `windows` and `share_rows` that needs no memory.
 
     The blocks of a row count in `table`, which must not be emptied while the row is in use.
@@ -163,13 +163,10 @@ class Rows(Sequence[list[Passage]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, i: int) -> list[Passage]: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[list[Passage]]: ...
-    def __getitem__(self, i: int | slice) -> list[Passage] | list[list[Passage]]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __iter__(self) -> Iterator[list[Passage]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> list[Passage]:
         i = range(len(self))[i]
         return [self._passage(*window) for window in self._windows[self._starts[i] : self._starts[i + 1]].tolist()]
 
