@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT, ROOT, SMALL_TEXT, Ran, run, tidal, tree
 
-import tidal.prepare
 from tests.train.test_recipes import some_text
 from tidal.cli import UserError
+from tidal.prepare import __doc__ as LAYOUT
 from tidal.prepare import make
 from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.shards import verify
@@ -80,7 +80,7 @@ def test_the_documentation_and_that_training_from_shards_is_training_from_files(
     assert re.fullmatch(r"SHARDS: 1 documents, 68,237 bytes; 1 held out; vocabulary 320, \d+ writable\n", done.out)
     monkeypatch.chdir(tmp_path)
     assert command(*prepare, "--vocab-size", "320").out == done.out  # it is there already
-    named = set(re.findall(r"\b(\w+\.npy|\w+\.json)\b", str(tidal.prepare.__doc__)))
+    named = set(re.findall(r"\b(\w+\.npy|\w+\.json)\b", str(LAYOUT)))
     assert len(named) == 6
     assert named <= {path.name for path in (tmp_path / "SHARDS").rglob("*")}
     assert command("train", "--data", "FOLDER", "--out", "runs/files", *few).code == 0
