@@ -221,6 +221,8 @@ class Data:
     """Folder of a trained tokenizer; none: train one on the data."""
     vocab_size: int = 2048
     """Size of the sentencepiece vocabulary to train."""
+    validation_data: tuple[str, ...] = ()
+    """Like --data, for validation; none: a part of --data."""
     hold_out: float = 0.05
     """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
     end)."""

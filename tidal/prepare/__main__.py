@@ -32,10 +32,12 @@ def run(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {least}")
     if settings.tokenizer and settings.vocab_size != Prepare.vocab_size:
         raise UserError(f"--vocab-size does nothing with --tokenizer {settings.tokenizer}, which is trained already")
+    if settings.validation_data and settings.hold_out != Prepare.hold_out:
+        raise UserError("--hold-out does nothing with --validation-data; leave one of them out")
     from tidal.prepare.make import prepare, tokenizer_for
     from tidal.prepare.survey import survey
 
-    data = survey(settings.data, settings.hold_out, settings.seed)
+    data = survey(settings.data, settings.hold_out, settings.seed, settings.validation_data)
     tokenizer = tokenizer_for(settings.tokenizer, settings.vocab_size, data.training_texts())
     found = prepare(data, tokenizer, Path(settings.out), settings.workers)
     n, held_out = len(found.training.documents), len(found.held_out.documents)
