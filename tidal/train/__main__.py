@@ -192,7 +192,7 @@ def _elsewhere(settings: Train, argv: list[str]) -> Train:
     data, prepared = (_given(argv, flag) is not None for flag in ("--data", "--prepared"))
     if data == prepared:
         return settings
-    other: dict[str, Any] = {"prepared": None} if data else {"data": (), "validation_data": ()}
+    other: dict[str, Any] = {"prepared": None} if data else {"data": ()}
     return dataclasses.replace(settings, text=dataclasses.replace(settings.text, **other))
 
 
