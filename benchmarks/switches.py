@@ -20,6 +20,7 @@ from tidal.blocks import EOS_BLOCK, NOTHING, SUFFIX_ORDERS, BlockTable, Passage
 from tidal.boundary_dropout import cut_blocks
 from tidal.config import Optim, Shape, TidalConfig, Train
 from tidal.model import TidalTransformer
+from tidal.prepare.corpus import Rows
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer, Spelling
 from tidal.train.optim import Optimizer
@@ -190,7 +191,7 @@ class SwitchedRecipe(TextRecipe):
 
 
 class _Regrouped:
-    def __init__(self, rows: Sequence[list[Passage]], regroup: Callable[[Passage], Passage]) -> None:
+    def __init__(self, rows: Rows, regroup: Callable[[Passage], Passage]) -> None:
         self.rows, self.regroup = rows, regroup
 
     def __len__(self) -> int:

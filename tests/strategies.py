@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from operator import le
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from tests.tokenizer.strategies import hostile_text
-from tidal.blocks import NOTHING, BlockTable, Passage, passage, row_starts
+from tidal.blocks import NOTHING, BlockTable, Passage, passage
 from tidal.boundary_dropout import cut_at_random
 from tidal.config import Shape, TidalConfig
 from tidal.model import TidalTransformer
@@ -157,15 +157,21 @@ def remembered(scripts: Sequence[list[int]], written: list[int]) -> list[int]:
 
 def fill_rows(whole: Iterable[Passage], table: BlockTable, reader_budget: int,
               writer_budget: int) -> Iterator[list[Passage]]:  # fmt: skip
-    """Pack passages in their order into rows of at most so many reader tokens and writer steps.
+    """What `share_rows` must come to: rows of the longest passages left while they fit, then of the shortest.
 
     A passage over a budget on its own gets a row of its own.
     """
-    whole = list(whole)
-    sizes = [(int(table.n_tokens(p.blocks).sum()), int(table.n_targets(p.blocks[p.supervised]).sum()))
-             for p in whole]  # fmt: skip
-    starts = [*row_starts(sizes, reader_budget, writer_budget), len(whole)]
-    yield from (whole[start:end] for start, end in pairwise(starts))
+    def size(*row: Passage) -> tuple[int, int]:
+        return (sum(int(table.n_tokens(p.blocks).sum()) for p in row),
+                sum(int(table.n_targets(p.blocks[p.supervised]).sum()) for p in row))  # fmt: skip
+
+    left = sorted(whole, key=lambda p: -size(p)[0])
+    while left:
+        row = [left.pop(0)]
+        for end in (0, -1):
+            while left and all(map(le, size(*row, left[end]), (reader_budget, writer_budget))):
+                row.append(left.pop(end))
+        yield row
 
 
 def hold_out(

@@ -204,16 +204,6 @@ def test_help_is_readable_and_imports_no_torch() -> None:
     assert "Optimizer steps" in done.stdout
 
 
-def test_unknown_flag_from_the_shell() -> None:
-    command = [sys.executable, "-c", SCRIPT, "--max-step", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    error = done.stderr.splitlines()[0]
-    assert error == "tidal.train: error: unknown flag '--max-step'; did you mean '--max-steps'?"
-    assert len(done.stderr.splitlines()) == 2  # the second one is SCRIPT's own
-
-
 @pytest.mark.parametrize(
     "body", ['while True: print("y" * 1000)', 'sys.stdin.read(); print("y")'], ids=["much", "little"]
 )

@@ -25,7 +25,7 @@ from tidal.report import page
 from tidal.report.__main__ import run as report
 from tidal.report.draw import COLOURS, Panel, png
 from tidal.report.page import comparison_panels, figures_table, render_comparison, render_run, run_panels, visible
-from tidal.report.runs import newest, read
+from tidal.report.runs import Run, newest, read
 from tidal.train.figures import COLUMNS
 from tidal.train.recipes.characters import TASKS
 
@@ -188,19 +188,22 @@ def test_the_page_takes_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     now, written = [0.0], []
 
-    def write(folder: Path) -> None:
+    def render(_: Run) -> str:
         now[0] += 2.0
         written.append(now[0])
+        return "the page"
 
-    monkeypatch.setattr(page, "write_run", write)
+    make(tmp_path / "run")
+    monkeypatch.setattr(page, "render_run", render)
     monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now[0]))
     pages = page.Pages()
     for _ in range(50):
         now[0] += 10.0
-        pages.write(tmp_path)
+        pages.write(tmp_path / "run")
     assert len(written) == 3  # 2 s in 200 s, of 500 s
-    pages.write(tmp_path, last=True)
+    pages.write(tmp_path / "run", last=True)
     assert len(written) == 4
+    assert (tmp_path / "run" / "report.html").read_text() == "the page"
     monkeypatch.undo()
     page.Pages().write(tmp_path)  # there is no run
     assert "no report.html: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -269,14 +270,24 @@ def spans(n_tokens: Ints, n_steps: Ints, reader_budget: int, writer_budget: int,
         yield start, first, end
 
 
-def row_starts(sizes: Iterable[tuple[int, int]], reader_budget: int, writer_budget: int) -> Iterator[int]:
-    """At which passages of these sizes (reader tokens, writer steps), packed in their order, a row begins.
+def share_rows(sizes: Ints, reader_budget: int, writer_budget: int) -> tuple[Ints, Ints]:
+    """How passages of these sizes ([n, 2]: reader tokens, writer steps) share rows: their order [n], and where in it
+    each row begins [rows].
 
-    A passage over a budget on its own gets a row of its own.
+    A row takes the longest passages that are left, one after the other, until the next one does not fit, then likewise
+    the shortest. A passage over a budget on its own gets a row of its own. Of equally long ones the first comes first.
     """
-    tokens = steps = 0
-    for i, (n_tokens, n_steps) in enumerate(sizes):
-        if i == 0 or tokens + n_tokens > reader_budget or steps + n_steps > writer_budget:
-            yield i
-            tokens = steps = 0
-        tokens, steps = tokens + n_tokens, steps + n_steps
+    tokens, steps = sizes.T.tolist()
+    left = deque(np.argsort(-sizes[:, 0], kind="stable").tolist())
+    order: list[int] = []
+    starts: list[int] = []
+    while left:
+        starts.append(len(order))
+        order.append(i := left.popleft())
+        n_tokens, n_steps = tokens[i], steps[i]
+        for end, take in ((0, left.popleft), (-1, left.pop)):
+            while left and (n_tokens + tokens[left[end]] <= reader_budget
+                            and n_steps + steps[left[end]] <= writer_budget):  # fmt: skip
+                order.append(i := take())
+                n_tokens, n_steps = n_tokens + tokens[i], n_steps + steps[i]
+    return np.array(order, np.int64), np.array(starts, np.int64)

@@ -212,27 +212,35 @@ class Characters:
 
 
 @dataclass(frozen=True)
-class Text:
-    """The data of `--recipe text`."""
+class Data:
+    """Texts, how they are tokenized, and what is kept for validation."""
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs, .jsonl and .parquet ({"text"} or {"prompt", "completion"}), .gz; hf:DATASET."""
-    prepared: str | None = None
-    """Folder that python -m tidal.prepare made, instead of --data."""
-    cache: str = "~/.cache/tidal"
-    """Folder where data of more than 64 MB are prepared, once."""
     tokenizer: str | None = None
     """Folder of a trained tokenizer; none: train one on the data."""
     vocab_size: int = 2048
     """Size of the sentencepiece vocabulary to train."""
+    validation_data: tuple[str, ...] = ()
+    """Like --data, for validation; none: a part of --data."""
+    hold_out: float = 0.05
+    """Fraction of the characters, at most about a million, kept for validation, in whole documents (of a single one,
+    its end)."""
+
+
+@dataclass(frozen=True)
+class Text(Data):
+    """The data of `--recipe text`."""
+
+    prepared: str | None = None
+    """Folder that python -m tidal.prepare made, instead of --data."""
+    cache: str = "~/.cache/tidal"
+    """Folder where data of more than 64 MB are prepared, once."""
     reader_budget: int = 256
     """Reader tokens in a row."""
     cut_probability: float = 0.015
     """Boundary dropout: the probability, at each place between two characters of a block, that training text is cut
     there as a prompt is."""
-    hold_out: float = 0.05
-    """Fraction of the characters, at most about a million, kept for validation, in whole documents (of a single one,
-    its end)."""
 
 
 @dataclass(frozen=True)

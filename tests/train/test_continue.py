@@ -336,11 +336,15 @@ def test_a_run_goes_on_with_its_data_in_another_form(tmp_path: Path, monkeypatch
         assert "leave --data out" in refused(run, ["--resume", folder, *files, *shards])
 
 
-def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+@pytest.mark.parametrize("held_out", [["--hold-out", "0.2"], ["--validation-data", "b.txt"]], ids=" ".join)
+def test_a_run_on_shards_that_hold_out_others_goes_on_with_the_files(
+        held_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """And one on the files with the shards."""
     monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text("Another day, another tide.\n" * 9)
     Path("a.txt").write_text("".join(f"The tide of day {i} came in and went out.\n" for i in range(60)))
-    prepare(["--data", "a.txt", "--out", "shards", "--vocab-size", "300", "--workers", "1", "--hold-out", "0.2"])
+    prepare(["--data", "a.txt", "--out", "shards", "--vocab-size", "300", "--workers", "1", *held_out])
     base = ["--max-steps", "2", "--validate-every", "1", "--rows", "2", "--device", "cpu", *SMALL,
             "--reader-budget", "64", "--suffix-rows", "9"]  # fmt: skip
     assert run([*base, "--prepared", "shards", "--out", "run"]) == 0
@@ -348,9 +352,13 @@ def test_a_run_on_shards_that_hold_out_more_goes_on_with_the_files(
     undo(Path("run"))
     said = refused(run, ["--resume", "run", "--data", "a.txt"])
     assert "--hold-out and --seed (also of tidal.prepare) hold out another part" in said
-    assert run(["--resume", "run", "--data", "a.txt", "--hold-out", "0.2"]) == 0
+    assert run(["--resume", "run", "--data", "a.txt", *held_out]) == 0
     assert "other settings" not in capsys.readouterr().err  # the setting is new, but what is held out is not
     assert unequal(results(Path("run")), wanted) == []
+    assert run([*base, "--data", "a.txt", *held_out, "--vocab-size", "300", "--out", "other"]) == 0
+    undo(Path("other"))
+    assert run(["--resume", "other", "--prepared", "shards"]) == 0
+    assert unequal(results(Path("other")), wanted) == []
 
 
 def test_the_default_is_auto() -> None:

@@ -120,10 +120,23 @@ def test_a_folder_without_known_names_gives_whatever_is_text(tmp_path: Path) -> 
     (tmp_path / "poem").write_text("a")
     (tmp_path / "code.py").write_text("b")
     (tmp_path / "code.gz").write_bytes(b"not gzip")
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"abcdefgh", mtime=0)[:-9])
     (tmp_path / "x.bin").write_bytes(b"\0\1")
     (tmp_path / ".hidden").write_text("c")
     assert texts(tmp_path) == ["b", "a"]
+    whole = gzip.compress(b"abcdefgh" * 99, mtime=0)
+    for bad in (whole[:-9], whole[:12] + b"\xff" + whole[13:]):  # text that is lost, and would be missed
+        (tmp_path / "cut.gz").write_bytes(bad)
+        assert re.match(r".*cut\.gz is not intact gzip: .*; pack it again, or fetch it again$", complaint(tmp_path))
+
+
+def test_files_passed_over_for_their_names_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", ".hidden", "b.py", "a.py"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["README.md"]
+    assert capsys.readouterr().err == (f"{tmp_path}: 2 files passed over, not named .txt, .md, .jsonl or .parquet, "
+                                       f"such as {tmp_path / 'a.py'}; for these give a glob\n")  # fmt: skip
+    assert texts(tmp_path / "*.py", tmp_path / "README.md") == ["a.py", "b.py", "README.md"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_name_with_brackets_is_not_a_glob(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -22,6 +21,7 @@ from tidal.blocks import BlockTable, Passage, passage, windows
 from tidal.cli import UserError
 from tidal.config import Text
 from tidal.prepare import corpus, make, reading, shards
+from tidal.prepare.again import also_trained_on, held_out_again
 from tidal.prepare.corpus import Rows
 from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.make import prepare_for_training
@@ -153,8 +153,8 @@ def check_rows(folder: Path, documents: list[dict[str, str]], tokenizer: MixedTo
         alike = shown(rows, table) == shown(by_definition([wanted[i] for i in order], table, budget, steps), table)
         assert alike, "other rows"  # not compared in the assert: pytest would take minutes to show the difference
         by_document = [list(rows.of_document(i)) for i in range(len(wanted))]
-        alike = shown(by_document, table) == shown([[p for row in by_definition([d], table, budget, steps) for p in row]
-                                                    for d in wanted], table)  # fmt: skip
+        cut = [windows(passage(table, d.prompt, d.completion), table, budget, steps) for d in wanted]
+        alike = shown(by_document, table) == shown(cut, table)
         assert alike, "other windows of a document"
     return len(rows)
 
@@ -211,17 +211,46 @@ def test_a_long_document_is_cut_and_its_tail_held_out(tmp_path: Path) -> None:
 
 
 def test_copies_of_what_is_held_out_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As by definition; a line says how many. Without copies the digest is the one of the rule before."""
+    """As by definition; a line says how many."""
     alike, tail = [{"text": some_text(i, 20)} for i in range(9)], [{"text": some_text(1, 900)}, {"text": "sea"}]
     for different, left_out in ((alike, 4), (tail, 2)):
         with small():
             assert check_rows(tmp_path, different * 3, tokenizers()["english"], 50, 400) > 1
         said = f"{2 * len(different)} of {3 * len(different)} documents are copies of others; {left_out} of them,"
         assert said in capsys.readouterr().err
-        found = []
-        for n in (1, 2):
-            (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in different * n))
-            data = survey([str(tmp_path / "a.jsonl")], 0.3, 3)
-            found.append(data.digest == hashlib.sha256(f"{data.content} 0.3 3".encode()).hexdigest())
-        assert found == [True, False]
-        capsys.readouterr()
+
+
+# ------------------------------------------------------------------------------- validation data of one's own
+
+
+def check_own_validation(folder: Path) -> None:
+    """In memory and in shards: all of it is held out, once, in its order, and nothing that is learnt is in it."""
+    different = [some_text(i, 30) for i in range(12)]
+    for name, which in (("data", [0, 1, 2, 3, 2, 8, 9]), ("own", [8, 10, 0, 10, 11])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": different[i]}) + "\n" for i in which))
+    paths, own = (str(folder / "data.jsonl"),), (str(folder / "own.jsonl"),)
+    tokenizers()["english"].save(folder / "t")
+    text = Text(data=paths, validation_data=own, tokenizer=str(folder / "t"))
+    with small():
+        here = prepare_for_training(text, 3)
+        shards = make.prepare(survey(paths, 0.05, 3, own), here.tokenizer, folder / "shards", workers=1)
+    for found in (here, shards):
+        assert [completion for _, completion in found.training.texts()] == [different[i] for i in (1, 2, 3, 2, 9)]
+        assert [completion for _, completion in found.held_out.texts()] == [different[i] for i in (8, 10, 0, 11)]
+    assert here.digest == shards.digest
+    assert json.loads((folder / "shards" / "plan.json").read_bytes())["validation"] == list(own)
+    documents, source = held_out_again(text, 3, here.digest)
+    assert [d.completion for d in documents] == [different[i] for i in (8, 10, 0, 11)]
+    assert source == "the run's held-out text"
+    assert also_trained_on(own, text) == [str(folder.resolve() / "own.jsonl")]
+
+
+def test_validation_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_own_validation(tmp_path)
+    assert "4 of 12 documents are copies of others; 3 of them, copies of what is held out," in capsys.readouterr().err
+    paths, own = [str(tmp_path / "data.jsonl")], [str(tmp_path / "own.jsonl")]
+    digests = [survey(paths, 0.05, 3).digest, survey(paths, 0.05, 3, own).digest, survey(own, 0.05, 3, paths).digest]
+    assert len(set(digests)) == 3
+    assert survey(paths, 0.2, 4, own).digest == digests[1]  # neither part nor seed decides anything
+    with pytest.raises(UserError, match="every document of --data is in --validation-data, too"):
+        survey(own, 0.05, 3, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,11 +22,14 @@ from commands import ENVIRONMENT, ROOT, SMALL_TEXT, Ran, run, tidal, tree
 
 from tests.train.test_recipes import some_text
 from tidal.cli import UserError
+from tidal.prepare import __doc__ as LAYOUT
 from tidal.prepare import make
 from tidal.prepare.documents import Document, read_documents
 from tidal.prepare.shards import verify
 from tidal.prepare.survey import survey
 from tidal.tokenizer import MixedTokenizer
+from tidal.train.presets import SIZES
+from tidal.train.recipes.text import TextRecipe
 
 SMALL_SHARDS = """
 import time
@@ -76,7 +80,8 @@ def test_the_documentation_and_that_training_from_shards_is_training_from_files(
     assert re.fullmatch(r"SHARDS: 1 documents, 68,237 bytes; 1 held out; vocabulary 320, \d+ writable\n", done.out)
     monkeypatch.chdir(tmp_path)
     assert command(*prepare, "--vocab-size", "320").out == done.out  # it is there already
-    named = set(re.findall(r"\b(\w+\.npy|\w+\.json)\b", text)) - {"config.json"}  # that is a run's
+    named = set(re.findall(r"\b(\w+\.npy|\w+\.json)\b", str(LAYOUT)))
+    assert len(named) == 6
     assert named <= {path.name for path in (tmp_path / "SHARDS").rglob("*")}
     assert command("train", "--data", "FOLDER", "--out", "runs/files", *few).code == 0
     at = few.index("--vocab-size")  # which was settled when preparing
@@ -85,6 +90,18 @@ def test_the_documentation_and_that_training_from_shards_is_training_from_files(
     a, b = ((tmp_path / "runs" / run / "checkpoints" / "step-000006" / "model.safetensors").read_bytes()
             for run in ("text", "files"))  # fmt: skip
     assert a == b
+
+
+def test_a_vocabulary_smaller_than_the_size_asks_for_is_said(home: Path, whole: dict[str, str],
+                                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Preparing knows nothing of --model-size."""
+    settings = SIZES["mini"]
+    settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, prepared=str(home / "whole")))
+    said = (f"{home / 'whole'} has a vocabulary of 320, not the 4,096 of --model-size mini; prepare with --vocab-size "
+            "4096\n")  # fmt: skip
+    for size, there in (("mini", True), (None, False)):
+        TextRecipe(dataclasses.replace(settings, model_size=size))
+        assert (said in capsys.readouterr().err) == there
 
 
 def session(leader: int) -> set[int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.doctor.bugs_training import after_the_space, prompts_are_learnt
 from tests.strategies import tokenizers
-from tests.train.test_prepare import LONG, check_rows, check_seams, small
+from tests.train.test_prepare import LONG, check_own_validation, check_rows, check_seams, small
 from tests.train.test_prepare_folder import (
     check_changes_are_noticed,
     check_damage_is_found,
@@ -23,8 +25,9 @@ from tests.train.test_prepare_folder import (
 from tests.train.test_recipes import read_text, some_text
 from tidal.blocks import BlockTable, Ints, Passage
 from tidal.cli import UserError
-from tidal.prepare import make, seams, shards
+from tidal.prepare import documents, make, seams, shards
 from tidal.prepare.corpus import Rows
+from tidal.prepare.documents import Division
 from tidal.prepare.reading import Part
 from tidal.prepare.shards import Shard
 from tidal.train.recipes.text import TextRecipe
@@ -127,6 +130,15 @@ def table_emptied_late(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rows, "_passage", _passage)
 
 
+def copies_are_learnt(patch: pytest.MonkeyPatch) -> None:
+    """Of validation data of one's own."""
+    def apart(digests: npt.NDArray[np.uint64], n: int) -> Division:
+        return replace(found := right(digests, n), left_out=np.zeros_like(found.left_out))
+
+    right = documents.apart
+    patch.setattr("tidal.prepare.survey.apart", apart)
+
+
 def on_rows(folder: Path) -> None:
     with small():
         check_rows(folder, [{"text": some_text(1, 900)}, {"prompt": some_text(2, 60), "completion": some_text(3, 60)}],
@@ -164,6 +176,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], Check]] = [
     (shard_named_first, lambda folder: check_goes_on(data_in(folder), folder)),
     (unverified, lambda folder: check_damage_is_found(data_in(folder), folder / "out")),
     (not_compared, check_changes_are_noticed),
+    (copies_are_learnt, check_own_validation),
 ]
 
 

@@ -174,16 +174,17 @@ def joined(p: Passage, table: BlockTable) -> str:
 def test_every_document_is_learnt_or_held_out_once_and_whole(recipe: TextRecipe, folder: Path) -> None:
     documents, held_out = hold_out(read_documents([str(folder)]), 0.2, 0)
     assert 1 <= len(held_out) < 10
-    for rows, wanted in ((recipe.rows, documents), (recipe.held_out, held_out)):
-        found, text = [], ""
-        for p in (p for row in rows for p in row):
-            text += joined(p, recipe.table)
-            assert p.supervise_from == 1
-            if p.blocks[-1] == EOS_BLOCK:
-                found.append(text)
-                text = ""
-        assert text == ""
-        assert sorted(found) == sorted(d.completion for d in wanted)
+    for rows, wanted in ((recipe.rows, documents), (recipe._validation, held_out)):
+        found, windows = [], []
+        for i in range(len(wanted)):
+            whole = list(rows.of_document(i))
+            assert [p.blocks[-1] == EOS_BLOCK for p in whole] == [False] * (len(whole) - 1) + [True]
+            assert all(p.supervise_from == 1 for p in whole)
+            windows += [joined(p, recipe.table) for p in whole]
+            found.append("".join(windows[-len(whole) :]))
+        assert found == [d.completion for d in wanted]
+        assert sorted(joined(p, recipe.table) for row in rows for p in row) == sorted(windows)
+    assert len(recipe.held_out) == len(recipe._validation)
 
 
 def test_validation_draws_from_all_that_is_held_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +201,11 @@ def test_validation_draws_from_all_that_is_held_out(folder: Path, monkeypatch: p
 def test_it_is_said_how_many_epochs_there_will_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = text_settings(folder)
     settings = dataclasses.replace(settings, max_steps=1234, optim=dataclasses.replace(settings.optim, accumulate=3))
-    n = len(TextRecipe(settings).rows)
-    assert f" in {n} rows ({5 * 3 * 1234 / n:,.2f} epochs in 1,234 steps); " in capsys.readouterr().err
+    recipe = TextRecipe(settings)
+    n, tokens = len(recipe.rows), sum(int(recipe.table.n_tokens(p.blocks).sum()) for row in recipe.rows for p in row)
+    full = tokens / (100 * n)
+    assert full > 0.9
+    assert f" in {n} rows, {full:.0%} full ({5 * 3 * 1234 / n:,.2f} epochs in 1,234 steps); " in capsys.readouterr().err
 
 
 def test_an_epoch_takes_every_row_once(recipe: TextRecipe) -> None:

@@ -1,11 +1,4 @@
-"""The corpora, and writing one into a folder.
-
-```text
-DIR/corpus.json          name, sources, counts, SHA-256
-DIR/train/NAME.txt       a document each
-DIR/held-out/NAME.txt
-```
-"""
+"""The corpora, and writing one into a folder (its layout: docs/corpora.md)."""
 
 from __future__ import annotations
 
@@ -50,7 +43,6 @@ CHINESE = (
 class Corpus:
     """A corpus: what it is made of, and how."""
 
-    description: str
     packages: tuple[Package, ...]
     documents: Callable[[Sequence[Archive]], Iterable[Document]]
 
@@ -67,13 +59,12 @@ def _english(archives: Sequence[Archive]) -> Iterable[Document]:
 
 
 CORPORA = {
-    "kjv": Corpus("the King James Bible, by books", (KJV,), lambda got: english.king_james(got[0].path)),
-    "shakespeare": Corpus("Shakespeare, by plays and poems", (SHAKESPEARE,),
-                          lambda got: english.shakespeare(got[0].path)),
-    "english": Corpus("kjv and shakespeare", (KJV, SHAKESPEARE), _english),
-    "chinese": Corpus("poems and sayings, manual pages, an office suite's help", CHINESE, _chinese),
-    "code": Corpus("the running Python's standard library, by modules", (), lambda _: code.standard_library()),
-}  # fmt: skip
+    "kjv": Corpus((KJV,), lambda got: english.king_james(got[0].path)),
+    "shakespeare": Corpus((SHAKESPEARE,), lambda got: english.shakespeare(got[0].path)),
+    "english": Corpus((KJV, SHAKESPEARE), _english),
+    "chinese": Corpus(CHINESE, _chinese),
+    "code": Corpus((), lambda _: code.standard_library()),
+}
 
 
 def build(name: str, out: Path, archives: Path | None = None) -> tuple[dict[str, Any], bool]:

@@ -11,7 +11,8 @@
                                            steps that are learnt, whether the document ends
         shard.json      SHA-256 of the other three
       …
-      held-out/       a shard of the validation documents
+      held-out-000000/  a shard of the validation documents
+      …
       manifest.json   SHA-256 of every shard.json and of itself; written last: without it, the folder is not finished
 
     text     "Don't add 54663 +\n"

@@ -6,27 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidal.cli import UserError, main, note, parse
-from tidal.config import Text
+from tidal.config import Data
 
 DESCRIPTION = """Split, tokenize and count data into a folder of shards that training maps into memory. Interrupted, the
 same command goes on where it stopped. Then: python -m tidal.train --prepared OUT"""
 
 
-@dataclass(frozen=True)
-class Prepare:
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Data):
     """Settings of `python -m tidal.prepare`."""
 
     out: str
     """Folder of the shards; new, or one that was begun with the same settings."""
-    data: tuple[str, ...] = ()
-    """Text files, folders, globs, .jsonl and .parquet ({"text"} or {"prompt", "completion"}), .gz; hf:DATASET."""
-    tokenizer: str | None = None
-    """Folder of a trained tokenizer; none: train one on the data."""
-    vocab_size: int = Text.vocab_size
-    """Size of the sentencepiece vocabulary to train."""
-    hold_out: float = Text.hold_out
-    """Part of the characters, at most about a million, kept for validation, in whole documents (of a single one, its
-    end)."""
     seed: int = 0
     """Chooses the documents held out."""
     workers: int = 0
@@ -41,10 +32,12 @@ def run(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {least}")
     if settings.tokenizer and settings.vocab_size != Prepare.vocab_size:
         raise UserError(f"--vocab-size does nothing with --tokenizer {settings.tokenizer}, which is trained already")
+    if settings.validation_data and settings.hold_out != Prepare.hold_out:
+        raise UserError("--hold-out does nothing with --validation-data; leave one of them out")
     from tidal.prepare.make import prepare, tokenizer_for
     from tidal.prepare.survey import survey
 
-    data = survey(settings.data, settings.hold_out, settings.seed)
+    data = survey(settings.data, settings.hold_out, settings.seed, settings.validation_data)
     tokenizer = tokenizer_for(settings.tokenizer, settings.vocab_size, data.training_texts())
     found = prepare(data, tokenizer, Path(settings.out), settings.workers)
     n, held_out = len(found.training.documents), len(found.held_out.documents)

@@ -38,8 +38,8 @@ def held_out_again(text: Text, seed: int, digest: object) -> tuple[list[Document
         prepared = load(Path(text.prepared))
         documents = [Document(*both, text.prepared) for both in prepared.held_out.texts()]
         found = prepared.digest
-    elif text.data and all(map(is_here, text.data)):
-        data = survey(text.data, text.hold_out, seed)
+    elif text.data and all(map(is_here, (*text.data, *text.validation_data))):
+        data = survey(text.data, text.hold_out, seed, text.validation_data)
         documents = list(joined(part for is_held_out, part in data.parts() if is_held_out))
         found = data.digest
     else:
@@ -59,7 +59,7 @@ def also_trained_on(paths: Sequence[str], text: Text) -> list[str]:
     Files of prepared data are not known. Raises UserError where `paths` cannot be read.
     """
     own: set[str] = set()
-    for path in text.data:
+    for path in (*text.data, *text.validation_data):
         with contextlib.suppress(UserError):  # it is gone
             own |= real_files([path])
     return sorted(own & real_files(paths))

@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, row_starts
+from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Ints, Passage, share_rows
 from tidal.prepare.shards import Shard
 
 READ_BLOCKS = 1 << 20
@@ -63,14 +63,14 @@ class Corpus:
             block, byte = block + n_blocks, byte + n_bytes
 
 
-class Rows(Sequence[list[Passage]]):
-    """Rows of passages, each made when it is asked for: the twin of `windows` and `row_starts` that needs no memory.
+class Rows:
+    """Rows of passages, each made when it is asked for: the twin of `windows` and `share_rows` that needs no memory.
 
     The blocks of a row count in `table`, which must not be emptied while the row is in use.
     """
 
     def __init__(self, corpus: Corpus, order: Ints, table: BlockTable, reader_budget: int, writer_budget: int) -> None:
-        """Plan rows over the documents in the `order` ([documents], a permutation); budgets as in `row_starts`."""
+        """Plan rows over the documents in the `order` ([documents], a permutation); budgets as in `share_rows`."""
         self.corpus, self.table = corpus, table
         counts = corpus.documents
         first_block, first_byte = (np.cumsum(counts[:, i]) - counts[:, i] for i in (0, 2))
@@ -83,9 +83,10 @@ class Rows(Sequence[list[Passage]]):
             which.append(documents)
             windows.append(cut)
         found = np.concatenate(windows)[np.argsort(np.argsort(order)[np.concatenate(which)], kind="stable")]
-        sizes = ((int(a), int(b)) for a, b in found[:, 5:])
-        self._starts = np.array([*row_starts(sizes, reader_budget, writer_budget), len(found)])
-        self._windows = found[:, :5].copy()
+        packed, starts = share_rows(found[:, 5:], reader_budget, writer_budget)
+        self._windows, self._starts = found[packed, :5], np.append(starts, len(found))
+        self.fill = float(found[:, 5].sum()) / (reader_budget * max(1, len(self)))
+        """The part of the rows' reader tokens that is no padding."""
 
     def _cut_all(self, which: Ints, documents: Ints, reader_budget: int,
                  writer_budget: int) -> Iterator[tuple[Ints, Ints]]:  # fmt: skip
@@ -155,19 +156,17 @@ class Rows(Sequence[list[Passage]]):
         first = int(n_blocks[:i].sum())
         begins, lengths = self._windows[:, 0], self._windows[:, 2]
         within = begins - (lengths == 0)  # one that has nothing but `<eos>` begins where the next document does
-        for k in np.flatnonzero((within >= first) & (within < first + n_blocks[i])).tolist():
+        which = np.flatnonzero((within >= first) & (within < first + n_blocks[i]))
+        for k in which[np.argsort(begins[which])].tolist():
             yield self._passage(*self._windows[k].tolist())
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, i: int) -> list[Passage]: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[list[Passage]]: ...
-    def __getitem__(self, i: int | slice) -> list[Passage] | list[list[Passage]]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __iter__(self) -> Iterator[list[Passage]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, i: int) -> list[Passage]:
         i = range(len(self))[i]
         return [self._passage(*window) for window in self._windows[self._starts[i] : self._starts[i + 1]].tolist()]
 

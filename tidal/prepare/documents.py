@@ -128,6 +128,20 @@ def divide(sizes: npt.NDArray[np.int64], has_prompt: npt.NDArray[np.bool_], dige
     return Division(held_out, held_out[first] & is_copy, len(sizes) - n)
 
 
+def apart(digests: npt.NDArray[np.uint64], n: int) -> Division:
+    """Documents with these `digests` ([documents], of their texts), of which all from number `n` on are for validation.
+
+    Copies of those are left out: nothing is both learnt and held out, and validation holds nothing twice. Raises
+    UserError where nothing is left to learn.
+    """
+    held_out = np.zeros(len(digests), np.bool_)
+    held_out[n + np.unique(digests[n:], return_index=True)[1]] = True
+    left_out = np.isin(digests, digests[n:]) & ~held_out
+    if left_out[:n].all():
+        raise UserError("every document of --data is in --validation-data, too, so none is left to learn; give others")
+    return Division(held_out, left_out, len(digests) - len(np.unique(digests)))
+
+
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 

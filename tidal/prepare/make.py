@@ -66,7 +66,7 @@ def prepare_for_training(text: Text, seed: int) -> Prepared:
         if text.tokenizer and tokenizer_for(text.tokenizer, 0, ()).fingerprint != found.tokenizer.fingerprint:
             raise UserError(f"{text.prepared} was prepared with another tokenizer than {text.tokenizer}; prepare anew")
         return found
-    data = survey(text.data, text.hold_out, seed)
+    data = survey(text.data, text.hold_out, seed, text.validation_data)
     tokenizer = tokenizer_for(text.tokenizer, text.vocab_size, data.training_texts())
     if data.n_bytes > IN_MEMORY:
         out = Path(text.cache).expanduser() / f"{data.digest[:16]}-{tokenizer.fingerprint[:16]}"
@@ -103,7 +103,7 @@ def _groups(data: Survey, cap: int) -> Iterator[tuple[bool, int, list[Part]]]:
     def training() -> Iterator[Part]:
         for held_out, part in data.parts():
             if held_out:
-                kept.append(part)  # at most about two million characters
+                kept.append(part)  # at most about two million characters, or all of --validation-data
             else:
                 yield part
 
@@ -172,12 +172,13 @@ def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:
     if (out / PLAN).exists():
         found = _json(out / PLAN)
         if changed := [name for name in plan if found.get(name) != plan[name]]:
-            raise UserError(f"{out} was prepared from another {' and '.join(changed)} (or with another --seed or "
-                            "--hold-out); choose another --out, or remove it")  # fmt: skip
+            raise UserError(f"{out} was prepared from another {' and '.join(changed)} (or with another --seed, "
+                            "--hold-out or --validation-data); choose another --out, or remove it")  # fmt: skip
         return
     if not all(_LEFTOVER.fullmatch(path.name) for path in out.iterdir()):
         raise UserError(f"{out} is there already and holds something else; choose another --out")
-    atomic_write(out / PLAN, json.dumps({**plan, "paths": list(data.paths), "bytes": data.n_bytes}, indent=2) + "\n")
+    read = {"paths": list(data.paths), "validation": list(data.validation), "bytes": data.n_bytes}
+    atomic_write(out / PLAN, json.dumps({**plan, **read}, indent=2) + "\n")
 
 
 def _check_space(out: Path, data: Survey) -> None:

@@ -52,11 +52,13 @@ def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: 
 
     A folder gives its .txt, .md, .jsonl and .parquet files, also below it and also gzipped, or if it has none of
     these every file that is UTF-8 text. Hidden files are left out, and so are folders below it that hold a run or
-    prepared data; `tell` is given a line about each. A line of .jsonl (a row of .parquet) is {"text": …} or
-    {"prompt": …, "completion": …} (other keys are ignored) and is held in memory as a whole; any other file is one
-    document, with its line ends as they are, and is not. A byte order mark is dropped. What holds nothing but white
-    space is no document. A file that is named twice is read once, so that no text is both learned and held out.
-    `hf:NAME` streams a dataset, see `tidal.prepare.tabular.hugging_face_rows`.
+    prepared data. `tell` is given a line about each such folder, and one about files of other names.
+
+    A line of .jsonl (a row of .parquet) is {"text": …} or {"prompt": …, "completion": …} (other keys are ignored) and
+    is held in memory as a whole; any other file is one document, with its line ends as they are, and is not. A byte
+    order mark is dropped. What holds nothing but white space is no document. A file that is named twice is read once,
+    so that no text is both learned and held out. `hf:NAME` streams a dataset, see
+    `tidal.prepare.tabular.hugging_face_rows`.
 
     Raises:
         UserError: a path that is missing or cannot be read, a glob without a match, a binary file, broken
@@ -114,6 +116,9 @@ def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[_File]:
         found += [p for name in names if not name.startswith(".") and _is_file(p := Path(where, name))]
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
+    if texts and (others := sorted({*found} - {*texts})):
+        tell(f"{folder}: {len(others):,} file{'s' * (len(others) > 1)} passed over, not named .txt, .md, .jsonl or "
+             f".parquet, such as {others[0]}; for these give a glob")  # fmt: skip
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
 
 
@@ -162,11 +167,11 @@ def _in_file(file: _File) -> Iterator[Part]:
 
 
 def _is_text(data: BinaryIO, source: str) -> bool:
-    """Whether all of a file can be decoded; leaves it at its beginning."""
+    """Whether all of a file can be decoded; leaves it at its beginning. Gzip that is cut off is left as an error."""
     try:
         for _ in _decoded(data, source):
             pass
-    except (UserError, gzip.BadGzipFile, EOFError, zlib.error):
+    except (UserError, gzip.BadGzipFile):
         return False
     data.seek(0)
     return True

@@ -6,11 +6,12 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from tidal.cli import UserError, note, progress
-from tidal.prepare.documents import Division, divide
+from tidal.prepare.documents import Division, apart, divide
 from tidal.prepare.reading import PART, Part, read_parts
 from tidal.tokenizer.mixed import TRAINED_ON
 
@@ -23,6 +24,8 @@ class Survey:
     """What there is, before anything is written."""
 
     paths: Sequence[str]
+    validation: Sequence[str]
+    """Paths of what is for validation, if that is no part of the others; it is read after them."""
     division: Division
     tail_start: int
     """Where the tail of document `division.cut` begins, in characters; 0 where none is cut."""
@@ -39,7 +42,7 @@ class Survey:
         Raises UserError at the end where the data is not what it was.
         """
         content, i, at = _Content(), 0, 0
-        for part in read_parts(self.paths):
+        for part in chain(read_parts(self.paths), read_parts(self.validation) if self.validation else ()):
             content.add(part)
             if i >= len(self.division.held_out):
                 break
@@ -85,29 +88,38 @@ class Survey:
                     buffer = buffer[PART:]
 
 
-def survey(paths: Sequence[str], fraction: float, seed: int) -> Survey:
-    """Read all data, hold a `fraction` out as `divide` says. Raises UserError for whatever cannot be used."""
+def survey(paths: Sequence[str], fraction: float, seed: int, validation: Sequence[str] = ()) -> Survey:
+    """Read all data, hold a `fraction` out as `divide` says, or else what is at the paths for `validation`.
+
+    Raises UserError for whatever cannot be used.
+    """
     content, sizes, prompts, digests = _Content(), array("q"), array("b"), bytearray()
     size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
+    ends = []
     with progress(None, "look through", "characters", last_line=False) as bar:
-        for part in read_parts(paths, note):
-            text.update(content.add(part))
-            size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
-            bar.update(len(part.text))
-            if part.ends:
-                sizes.append(size)
-                prompts.append(has_prompt)
-                digests += text.digest()
-                size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
-    division = divide(np.frombuffer(sizes, np.int64), np.frombuffer(prompts, np.bool_), np.frombuffer(digests, "u8"),
-                      fraction, seed)  # fmt: skip
+        for side in (paths, validation) if validation else (paths,):
+            for part in read_parts(side, note):
+                text.update(content.add(part))
+                size, has_prompt = size + len(part.text), has_prompt or part.is_prompt
+                bar.update(len(part.text))
+                if part.ends:
+                    sizes.append(size)
+                    prompts.append(has_prompt)
+                    digests += text.digest()
+                    size, has_prompt, text = 0, False, hashlib.blake2b(digest_size=8)
+            ends.append(len(sizes))
+    if validation:
+        division, rule = apart(np.frombuffer(digests, "u8"), ends[0]), f"validation from {ends[0]}"
+    else:
+        rule = f"{fraction} {seed}"
+        division = divide(np.frombuffer(sizes, np.int64), np.frombuffer(prompts, np.bool_),
+                          np.frombuffer(digests, "u8"), fraction, seed)  # fmt: skip
     if division.n_copies:
         note(f"{division.n_copies:,} of {len(sizes):,} documents are copies of others; {division.left_out.sum():,} of "
              "them, copies of what is held out, are left out")  # fmt: skip
     start = division.tail_start(_stretch(read_parts(paths), division)) if division.cut >= 0 else 0
-    rule = " copies" if division.n_copies else ""  # once they were divided like other documents
-    digest = hashlib.sha256(f"{content.hexdigest()} {fraction} {seed}{rule}".encode()).hexdigest()
-    return Survey(paths, division, start, content.n_bytes, content.hexdigest(), digest)
+    digest = hashlib.sha256(f"{content.hexdigest()} {rule}".encode()).hexdigest()
+    return Survey(paths, validation, division, start, content.n_bytes, content.hexdigest(), digest)
 
 
 def _stretch(parts: Iterable[Part], division: Division) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tidal.cli import UserError, note
 from tidal.config import flat
+from tidal.files import atomic_write
 from tidal.report.draw import COLOURS, COLOURS_ON_DARK, Curve, Panel, number, png, svg, terminal
 from tidal.report.runs import Run, read
 from tidal.train.presets import PRESETS
@@ -70,16 +71,6 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_run(folder: Path) -> None:
-    """Write `report.html` into a run folder, the whole of it or nothing.
-
-    Raises OSError where that cannot be done, UserError where the run cannot be read.
-    """
-    from tidal.files import atomic_write
-
-    atomic_write(folder / "report.html", render_run(read(folder)))
-
-
 def draw(folder: Path) -> None:
     """The picture at the end of a run: its diagrams as loss.png with matplotlib, else the loss in the terminal."""
     panels, installed = run_panels(read(folder)), importlib.util.find_spec("matplotlib") is not None
@@ -96,11 +87,14 @@ class Pages:
         self._due = 0.0
 
     def write(self, folder: Path, last: bool = False) -> None:
-        """As `write_run`, if it is time, or for the `last` time. What cannot be read is said, and ends no training."""
+        """Write `report.html` into a run folder, the whole of it or nothing, if it is time, or for the `last` time.
+
+        What cannot be read is said, and ends no training. Raises OSError where it cannot be written.
+        """
         if (began := time.monotonic()) < self._due and not last:
             return
         try:
-            write_run(folder)
+            atomic_write(folder / "report.html", render_run(read(folder)))
         except UserError as error:
             note(f"no report.html: {error}")
         self._due = began + 100 * (time.monotonic() - began)

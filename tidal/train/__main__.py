@@ -254,7 +254,7 @@ def _check(settings: Train, default: Train) -> None:
         if given := [name for name in own if own[name] != old[name]]:
             raise UserError(f"--{given[0].replace('_', '-')} goes with --recipe {recipe}, not {settings.recipe}")
     text, old_text = vars(settings.text), vars(default.text)
-    settled = [name for name in ("vocab_size", "hold_out") if text[name] != old_text[name]]
+    settled = [name for name in ("vocab_size", "validation_data", "hold_out") if text[name] != old_text[name]]
     if settings.text.prepared and settled:
         raise UserError(f"--{settled[0].replace('_', '-')} was settled when {settings.text.prepared} was prepared")
     before, now = (flat(dataclasses.asdict(each)) for each in (default, settings))
@@ -264,6 +264,7 @@ def _check(settings: Train, default: Train) -> None:
         (("vocab_size", "word_vocab_size", "max_block_units"),
          settings.init_from and "--init-from, which has its tokenizer"),
         (("query_gain",), settings.init_from and "--init-from, which has its gains"),
+        (("hold_out",), text["validation_data"] and "--validation-data"),
         (("cache",), text["prepared"] and f"--prepared {text['prepared']}"),
         (("step_stride", "step_window"), shape.writer_attention == "none" and "--writer-attention none; give another"),
         (("query_gain", "sharpen"), not shape.qk_norm and "--no-qk-norm; leave one of them out"),

@@ -34,7 +34,8 @@ def defaults_from(path: Path) -> Train:
         preset = PRESETS[there.recipe]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--init-from: {file} cannot be read: {error!r}") from error
-    rules = dataclasses.replace(there.text, data=(), prepared=None, cache=Train().text.cache, tokenizer=None)
+    rules = dataclasses.replace(there.text, data=(), validation_data=(), prepared=None, cache=Train().text.cache,
+                                tokenizer=None)  # fmt: skip
     return dataclasses.replace(preset, init_from=str(path), rows=there.rows, model=there.model,
                                optim=there.optim, addition=there.addition, characters=there.characters,
                                text=rules)  # fmt: skip

@@ -28,6 +28,7 @@ HARMLESS = {
     "doctor": "looks before the first step only",
     "tensorboard": "looks on",
     "data": "what is in it is compared, not where it is",
+    "validation_data": "likewise",
     "prepared": "likewise",
     "cache": "likewise",
     "hold_out": "where data go on in another form, see `may_continue`; it is in their digest, which is compared",
@@ -116,8 +117,9 @@ class Found:
             ours = {name: value for name, value in config.to_dict().items() if values.get(name) != value}
             raise UserError(f"{self.folder} is of another model: {', '.join(ours)} would differ; {NEW}")
         if self.trainer.get("data") != digest:
-            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --hold-out and --seed "
-                            f"(also of tidal.prepare) hold out another part of them; give the same, or {NEW}")
+            raise UserError(f"the data hold other text than {self.run_dir} was trained on, or --validation-data, or "
+                            "--hold-out and --seed (also of tidal.prepare) hold out another part of them; give the "
+                            f"same, or {NEW}")  # fmt: skip
         moments = checkpoint.read_optimizer(self.folder)
         if moments is None:
             raise UserError(f"{self.folder} has no optimizer state, so training cannot continue from it; {NEW}")
@@ -209,7 +211,7 @@ def may_continue(found: Found, settings: Train, path_given: bool, named: bool = 
     if meant:
         raise UserError(f"{found.run_dir} was begun with other settings: {', '.join(meant)}. Repeat them, continue "
                         f"with its own by --resume {found.run_dir}, or {NEW}")  # fmt: skip
-    quiet = ("out", "resume", "data", "prepared", "cache", "hold_out", "tokenizer")
+    quiet = ("out", "resume", "data", "validation_data", "prepared", "cache", "hold_out", "tokenizer")
     shown = [text for name, text in changed.items() if name not in quiet]
     if shown:
         note(f"continuing with other settings: {', '.join(shown)}")

@@ -36,6 +36,9 @@ class TextRecipe:
             raise UserError("--recipe text needs --data: text files, folders, globs or .jsonl; or --prepared")
         data = prepare_for_training(text, settings.seed)
         self.tokenizer, self.digest = data.tokenizer, data.digest
+        if text.prepared and settings.model_size and self.tokenizer.vocab_size < text.vocab_size:
+            note(f"{text.prepared} has a vocabulary of {self.tokenizer.vocab_size:,}, not the {text.vocab_size:,} of "
+                 f"--model-size {settings.model_size}; prepare with --vocab-size {text.vocab_size}")  # fmt: skip
         self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
         training, held_out = data.training.documents, data.held_out.documents
         budgets = text.reader_budget, text.reader_budget * STEPS_PER_TOKEN
@@ -45,8 +48,8 @@ class TextRecipe:
         drawn = np.random.default_rng([settings.seed, 5]).permutation(len(self._validation))[:VALIDATION_ROWS]
         self._drawn = sorted(drawn.tolist())
         epochs = settings.rows * settings.optim.accumulate * settings.max_steps / len(self.rows)
-        note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows "
-             f"({epochs:,.2f} epochs in {settings.max_steps:,} steps); "
+        note(f"{len(training):,} documents, {training[:, 2].sum():,} bytes in {len(self.rows):,} rows, "
+             f"{self.rows.fill:.0%} full ({epochs:,.2f} epochs in {settings.max_steps:,} steps); "
              f"{len(held_out):,} held out; vocabulary {self.tokenizer.vocab_size:,}, "
              f"{self.tokenizer.n_writable} writable")  # fmt: skip
 
