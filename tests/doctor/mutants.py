@@ -10,7 +10,7 @@ import torch
 
 from tests.doctor import bugs_model as of_model
 from tests.doctor import bugs_text as of_text
-from tests.doctor.bugs_training import after_the_space, prompts_are_learnt, second_of_equal_blocks
+from tests.doctor import bugs_training as of_training
 from tests.doctor.plant import Mutant, both, builder, clamped, everywhere, geometry, in_packing, replacing, with_block
 from tidal import blocks, checkpoint, recall, streams
 from tidal.blocks import BlockTable
@@ -69,7 +69,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the context is the state after the block's first token", 7, in_packing(of_model.context_after_own_token)),
     Mutant("the kernel takes range ends as inclusive", 7, geometry(of_model.end_inclusive)),
     Mutant("the step window is forgotten in training", 7,
-           everywhere(streams.pack, of_model.window_forgotten(streams.pack)), shape={"step_window": 2}),
+           everywhere(streams.pack, of_training.window_forgotten(streams.pack)), shape={"step_window": 2}),
     Mutant("the reader is causal inside blocks, in training and decoding", 8,
            both(in_packing(of_model.causal_in_blocks), builder(read=lambda i, t: {"sees": (t.sees[0], i + 1)}))),
     Mutant("the reader sees only eight tokens back", 8, in_packing(of_model.window_of_eight)),
@@ -104,20 +104,20 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the writer's distances begin anew in every block", 10, in_packing(of_model.distance_anew_in_every_block)),
     Mutant("targets shifted by one", 11,
            in_packing(lambda b: {"targets": torch.where(b.targets >= 0, b.targets.roll(-1, 1).clamp(min=0), -1)})),
-    Mutant("supervision one block late", 11, of_model.supervised_late(streams.pack, 1)),
-    Mutant("supervision one block early", 11, of_model.supervised_late(streams.pack, -1)),
-    Mutant("<eob> is never a target", 11, of_model.eob_dropped),
+    Mutant("supervision one block late", 11, of_training.supervised_late(streams.pack, 1)),
+    Mutant("supervision one block early", 11, of_training.supervised_late(streams.pack, -1)),
+    Mutant("<eob> is never a target", 11, of_training.eob_dropped),
     Mutant("windows leave out a block at every cut", 11,
-           everywhere(blocks.windows, of_model.window_loses_block(blocks.windows))),
+           everywhere(blocks.windows, of_training.window_loses_block(blocks.windows))),
     Mutant("boundary dropout does not move the start of supervision", 11,
-           everywhere(cut_at_random, of_model.dropout_moves_supervision(cut_at_random))),
+           everywhere(cut_at_random, of_training.dropout_moves_supervision(cut_at_random))),
     Mutant("boundary dropout asks for the beginnings of blocks, too", 11,
-           everywhere(cut_at_random, of_model.dropout_asks_for_beginnings(cut_at_random))),
-    Mutant("prompts are learnt, where they go through shards", 11, prompts_are_learnt),
-    Mutant("text is prepared in pieces that end behind a space", 11, after_the_space),
+           everywhere(cut_at_random, of_training.dropout_asks_for_beginnings(cut_at_random))),
+    Mutant("prompts are learnt, where they go through shards", 11, of_training.prompts_are_learnt),
+    Mutant("text is prepared in pieces that end behind a space", 11, of_training.after_the_space),
     Mutant("auxiliary targets shifted by one", 11, in_packing(lambda b: {"aux_targets": b.aux_targets.roll(1, 1)})),
-    Mutant("bytes are counted as units", 11, in_packing(of_model.bytes_are_characters)),
-    Mutant("packed documents see those before them", 12, in_packing(of_model.document_start_ignored)),
+    Mutant("bytes are counted as units", 11, in_packing(of_training.bytes_are_characters)),
+    Mutant("packed documents see those before them", 12, in_packing(of_training.document_start_ignored)),
     Mutant("a step sees the last one of the block before", 12,
            in_packing(lambda b: clamped(b, "sees_writer", (-1, 0), b.targets.shape[1]))),
     Mutant("what is recalled comes from the documents before", 12,
@@ -125,7 +125,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("suffix rows off by one, in training and decoding", 13,
            replacing(TidalTransformer, "write", of_model.suffix_row_zero)),
     Mutant("the second of equal blocks is told something else, in training", 13,
-           replacing(TidalTransformer, "write", second_of_equal_blocks)),
+           replacing(TidalTransformer, "write", of_training.second_of_equal_blocks)),
     Mutant("keys of the memory are not normed as others are", 13,
            replacing(TidalTransformer, "memory", of_model.keys_not_normed)),
     Mutant("keys of the memory are not turned", 13,
