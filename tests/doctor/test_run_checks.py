@@ -17,6 +17,7 @@ from tidal import checkpoint
 from tidal.config import TidalConfig
 from tidal.doctor import Document, Result, checks_run, run
 from tidal.doctor.examine import examine_checkpoint
+from tidal.doctor.patient import Feed
 from tidal.doctor.specimen import make
 from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
@@ -117,7 +118,8 @@ def test_held_out_text_that_costs_far_more_than_samples_is_called_by_its_name(mo
 def a_run(folder: Path, losses: Sequence[float | str], end: str = "", **settings: object) -> Path:
     """A checkpoint folder of a run with these figures, whose metrics.csv ends in `end`."""
     (found := folder / "checkpoints/step-000200").mkdir(parents=True)
-    (found / "trainer.json").write_text(json.dumps({"settings": {"max_steps": 200, "max_seconds": 0.0, **settings}}))
+    trainer = {"step": 200, "settings": {"max_steps": 200, "max_seconds": 0.0, **settings}}
+    (found / "trainer.json").write_text(json.dumps(trainer))
     rows = [f"{10 * i},{i},{loss}" for i, loss in enumerate(losses, start=1)]
     (folder / "metrics.csv").write_text("\r\n".join(["step,seconds,loss", *rows, end]))
     return found
@@ -150,3 +152,34 @@ def test_the_figures_are_found_from_inside_the_run(tmp_path: Path, monkeypatch: 
     for here, path in ((folder.parent, folder.name), (folder, "."), (folder, "../step-000200")):
         monkeypatch.chdir(here)
         assert "step 100: loss not finite" in result(21, folder=Path(path)).message
+
+
+def test_a_copy_does_not_take_the_figures_of_others(tmp_path: Path) -> None:
+    """Those of a checkpoint's run are two folders above it only where the run wrote it."""
+    a_run(tmp_path, ["no figures"])
+    (tmp_path / "checkpoints").rename(tmp_path / "models")
+    found = result(21, folder=tmp_path / "models/step-000200")
+    assert (found.verdict, found.message[:14]) == ("well", "no metrics.csv")
+
+
+SAVED = "how far the validation of step 200, done again, is from what metrics.csv says is "
+
+
+@pytest.mark.parametrize(("recipe", "then", "now", "said"), [
+    ("addition", 0.5, 0.485, ""), ("addition", 0.5, 0.53, SAVED + "0.03, more than 0.02: other weights were saved"),
+    ("text", -0.5, -0.508, ""), ("text", -0.5, -0.52, SAVED + "0.02, more than 0.01"),
+    ("text", -4.0, -3.965, ""), ("text", -4.0, -4.05, SAVED + "0.05, more than 0.04"),
+    ("text", -4.0, float("nan"), SAVED + "nan, more than 0.04"),
+])  # fmt: skip
+def test_what_was_saved_is_what_was_validated(recipe: str, then: float, now: float, said: str, tmp_path: Path) -> None:
+    folder = a_run(tmp_path, FELL, recipe=recipe)
+    head, *rows, last = (tmp_path / "metrics.csv").read_text().splitlines()
+    lines = f"{head},quality", *(f"{row}," for row in rows), f"{last},{then}", ""
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    feed = Feed(None, validate=lambda model: {"quality": now})  # type: ignore[arg-type]
+    for quick, feeds, why in ((False, feed, ""), (True, feed, "--quick"), (False, None, "the data are gone")):
+        report = run(MODEL, TOKENIZER, checks=[21], quick=quick, trained=True, checkpoint=folder, feed=feeds,
+                     not_examined="" if feeds else "the data are gone")  # fmt: skip
+        found = report.results[0]
+        assert found.verdict == ("finding" if said and not why else "well"), found
+        assert (f"validation was not done again: {why}" if why else said or f"quality {now} (in") in found.message

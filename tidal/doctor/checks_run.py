@@ -27,6 +27,7 @@ from tidal.infer.engine import Completion, generate
 from tidal.infer.load import load
 from tidal.model import TidalTransformer
 from tidal.train.figures import read_rows
+from tidal.train.presets import GREEDY
 
 # Limits of what the model does. They are wide: here a finding means "broken", not "could be better".
 DEGENERATE = 0.5
@@ -48,6 +49,10 @@ N_GRAM = 3  # characters
 STRETCH = 24
 """characters that two texts have in common only if one is taken from the other, or from the same place"""
 RANDOM_UNITS = 400
+OF_ANSWERS = 0.02
+"""share of right answers by which a validation may differ when it is done again: some are close calls"""
+OF_BITS = 0.01
+"""the same, of bits per byte, relative where these are more than 1"""
 
 
 @check(19, "weights are the file's", "weights not loaded, the wrong file, the wrong dtype, a config of other weights")
@@ -183,10 +188,11 @@ def _completion(one: Completion) -> Where:
 
 
 @check(21, "the loss fell for a reason",
-       "the loss fell by collapse, a leak or a proxy target, or training was far too short", of_output=True)
+       "the loss fell by collapse, a leak or a proxy target, training was far too short, or other weights were saved",
+       of_output=True)
 def reasons(patient: Patient, meter: Meter) -> None:
-    """metrics.csv: finite, falling, as many steps as planned. No text that is random is predicted better than chance
-    (only a leak can do that). The prompt matters, where most prompts differ.
+    """metrics.csv: finite, falling, as many steps as planned; its validation comes out the same again. No text that is
+    random is predicted better than chance (only a leak can do that). The prompt matters, where most prompts differ.
     """
     if patient.checkpoint is not None:
         _metrics(patient, meter, patient.checkpoint)
@@ -210,7 +216,7 @@ def reasons(patient: Patient, meter: Meter) -> None:
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
     path = folder.resolve().parent.parent / "metrics.csv"
-    if not path.is_file():
+    if folder.resolve().parent.name != "checkpoints" or not path.is_file():  # a copy may lie beside other figures
         meter.note("no metrics.csv")
         return
     here = Where(tensor=str(path))
@@ -235,6 +241,23 @@ def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
         meter.at_most("the last loss as a share of the first", float(last / first), 1 - LEAST_DROP, here)
     uniform = math.log(patient.model.config.n_writable)
     meter.at_most("the last loss as a share of guessing", float(np.median(losses[-3:]) / uniform), 0.9, here)
+    _validated_again(patient, meter, trainer, rows, here)
+
+
+def _validated_again(patient: Patient, meter: Meter, trainer: dict[str, Any], rows: Sequence[dict[str, float]],
+                     here: Where) -> None:  # fmt: skip
+    """What the run measured of the weights it had in memory, measured once more of those that it saved."""
+    step, validate = trainer.get("step"), patient.feed.validate if patient.feed is not None else None
+    then = next((row["quality"] for row in rows if row["step"] == step and "quality" in row), None)
+    if patient.quick or validate is None or then is None:
+        why = "--quick" if patient.quick else patient.not_examined if validate is None else f"no figures of step {step}"
+        meter.note(f"validation was not done again: {why or 'of no run'}")
+        return
+    now, greedy = validate(patient.model)["quality"], trainer["settings"].get("recipe") in GREEDY
+    meter.note(f"quality {now:.4g} (in metrics.csv {then:.4g})")
+    meter.at_most(f"how far the validation of step {step}, done again, is from what metrics.csv says", abs(now - then),
+                  OF_ANSWERS if greedy else OF_BITS * max(1.0, abs(then)), here,
+                  "other weights were saved than were trained, or the code is another one")  # fmt: skip
 
 
 @torch.inference_mode()
