@@ -18,7 +18,7 @@ from tests.doctor.plant import INT32, Patch, Plant, everywhere, replacing
 from tidal.blocks import BlockTable, Passage
 from tidal.config import PLAIN_STEPS, Addition, Shape, Steps, Text, Train
 from tidal.layers import View
-from tidal.model import TidalTransformer
+from tidal.model import Losses, TidalTransformer
 from tidal.prepare import seams
 from tidal.prepare.reading import Part
 from tidal.prepare.shards import Shard
@@ -112,6 +112,15 @@ def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
 
 def bytes_are_characters(batch: Batch) -> dict[str, Any]:
     return {"n_bytes": int((batch.targets > 1).sum())}
+
+
+def aux_of_the_token_before(forward: Callable[..., Losses]) -> Callable[..., Losses]:
+    def bugged(self: TidalTransformer, batch: Batch) -> Losses:
+        next_nv = self._foretell_blocks(batch, self._reader_states(batch).roll(1, 1))
+        wanted = batch.aux_targets.flatten()[batch.asked]
+        return forward(self, batch)._replace(aux=-next_nv.gather(1, wanted[:, None]).sum())
+
+    return bugged
 
 
 eob_dropped = replacing(BlockTable, "n_targets", lambda right: lambda self, index: right(self, index) - (index > 1))

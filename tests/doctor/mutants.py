@@ -116,6 +116,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("prompts are learnt, where they go through shards", 11, of_training.prompts_are_learnt),
     Mutant("text is prepared in pieces that end behind a space", 11, of_training.after_the_space),
     Mutant("auxiliary targets shifted by one", 11, in_packing(lambda b: {"aux_targets": b.aux_targets.roll(1, 1)})),
+    Mutant("the auxiliary loss is asked of the token before", 11,
+           replacing(TidalTransformer, "forward", of_training.aux_of_the_token_before)),
     Mutant("bytes are counted as units", 11, in_packing(of_training.bytes_are_characters)),
     Mutant("packed documents see those before them", 12, in_packing(of_training.document_start_ignored)),
     Mutant("a step sees the last one of the block before", 12,

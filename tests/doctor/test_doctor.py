@@ -52,9 +52,10 @@ def test_a_reader_that_is_sure_is_no_false_alarm() -> None:
 
 
 def test_an_empty_document_is_no_false_alarm() -> None:
-    """There is nothing to cut in it."""
+    """There is nothing to cut in it; nor is anything asked, where it does not end, either."""
     model, tokenizer = make()
-    report = run(model, tokenizer, texts=[Document("", ""), Document("the light", " and")], quick=True, checks=[1])
+    texts = [Document("", ""), Document("the light", "", ends=False)]
+    report = run(model, tokenizer, texts=texts, quick=True, checks=[1, 11])
     assert report.ok, report.table()
 
 
