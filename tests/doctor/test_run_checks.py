@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.doctor.trained import train_tiny
+from tests.doctor.bugs_training import pairs
+from tests.doctor.trained import rewritten, train_tiny
+from tests.train.runs import short_samples
 from tidal import checkpoint
 from tidal.config import TidalConfig
-from tidal.doctor import Document, Result, checks_run, run
+from tidal.doctor import Document, Result, checks_run, checks_weights, run
 from tidal.doctor.examine import examine_checkpoint
 from tidal.doctor.patient import Feed
 from tidal.doctor.specimen import make
 from tidal.infer.engine import Completion
 from tidal.model import TidalTransformer
+from tidal.train.loop import make_recipe, train
 
 MODEL, TOKENIZER = make()
 
@@ -53,8 +58,67 @@ def test_queries_and_keys_that_cannot_matter_are_not_asked_to_learn(attention: s
     found = examine_checkpoint(folder, quick=True, checks=[19]).results[0]
     assert found.verdict == "well", found
     shape = TidalConfig.from_dict(checkpoint.read_checkpoint(folder)[0]).shape
-    assert {int(name.split(".")[1]) for name in checks_run._idle(shape)} == idle
-    assert not checks_run._idle(dataclasses.replace(shape, step_window=2))
+    assert {int(name.split(".")[1]) for name in checks_weights._idle(shape)} == idle
+    assert not checks_weights._idle(dataclasses.replace(shape, step_window=2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tiny(tmp_path_factory.mktemp("trained") / "run", 20)
+
+
+def of_weights(run: Path, to: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Result:
+    """Check 19 of a copy of a run, with other weights and settings."""
+    shutil.copytree(run, to)
+    rewritten(lambda tensors, config, trainer: change(tensors, trainer["settings"]))(to)
+    return examine_checkpoint(checkpoint.resolve(to), quick=True, checks=[19]).results[0]
+
+
+@pytest.mark.parametrize("scale", [10.0, 0.0])
+def test_tables_whose_rate_is_zero_are_not_asked_to_learn(scale: float, trained: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        settings["optim"]["table_lr_scale"] = scale
+        torch.manual_seed(settings["seed"])
+        fresh = TidalTransformer(TidalConfig.from_dict(checkpoint.read_checkpoint(checkpoint.resolve(trained))[0]))
+        tensors |= {name: t for name, t in fresh.state_dict().items() if "embedding" in name}
+
+    found = of_weights(trained, tmp_path / "run", change)
+    assert found.verdict == ("finding" if scale else "well"), found
+    assert ("embedding.weight is as it was at first" in found.message) == bool(scale)
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("trained", "reader.0.mlp.up.weight is as it was at first; 20 steps have not changed it"),
+    ("gone", "not compared with what it began with: "), ("run", "not compared with what it began with: "),
+])  # fmt: skip
+def test_fine_tuning_is_compared_with_what_it_began_with(source: str, said: str, trained: Path,
+                                                         tmp_path: Path) -> None:  # fmt: skip
+    """Where that is still there, and not the run itself, under another's old name."""
+    def change(tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        settings["init_from"] = str(trained if source == "trained" else tmp_path / source)
+        if source != "run":
+            tensors |= {name: 1.01 * t for name, t in tensors.items() if name != "reader.0.mlp.up.weight"}
+
+    found = of_weights(trained, tmp_path / "run", change)
+    assert found.verdict == ("finding" if source == "trained" else "well"), found
+    assert found.message.startswith(said)
+
+
+def test_suffixes_that_are_never_met_are_not_asked_to_learn(tmp_path: Path) -> None:
+    """Digits have none."""
+    settings = pairs(tmp_path)
+    lines = [{"text": f"{n} {n * n} {7 * n}"} for n in range(40)]
+    Path(settings.text.data[0]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = dataclasses.replace(settings, out=str(tmp_path / "run"), max_steps=3, validate_every=3, device="cpu")
+    (tmp_path / "run").mkdir()
+    with short_samples():
+        folder = checkpoint.resolve(train(settings, make_recipe(settings), tmp_path / "run"))
+    assert not checkpoint.read_checkpoint(folder)[1]["suffix_embedding.weight"].any()
+    found = examine_checkpoint(folder, quick=True, checks=[19]).results[0]
+    assert found.verdict == "well", found
+    Path(settings.text.data[0]).unlink()
+    found = examine_checkpoint(folder, texts=["12 34"], quick=True, checks=[19]).results[0]
+    assert found.verdict == "well", found
 
 
 # ---------------------------------------------------------------------------------------- what is written
