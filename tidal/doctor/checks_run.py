@@ -76,8 +76,9 @@ def substance(patient: Patient, meter: Meter) -> None:
     documents = _samples(patient)
     done = _written(patient, documents)
     shares = {
-        "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in documents]),
-        "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done], [False]),
+        "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in patient.samples]),
+        "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done],
+                          [not d.completion for d in patient.samples]),
         "repeating": ([repeats(c.blocks) for c in done],
                       [repeats(patient.tokenizer.split(d.completion)) for d in documents]),
         "never ending": ([c.stop_reason == "length" for c in done], [not d.ends for d in documents]),
