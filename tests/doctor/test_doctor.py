@@ -110,6 +110,7 @@ def test_examining_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     verdicts = {r["number"]: r["verdict"] for r in report["results"]}
     assert not report["ok"]
     assert verdicts == {1: "well", 11: "well", 19: "well", 21: "finding"}, report
+    assert "guessing" in report["results"][3]["message"]
     assert not report["results"][1]["message"]  # what it was fed was examined
     assert tree(home) == before
 
@@ -218,6 +219,9 @@ def test_the_first_difference_is_named() -> None:
     first = where("the second of equal blocks is told something else, in training", 13)
     assert (first.block, first.layer) == (" a", "writer.0")
 
+    first = where("the context is the state after the block's first token", 13)
+    assert (first.layer, first.step) == ("context", 0)
+
     first = where("a writer step sees the next one", 7)
     assert first.layer.startswith("writer.")
     assert re.fullmatch(r"attention to key \d+", first.tensor)
@@ -263,6 +267,17 @@ def test_a_meter_stops_at_the_first_difference() -> None:
     assert found.value.where == Where(tensor="a tensor", sides=sides, values=("1", "2"))
 
 
+def test_where_tidal_itself_stops_no_disaster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error may have any cause; where it was raised is said."""
+    def broken(*_: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setitem(CHECKS, 5, dataclasses.replace(CHECKS[5], run=broken))
+    table = run(*make(), quick=True, checks=[5]).table()
+    assert "      Tidal itself stopped: IndexError: out of range\n      first: examine.py:" in table
+    assert CHECKS[5].disaster not in table
+
+
 def test_json_has_no_infinities() -> None:
     result = Result(7, "a check", "a disaster", "finding", float("inf"), 1e-9, 3, 0.1, "found", Where("a text"))
     report = Report((result,))
@@ -290,15 +305,6 @@ def test_too_little_memory_is_no_finding(monkeypatch: pytest.MonkeyPatch, capsys
         main(command.run, "tidal.doctor", ["--checks", "5"])
     assert stop.value.code == 2
     assert "out of memory (DefaultCPUAllocator" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_texts_of_short_blocks_are_no_false_alarm() -> None:
-    """The shortest two documents have no block of two tokens."""
-    model, tokenizer = make()
-    texts = [Document("the", " sat"), Document("and", " the")]
-    assert all(len(tokenizer.encode_block(b).tokens) == 1 for d in texts for b in tokenizer.split(d.text))
-    report = run(model, tokenizer, texts=texts, quick=True, checks=[8])
-    assert report.ok, report.table()
 
 
 def test_what_cannot_be_looked_at_is_no_finding() -> None:

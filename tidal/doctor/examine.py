@@ -156,7 +156,8 @@ def _result(check: Check, patient: Patient) -> Result:
     except CRASHES as error:
         if out_of_memory(error):
             raise
-        return result("finding", f"{type(error).__name__}: {error}", float("inf"), 0, Where(tensor=_origin(error)))
+        said = f"Tidal itself stopped: {type(error).__name__}: {error}"
+        return result("finding", said, float("inf"), 0, Where(tensor=_origin(error)))
     if not meter.compared:
         return result("skipped", "there was nothing to compare", 0, 0)
     return result("well", "; ".join(meter.notes), meter.measured, meter.limit)
