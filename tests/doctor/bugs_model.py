@@ -1,4 +1,4 @@
-"""Bugs in streams, masks, model, decoder, beams, kernels and files: checks 7 to 19."""
+"""Bugs in streams, masks, model, decoder, beams, kernels and files: checks 7 to 10 and 13 to 19."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.doctor.plant import INT32, Plant, everywhere, replacing
-from tidal.blocks import BlockTable, Ints, Passage, suffix_hashes
-from tidal.config import PLAIN_STEPS, Steps
+from tests.doctor.plant import INT32, Plant, replacing
+from tidal.blocks import Ints, suffix_hashes
 from tidal.foretold import Foretold
 from tidal.infer import decoder as decoding
 from tidal.model import TidalTransformer
@@ -42,6 +41,10 @@ def causal_in_blocks(batch: Batch) -> dict[str, Tensor]:
     start, end = batch.reader_sees.unbind(-1)
     index = torch.arange(batch.reader_ids.shape[1], dtype=INT32) + 1
     return {"reader_sees": torch.stack([start, torch.minimum(index.expand_as(end), end)], -1)}
+
+
+def suffixes_forwards(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
+    return {"suffixes": suffix_hashes(list(written)[::-1], self.tokenizer.digit_units.tolist())}
 
 
 def moved_from_second_block(position: Any) -> Any:
@@ -76,50 +79,6 @@ def slopes_from_one(slopes: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
 
 def slope_reversed(slopes: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
     return lambda n: slopes(n).flip(0)
-
-
-# ---------------------------------------------------------------------------------- 11 and 12, supervision
-
-
-def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
-    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-        moved = [[dataclasses.replace(p, supervise_from=max(1, p.supervise_from + by)) for p in row] for row in rows]
-        return right(moved, table, steps=steps)
-
-    return everywhere(right, bugged)
-
-
-def window_forgotten(right: Callable[..., Batch]) -> Callable[..., Batch]:
-    def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
-        return dataclasses.replace(right(rows, table, steps=steps._replace(window=0)), steps=steps)
-
-    return pack
-
-
-def window_loses_block(windows: Callable[..., list[Passage]]) -> Callable[..., list[Passage]]:
-    def bugged(*args: Any, **kwargs: Any) -> list[Passage]:
-        cut = windows(*args, **kwargs)
-        late = [i > 0 and len(p.blocks) > p.supervise_from + 1 for i, p in enumerate(cut)]
-        return [dataclasses.replace(p, supervise_from=p.supervise_from + by) for p, by in zip(cut, late, strict=True)]
-
-    return bugged
-
-
-def dropout_moves_supervision(cut: Callable[..., Passage]) -> Callable[..., Passage]:
-    return lambda p, *rest: dataclasses.replace(cut(p, *rest), supervise_from=p.supervise_from)
-
-
-def dropout_asks_for_beginnings(cut: Callable[..., Passage]) -> Callable[..., Passage]:
-    return lambda p, *rest: dataclasses.replace(cut(p, *rest), read_only=())
-
-
-def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
-    from_zero = torch.tensor([0, 1], dtype=INT32)
-    return {"reader_sees": batch.reader_sees * from_zero, "sees_reader": batch.sees_reader * from_zero}
-
-
-def bytes_are_characters(batch: Batch) -> dict[str, Any]:
-    return {"n_bytes": int((batch.targets > 1).sum())}
 
 
 # ----------------------------------------------------------------------------- 13 to 16, decoding and beams
@@ -345,10 +304,3 @@ def not_finite(model: TidalTransformer) -> None:
 
 def other_tokenizer(model: TidalTransformer) -> None:
     model.config = dataclasses.replace(model.config, fingerprint="0" * 64)
-
-
-def suffixes_forwards(self: DocumentBuilder, written: Sequence[int], step: WriterStep) -> dict[str, Any]:
-    return {"suffixes": suffix_hashes(list(written)[::-1], self.tokenizer.digit_units.tolist())}
-
-
-eob_dropped = replacing(BlockTable, "n_targets", lambda right: lambda self, index: right(self, index) - (index > 1))

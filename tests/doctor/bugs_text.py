@@ -171,3 +171,15 @@ def beams_masked_with_zero(take: Callable[..., Any]) -> Callable[..., Any]:
         return take(logits.masked_fill(~allowed & (logits > -torch.inf), 0.0), allowed | (logits > -torch.inf), *rest)
 
     return bugged
+
+
+def one_more_in_beams(take: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that must end may as well go on by the first character of the alphabet."""
+
+    def bugged(logits: Tensor, allowed: Tensor, *rest: Any) -> Any:
+        either = torch.isin(torch.arange(allowed.shape[1]), torch.tensor([0, 258]))
+        must_end = allowed.sum(1, keepdim=True) == 1
+        return take(torch.where(must_end, torch.where(either, 0.0, -50.0), logits),
+                    allowed | must_end & either, *rest)  # fmt: skip
+
+    return bugged

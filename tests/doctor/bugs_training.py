@@ -1,4 +1,4 @@
-"""Bugs in training alone: between the data and the model, in what a recipe feeds, in the pass and its precision."""
+"""Bugs in training: in supervision, between the data and the model, in what a recipe feeds, in the pass."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.doctor.plant import Patch, Plant, replacing
+from tests.doctor.plant import INT32, Patch, Plant, everywhere, replacing
 from tidal.blocks import BlockTable, Passage
-from tidal.config import Addition, Shape, Text, Train
+from tidal.config import PLAIN_STEPS, Addition, Shape, Steps, Text, Train
 from tidal.layers import View
-from tidal.model import TidalTransformer
+from tidal.model import Losses, TidalTransformer
 from tidal.prepare import seams
 from tidal.prepare.reading import Part
 from tidal.prepare.shards import Shard
@@ -68,6 +68,65 @@ def pairs(folder: Path, seed: int = 0, **own: Any) -> Train:
 
 def in_bf16(folder: Path) -> Train:
     return dataclasses.replace(sums(folder), precision="bf16")
+
+
+# ------------------------------------------------------------------------------- in packing and windows
+
+
+def supervised_late(right: Callable[..., Batch], by: int) -> Plant:
+    def bugged(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
+        moved = [[dataclasses.replace(p, supervise_from=max(1, p.supervise_from + by)) for p in row] for row in rows]
+        return right(moved, table, steps=steps)
+
+    return everywhere(right, bugged)
+
+
+def window_forgotten(right: Callable[..., Batch]) -> Callable[..., Batch]:
+    def pack(rows: Sequence[Sequence[Passage]], table: BlockTable, *, steps: Steps = PLAIN_STEPS) -> Batch:
+        return dataclasses.replace(right(rows, table, steps=steps._replace(window=0)), steps=steps)
+
+    return pack
+
+
+def window_loses_block(windows: Callable[..., list[Passage]]) -> Callable[..., list[Passage]]:
+    def bugged(*args: Any, **kwargs: Any) -> list[Passage]:
+        cut = windows(*args, **kwargs)
+        late = [i > 0 and len(p.blocks) > p.supervise_from + 1 for i, p in enumerate(cut)]
+        return [dataclasses.replace(p, supervise_from=p.supervise_from + by) for p, by in zip(cut, late, strict=True)]
+
+    return bugged
+
+
+def dropout_moves_supervision(cut: Callable[..., Passage]) -> Callable[..., Passage]:
+    return lambda p, *rest: dataclasses.replace(cut(p, *rest), supervise_from=p.supervise_from)
+
+
+def dropout_asks_for_beginnings(cut: Callable[..., Passage]) -> Callable[..., Passage]:
+    return lambda p, *rest: dataclasses.replace(cut(p, *rest), read_only=())
+
+
+def document_start_ignored(batch: Batch) -> dict[str, Tensor]:
+    from_zero = torch.tensor([0, 1], dtype=INT32)
+    return {"reader_sees": batch.reader_sees * from_zero, "sees_reader": batch.sees_reader * from_zero}
+
+
+def bytes_are_characters(batch: Batch) -> dict[str, Any]:
+    return {"n_bytes": int((batch.targets > 1).sum())}
+
+
+def aux_of_the_token_before(forward: Callable[..., Losses]) -> Callable[..., Losses]:
+    def bugged(self: TidalTransformer, batch: Batch) -> Losses:
+        next_nv = self._foretell_blocks(batch, self._reader_states(batch).roll(1, 1))
+        wanted = batch.aux_targets.flatten()[batch.asked]
+        return forward(self, batch)._replace(aux=-next_nv.gather(1, wanted[:, None]).sum())
+
+    return bugged
+
+
+eob_dropped = replacing(BlockTable, "n_targets", lambda right: lambda self, index: right(self, index) - (index > 1))
+
+
+# ------------------------------------------------------------------------- in shards, recipes and passes
 
 
 def prompts_are_learnt(patch: Patch) -> None:

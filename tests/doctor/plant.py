@@ -39,6 +39,8 @@ class Mutant:
     spoil: Spoil = lambda model: None
     shape: Mapping[str, Any] = field(default_factory=dict)
     """What the model must have, for the bug to show."""
+    stops: str = ""
+    """What the finding says where Tidal itself stops before a law is seen to be broken."""
 
 
 # -------------------------------------------------------------------------------------- how to plant bugs

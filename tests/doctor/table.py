@@ -15,7 +15,7 @@ import torch
 from tests.doctor.bugs_training import OF_TRAINING, OfTraining
 from tests.doctor.mutants import MUTANTS
 from tests.doctor.plant import Mutant
-from tests.doctor.trained import SPOILT, Spoilt, spoilt_copy, train_both
+from tests.doctor.trained import SPOILT, Spoilt, spoilt_copy, train_all
 from tidal import checkpoint
 from tidal.cli import main, note, parse
 from tidal.doctor import Report, examine_checkpoint, run
@@ -40,12 +40,12 @@ def examine_mutant(mutant: Mutant, checks: Sequence[int] | None = None) -> Repor
         return run(model, tokenizer, quick=True, checks=checks)
 
 
-def examine_spoilt(spoilt: Spoilt, runs: dict[bool, Path], to: Path, checks: Sequence[int] | None = None) -> Report:
+def examine_spoilt(spoilt: Spoilt, runs: dict[str, Path], to: Path, checks: Sequence[int] | None = None) -> Report:
     """The doctor's report on a copy of a trained run with the bug."""
     folder = spoilt_copy(spoilt, runs, to)
     with pytest.MonkeyPatch.context() as patch:
         spoilt.plant(patch)
-        return examine_checkpoint(checkpoint.resolve(folder), quick=True, checks=checks)
+        return examine_checkpoint(checkpoint.resolve(folder), quick=spoilt.quick, checks=checks)
 
 
 def examine_training(bug: OfTraining, folder: Path, checks: Sequence[int] | None = None) -> Report:
@@ -63,7 +63,7 @@ def reports() -> Iterator[tuple[Mutant | Spoilt | OfTraining, Report]]:
     for mutant in MUTANTS:
         yield mutant, examine_mutant(mutant)
     with tempfile.TemporaryDirectory() as folder:
-        runs = train_both(Path(folder), pytest.MonkeyPatch())
+        runs = train_all(Path(folder), pytest.MonkeyPatch())
         for n, spoilt in enumerate(SPOILT):
             yield spoilt, examine_spoilt(spoilt, runs, Path(folder) / f"copy-{n}")
         for bug in OF_TRAINING:

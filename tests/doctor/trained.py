@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.doctor.bugs_training import pairs
 from tests.doctor.plant import Patch, Plant, everywhere, in_packing, replacing
 from tests.train.runs import short_samples
 from tidal import checkpoint
@@ -39,8 +40,10 @@ class Spoilt:
     check: int
     files: Callable[[Path], None] = lambda folder: None
     plant: Plant = lambda patch: None
-    leaky: bool = False
-    """the run was trained with a leak"""
+    of: str = "sums"
+    """which of the runs of `train_all`"""
+    quick: bool = True
+    """quick checks find it"""
 
 
 def train_tiny(out: Path, steps: int = STEPS, **other: Any) -> Path:
@@ -57,6 +60,15 @@ def train_tiny(out: Path, steps: int = STEPS, **other: Any) -> Path:
     out.mkdir(parents=True)
     with short_samples():
         return train(settings, make_recipe(settings), out)
+
+
+def train_text(folder: Path) -> Path:
+    """A run that has learnt a little of a few texts."""
+    settings = dataclasses.replace(pairs(folder), out=str(folder / "run"), max_steps=60, validate_every=60, threads=1,
+                                   device="cpu")  # fmt: skip
+    (folder / "run").mkdir()
+    with short_samples():
+        return train(settings, make_recipe(settings), folder / "run")
 
 
 def leak(batch: Batch) -> dict[str, Tensor]:
@@ -107,6 +119,16 @@ def as_initialised(name: str) -> Change:
         tensors[name] = TidalTransformer(TidalConfig.from_dict(config)).state_dict()[name]
 
     return change
+
+
+def square_transposed(tensors: Tensors, config: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """A saver that mixes up rows and columns, where both are as many."""
+    tensors |= {name: t.T.contiguous() for name, t in tensors.items() if t.ndim == 2 and t.shape[0] == t.shape[1]}
+
+
+def rounded(tensors: Tensors, config: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """A saver that thinks bfloat16 enough."""
+    tensors |= {name: t.bfloat16().float() for name, t in tensors.items()}
 
 
 def favour(unit: int, by: float) -> Plant:
@@ -170,23 +192,25 @@ SPOILT: tuple[Spoilt, ...] = (
     Spoilt("the loss is that of guessing", 21, with_loss(lambda i, loss: max(loss, 5.6 - 0.01 * i))),
     Spoilt("training stopped after a tenth of its steps", 21,
            rewritten(lambda tensors, config, trainer: trainer["settings"].update(max_steps=10 * STEPS))),
-    Spoilt("the writer was trained on its targets", 21, plant=in_packing(leak), leaky=True),
+    Spoilt("the writer was trained on its targets", 21, plant=in_packing(leak), of="leaky"),
     Spoilt("the prompt has no influence", 21, plant=replacing(TidalTransformer, "read", prompt_forgotten)),
+    Spoilt("square weights were saved transposed, after training", 21, rewritten(square_transposed), of="text",
+           quick=False),
     Spoilt("samples are drawn far too hot", 22, plant=everywhere(sampling.choose, far_too_hot(sampling.choose))),
-    Spoilt("a model trained on a leak writes without it", 22, leaky=True),
+    Spoilt("a model trained on a leak writes without it", 22, of="leaky"),
 )  # fmt: skip
 
 
-def spoilt_copy(spoilt: Spoilt, runs: dict[bool, Path], to: Path) -> Path:
+def spoilt_copy(spoilt: Spoilt, runs: dict[str, Path], to: Path) -> Path:
     """A copy of the run, with the bug in its files."""
-    shutil.copytree(runs[spoilt.leaky], to)
+    shutil.copytree(runs[spoilt.of], to)
     spoilt.files(to)
     return to
 
 
-def train_both(folder: Path, patch: Patch) -> dict[bool, Path]:
-    """A healthy run, and one that was trained with a leak."""
-    healthy = train_tiny(folder / "healthy")
+def train_all(folder: Path, patch: Patch) -> dict[str, Path]:
+    """Healthy runs of both kinds, and one that was trained with a leak."""
+    healthy = {"sums": train_tiny(folder / "healthy"), "text": train_text(folder / "text")}
     with patch.context() as inner:
         in_packing(leak)(inner)
-        return {False: healthy, True: train_tiny(folder / "leaky", 120)}  # a copy is soon learnt
+        return {**healthy, "leaky": train_tiny(folder / "leaky", 120)}  # a copy is soon learnt

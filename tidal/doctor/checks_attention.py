@@ -148,8 +148,6 @@ def past_seen(patient: Patient, meter: Meter) -> None:
         hidden = _attention(patient)[layer].amin(0) <= 0
         meter.same("keys that must be seen", seen.flatten(), (seen & ~hidden).flatten(),
                    partial(_at, patient, layer, seen.shape), ("must be", TRAINED))  # fmt: skip
-    if not any(layout.has_long_block for layout in _row(patient)[1]):
-        meter.note("no block of these texts has two tokens: give others to have both directions inside it looked at")
 
 
 @check(10, "ALiBi", "wrong sign, slope or offset, or distances that begin anew in every block")

@@ -19,6 +19,8 @@ from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling, choose
 from tidal.model import TidalTransformer
 
+SHORT_CAP = 16
+"""Units of a block, up to which quick checks write beyond it."""
 SAMPLERS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_k=40),
             Sampling(temperature=1.0, top_p=0.9), Sampling(temperature=1.0, min_p=0.1))  # fmt: skip
 
@@ -100,6 +102,8 @@ def masked(patient: Patient, meter: Meter) -> None:
     for seed in range(8 if patient.quick else 24):
         _walk(patient, meter, grammar, np.random.default_rng(seed))
     index = torch.arange(config.n_head)
+    if not patient.quick or tokenizer.max_block_units <= SHORT_CAP:
+        _preferred(patient, meter, index >= 258, tokenizer.max_block_units + 2)
     _preferred(patient, meter, index < 2)
     _preferred(patient, meter, (index >= 2) & (index < 258))
 
@@ -121,7 +125,7 @@ def _walk(patient: Patient, meter: Meter, grammar: Grammar, rng: np.random.Gener
         meter.holds(len(written) <= tokenizer.max_block_units, f"a block of {len(written)} units", Where(block=text))
 
 
-def _preferred(patient: Patient, meter: Meter, columns: Tensor) -> None:
+def _preferred(patient: Patient, meter: Meter, columns: Tensor, units: int = 10) -> None:
     """Generation and beams under a head that prefers these columns to all others still give text."""
 
     def head(states: Tensor) -> Tensor:
@@ -129,10 +133,10 @@ def _preferred(patient: Patient, meter: Meter, columns: Tensor) -> None:
 
     tokenizer, model, prompt = patient.tokenizer, stand_in(patient.exact, head=head), patient.documents[0].prompt
     for temperature in (0.0, 1.0):
-        done = generate(model, tokenizer, [prompt], temperature=temperature, max_new_units=10)[0]
+        done = generate(model, tokenizer, [prompt], temperature=temperature, max_new_units=units)[0]
         _is_text(patient, meter, prompt, done.blocks)
-    for cached in (True, False):
-        for hypothesis in beam_search(model, tokenizer, [prompt], num_beams=2, max_new_units=10, cached=cached)[0]:
+    for cached in (False, True):  # caches have no slot behind the block cap
+        for hypothesis in beam_search(model, tokenizer, [prompt], num_beams=2, max_new_units=units, cached=cached)[0]:
             _is_text(patient, meter, prompt, hypothesis.blocks)
 
 

@@ -1,13 +1,11 @@
-"""Checks 19 to 22: the files, and what the model has learnt."""
+"""Checks 20 to 22: what the model has learnt."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tidal import checkpoint as checkpoints
-from tidal.config import Shape, TidalConfig
 from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import check
 from tidal.doctor.report import Meter, Skip, Where
 from tidal.infer.completion import repeats
 from tidal.infer.engine import Completion, generate
-from tidal.infer.load import load
-from tidal.model import TidalTransformer
 from tidal.train.figures import read_rows
+from tidal.train.presets import GREEDY
 
 # Limits of what the model does. They are wide: here a finding means "broken", not "could be better".
 DEGENERATE = 0.5
@@ -48,88 +42,10 @@ N_GRAM = 3  # characters
 STRETCH = 24
 """characters that two texts have in common only if one is taken from the other, or from the same place"""
 RANDOM_UNITS = 400
-
-
-@check(19, "weights are the file's", "weights not loaded, the wrong file, the wrong dtype, a config of other weights")
-def weights(patient: Patient, meter: Meter) -> None:
-    """What is in memory is, bit for bit, what the verified file holds; all of it finite; all of it learnt.
-
-    Without a checkpoint, one is written and loaded again.
-    """
-    model = patient.model
-    for name, tensor in model.state_dict().items():
-        meter.holds(bool(tensor.isfinite().all()), f"{name} has {int((~tensor.isfinite()).sum())} values that are not "
-                    "finite", Where(tensor=name))  # fmt: skip
-        meter.same("dtypes", patient.dtype, tensor.dtype, Where(tensor=name, sides=("most", name),
-                   values=(str(patient.dtype), str(tensor.dtype))), ("most", name))  # fmt: skip
-    meter.same("fingerprints", model.config.fingerprint, patient.tokenizer.fingerprint, Where(), ("model", "tokenizer"))
-    if patient.checkpoint is not None:
-        _as_stored(patient, meter, patient.checkpoint)
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            stored = checkpoints.write_checkpoint(
-                folder, 1, tensors=model.state_dict(), config=model.config.to_dict(), trainer={"step": 1},
-                tokenizer=patient.tokenizer)  # fmt: skip
-        except (OSError, checkpoints.DiskFullError) as error:
-            raise Skip(f"no room in TMPDIR to save a copy of the model: {error}") from error
-        again, tokenizer = load(stored, dtype=patient.dtype)
-        meter.same("fingerprints", patient.tokenizer.fingerprint, tokenizer.fingerprint, Where(), ("saved", "loaded"))
-        _same_tensors(meter, model.state_dict(), again.state_dict(), ("saved", "loaded"))
-
-
-def _as_stored(patient: Patient, meter: Meter, folder: Path) -> None:
-    values, tensors, trainer = checkpoints.read_checkpoint(folder)
-    config = TidalConfig.from_dict(values)
-    meter.same("configs", config, patient.model.config, Where(), ("file", "model"))
-    _same_tensors(meter, {name: t.to(patient.dtype) for name, t in tensors.items()}, patient.model.state_dict(),
-                  ("file", "model"))  # fmt: skip
-    _learnt(meter, config, trainer, tensors)
-
-
-def _same_tensors(meter: Meter, left: dict[str, Tensor], right: dict[str, Tensor], sides: tuple[str, str]) -> None:
-    meter.same("names of tensors", sorted(left), sorted(right), Where(), sides)
-    for name, tensor in left.items():
-        mine = right[name].cpu()
-        meter.same(f"shapes of {name}", list(tensor.shape), list(mine.shape), Where(tensor=name), sides)
-        differs = (tensor.cpu() != mine) & ~(tensor.cpu().isnan() & mine.isnan())
-        at = Where(tensor=name)
-        if bool(differs.any()):
-            index = tuple(differs.nonzero()[0].tolist())
-            at = Where(tensor=f"{name}{list(index)}", sides=sides,
-                       values=(f"{tensor[index].item():.9g}", f"{mine[index].item():.9g}"))  # fmt: skip
-        meter.holds(not bool(differs.any()), f"{int(differs.sum())} values of {name} differ", at)
-
-
-def _learnt(meter: Meter, config: TidalConfig, trainer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """No tensor is still what the seed of the run made it."""
-    try:
-        step, seed = int(trainer["step"]), int(trainer["settings"]["seed"])
-    except (LookupError, TypeError, ValueError):
-        return  # not of a run
-    if not step:
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        initial = TidalTransformer(config).state_dict()
-    idle = _idle(config.shape)
-    for name, tensor in tensors.items():
-        same = name in initial and name not in idle and torch.equal(initial[name].float(), tensor.float())
-        meter.holds(not same, f"{name} is as it was made; {step} steps have not changed it",
-                    Where(tensor=name))  # fmt: skip
-
-
-def _idle(shape: Shape) -> set[str]:
-    """Tensors of queries and keys alone in layers whose steps see one key, themselves: its weight is 1 whatever they
-    are, so nothing is learnt of them.
-    """
-    first = 1 if shape.writer_attention == "memory" else 0  # the first layer sees the text before, too
-    layers = range(first, shape.writer_layers if shape.step_window == 1 else first)
-    return {f"writer.{i}.{name}.weight" for i in layers for name in ("query", "norm_query", "norm_key")}
-
-
-# ------------------------------------------------------------------------------------------ what it writes
+OF_ANSWERS = 0.02
+"""share of right answers by which a validation may differ when it is done again: some are close calls"""
+OF_BITS = 0.01
+"""the same, of bits per byte, relative where these are more than 1"""
 
 
 def _samples(patient: Patient) -> list[Document]:
@@ -160,8 +76,9 @@ def substance(patient: Patient, meter: Meter) -> None:
     documents = _samples(patient)
     done = _written(patient, documents)
     shares = {
-        "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in documents]),
-        "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done], [False]),
+        "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in patient.samples]),
+        "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done],
+                          [not d.completion for d in patient.samples]),
         "repeating": ([repeats(c.blocks) for c in done],
                       [repeats(patient.tokenizer.split(d.completion)) for d in documents]),
         "never ending": ([c.stop_reason == "length" for c in done], [not d.ends for d in documents]),
@@ -183,10 +100,11 @@ def _completion(one: Completion) -> Where:
 
 
 @check(21, "the loss fell for a reason",
-       "the loss fell by collapse, a leak or a proxy target, or training was far too short", of_output=True)
+       "the loss fell by collapse, a leak or a proxy target, training was far too short, or other weights were saved",
+       of_output=True)
 def reasons(patient: Patient, meter: Meter) -> None:
-    """metrics.csv: finite, falling, as many steps as planned. No text that is random is predicted better than chance
-    (only a leak can do that). The prompt matters, where most prompts differ.
+    """metrics.csv: finite, falling, as many steps as planned; its validation comes out the same again. No text that is
+    random is predicted better than chance (only a leak can do that). The prompt matters, where most prompts differ.
     """
     if patient.checkpoint is not None:
         _metrics(patient, meter, patient.checkpoint)
@@ -210,7 +128,7 @@ def reasons(patient: Patient, meter: Meter) -> None:
 
 def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
     path = folder.resolve().parent.parent / "metrics.csv"
-    if not path.is_file():
+    if folder.resolve().parent.name != "checkpoints" or not path.is_file():  # a copy may lie beside other figures
         meter.note("no metrics.csv")
         return
     here = Where(tensor=str(path))
@@ -235,6 +153,23 @@ def _metrics(patient: Patient, meter: Meter, folder: Path) -> None:
         meter.at_most("the last loss as a share of the first", float(last / first), 1 - LEAST_DROP, here)
     uniform = math.log(patient.model.config.n_writable)
     meter.at_most("the last loss as a share of guessing", float(np.median(losses[-3:]) / uniform), 0.9, here)
+    _validated_again(patient, meter, trainer, rows, here)
+
+
+def _validated_again(patient: Patient, meter: Meter, trainer: dict[str, Any], rows: Sequence[dict[str, float]],
+                     here: Where) -> None:  # fmt: skip
+    """What the run measured of the weights it had in memory, measured once more of those that it saved."""
+    step, validate = trainer.get("step"), patient.feed.validate if patient.feed is not None else None
+    then = next((row["quality"] for row in rows if row["step"] == step and "quality" in row), None)
+    if patient.quick or validate is None or then is None:
+        why = "--quick" if patient.quick else patient.not_examined if validate is None else f"no figures of step {step}"
+        meter.note(f"validation was not done again: {why or 'of no run'}")
+        return
+    now, greedy = validate(patient.model)["quality"], trainer["settings"].get("recipe") in GREEDY
+    meter.note(f"quality {now:.4g} (in metrics.csv {then:.4g})")
+    meter.at_most(f"how far the validation of step {step}, done again, is from what metrics.csv says", abs(now - then),
+                  OF_ANSWERS if greedy else OF_BITS * max(1.0, abs(then)), here,
+                  "other weights were saved than were trained, or the code is another one")  # fmt: skip
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tidal.blocks import BOS_BLOCK, BlockTable, Passage, windows
+from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
 from tidal.doctor.feeding import compare_batch, features, fed_in, written_blocks
 from tidal.doctor.oracle import place_encodings
@@ -119,7 +119,7 @@ def supervision(patient: Patient, meter: Meter) -> None:
             wanted = [layout.steps[s].target for s in steps]
             got = batch.targets[0, steps[0] : steps[-1] + 1]
             meter.same("targets of a block", wanted, got, patient.where(document, steps[0]), sides)
-        asked = [-1] * len(layout.tokens)
+        asked = [NOTHING] * len(layout.tokens)
         for block in dict.fromkeys(step.block for step in layout.steps):
             read = [tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)]
             asked[sum(token.block < block for token in layout.tokens) - 1] = read[-1]
@@ -127,11 +127,17 @@ def supervision(patient: Patient, meter: Meter) -> None:
                    partial(patient.where_read, document), sides)  # fmt: skip
         with torch.inference_mode():
             losses = patient.exact(batch)
-            logits = patient.exact.head(patient.exact.states(batch)[1][0, :n])[:, : tokenizer.n_writable]
+            states, written = patient.exact.states(batch)
+            logits = patient.exact.head(written[0, :n])[:, : tokenizer.n_writable]
         targets = torch.tensor([step.target for step in layout.steps])
         nats = -logits.log_softmax(-1).gather(1, targets[:, None]).sum() if n else torch.zeros(())
         meter.same("units in the loss", n, losses.n_units, here, sides)
         meter.close("losses", nats, losses.units, EXACT * max(1, n), here, sides)
+        at = [i for i, token in enumerate(asked) if token != NOTHING]
+        foretold = (states[0, at] @ patient.exact.token_embedding.weight.T).log_softmax(-1)
+        nats = -foretold.gather(1, torch.tensor(asked)[at][:, None]).sum()
+        meter.same("tokens in the auxiliary loss", len(at), losses.n_aux, here, sides)
+        meter.close("auxiliary losses", nats, losses.aux, EXACT * max(1, len(at)), here, sides)
 
         whole = patient.passage(document)
         for reader_budget, writer_budget, overlap in ((9, 20, 0), (16, 1000, 6)):

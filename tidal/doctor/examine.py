@@ -20,6 +20,7 @@ from tidal.doctor import (
     checks_run,
     checks_streams,
     checks_text,
+    checks_weights,
 )
 from tidal.doctor.patient import Document, Feed, Patient, Precision
 from tidal.doctor.recipes import feed_of, feed_of_run, precision_of_run
@@ -32,7 +33,8 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.loop import Recipe, model_for
 from tidal.train.memory import memory_for, out_of_memory
 
-MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_run)
+MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_weights,
+           checks_run)  # fmt: skip
 """To be imported is all they need: each registers its checks."""
 NARROW = 256
 """Models of less width are examined on one thread: where other programs run, two threads wait for each other (198 s in
@@ -154,7 +156,8 @@ def _result(check: Check, patient: Patient) -> Result:
     except CRASHES as error:
         if out_of_memory(error):
             raise
-        return result("finding", f"{type(error).__name__}: {error}", float("inf"), 0, Where(tensor=_origin(error)))
+        said = f"Tidal itself stopped: {type(error).__name__}: {error}"
+        return result("finding", said, float("inf"), 0, Where(tensor=_origin(error)))
     if not meter.compared:
         return result("skipped", "there was nothing to compare", 0, 0)
     return result("well", "; ".join(meter.notes), meter.measured, meter.limit)

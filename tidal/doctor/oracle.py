@@ -292,7 +292,7 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
     seen["reader_norm"] = states = norm(x, model.reader_norm.weight)
 
     x = model.unit_embedding.weight[[step.id for step in steps]] + (0 if shape.rotary_places else fed)
-    told = (states[-1] @ model.context.weight.T).expand_as(x)
+    seen["context"] = told = (states[-1] @ model.context.weight.T).expand_as(x)
     if shape.suffix_rows:
         rows = [[1 + h % shape.suffix_rows for h in step.suffixes if h >= 0] for step in steps]
         table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,8 @@ class Feed:
     """Documents may begin with lines whose places are moved by an offset of their own."""
     stretch: float = math.inf
     """Most that positions are multiplied by."""
+    validate: Callable[[TidalTransformer], Mapping[str, float]] | None = None
+    """Figures on held-out data, `quality` among them, as training logs them."""
 
 
 @dataclass

@@ -31,10 +31,10 @@ def feed_of(settings: Train, recipe: Recipe) -> Feed:
     batch = recipe.batch(0)
     if isinstance(recipe, TextRecipe):
         return Feed(batch, _prompts(settings.text).get, cuts=settings.text.cut_probability > 0, strays=False,
-                    stretch=1.0)  # fmt: skip
+                    stretch=1.0, validate=recipe.validate)  # fmt: skip
     sums = settings.addition if settings.recipe == "addition" else None
     return Feed(batch, _up_to_equals, cuts=False, strays=sums is not None and sums.elsewhere > 0,
-                stretch=sums.stretch if sums else 1.0)  # fmt: skip
+                stretch=sums.stretch if sums else 1.0, validate=recipe.validate)  # fmt: skip
 
 
 def _up_to_equals(text: str) -> str:

@@ -113,7 +113,8 @@ class Report:
             lines.append(line + (f"  {r.message}" if r.message and r.verdict != "finding" else ""))
             if r.verdict == "finding":
                 lines += [f"      {r.message}"] + [f"      first: {r.where}"] * bool(str(r.where or ""))
-                lines.append(f"      this is how it shows: {r.disaster}")
+                stopped = (r.measured, r.limit) == (math.inf, 0)  # an error, that may have any cause
+                lines += [f"      this is how it shows: {r.disaster}"] * (not stopped)
         counts = [(len(self.findings), "finding" if len(self.findings) == 1 else "findings")]
         counts += [(sum(r.verdict == v for r in self.results), v) for v in ("well", "skipped")]
         summary = ", ".join(f"{n} {what}" for n, what in counts if n or what != "skipped")
@@ -212,14 +213,9 @@ class Meter:
 
 
 def _listed(value: object) -> list[Any]:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return list(value.tolist()) if value.ndim else [value.item()]
-    if isinstance(value, np.ndarray):
-        return list(value.tolist()) if value.ndim else [value.item()]
-    if isinstance(value, str):
-        return [value]
-    return list(value) if isinstance(value, Sequence) else [value]
+    if isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _flat(value: Tensor | Floats) -> Floats:

@@ -72,7 +72,7 @@ def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int
         at = int(rng.integers(0, max(1, len(blocks) - units // 3)))
         half = at + min(units // 6, len(blocks) // 2)
         found.append(Document("".join(blocks[at:half]), "".join(blocks[half : half + units // 3]), False))
-    return [document for document in found if document.completion]
+    return found
 
 
 def of_run(trainer: Mapping[str, Any]) -> tuple[list[Document], str]:
