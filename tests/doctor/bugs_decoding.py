@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.doctor.bugs_model import of_another_row
+from tests.doctor.plant import Plant
 from tidal.infer import beam
 from tidal.infer.decoder import Decoder, KeyValueCache
 from tidal.infer.grammar import Grammar
@@ -46,19 +48,12 @@ def memory_ends(put: Callable[..., None]) -> Callable[..., None]:
     return bugged
 
 
-def of_another_row_in_float32(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A step is given the context of the row before, in the precision that people decode in."""
-
-    def bugged(self: Decoder, *args: Any, **how: Any) -> Tensor:
-        own = self.context
-        if own.dtype == torch.float32:
-            self.context = own.roll(1, 0)
-        logits = step(self, *args, **how)
-        if own.dtype == torch.float32:
-            self.context = self.context.roll(-1, 0)
-        return logits
-
-    return bugged
+def of_another_row_in(dtype: torch.dtype) -> Plant:
+    """A step is given the context of the row before, in one precision only."""
+    bugged = of_another_row("context")(right := Decoder.step)
+    return lambda patch: patch.setattr(
+        Decoder, "step", lambda self, *args, **how: (bugged if self.context.dtype == dtype else right)(
+            self, *args, **how))  # fmt: skip
 
 
 def recollection_stays(start: Callable[..., None]) -> Callable[..., None]:

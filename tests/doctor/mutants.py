@@ -147,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the memory is not cached after 256 tokens", 14,
            replacing(decoding.KeyValueCache, "put", of_decoding.memory_ends)),
     Mutant("the context of another row of the batch, in float32 only", 14,
-           replacing(decoding.Decoder, "step", of_decoding.of_another_row_in_float32)),
+           of_decoding.of_another_row_in(torch.float32)),
     Mutant("the step window is forgotten in decoding", 14,
            builder(lambda self, written, s: {"sees_writer": (self.writer_start, s.sees_writer[1])}),
            shape={"step_window": 2}),
