@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import numpy as np
@@ -96,7 +97,7 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     against those of one training pass. Largest difference, 95th percentile and mean.
     """
     differences = []
-    for document in patient.documents:
+    for document in (*patient.documents, _long(patient)):
         try:
             differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
                                            EXACT, partial(patient.where, document), (TRAINED, DECODED)))
@@ -106,7 +107,6 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
             found.where = _name_layer(found.where, patient, document, tape.row(), DECODED)
             raise
     meter.note("float64: " + _spread(np.concatenate(differences)))
-    _far_from_the_beginning(patient, meter)
     _public_scores(patient, meter)
     _generated(patient, meter)
     if patient.dtype != torch.float64:
@@ -119,13 +119,11 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
         meter.note(f"{str(patient.dtype).removeprefix('torch.')}: {_spread(np.concatenate(own))}, limit {limit:.2g}")
 
 
-def _far_from_the_beginning(patient: Patient, meter: Meter) -> None:
-    """Behind a prompt of LONG tokens (quick: LONG_IF_QUICK): what ends at a length has ended."""
+def _long(patient: Patient) -> Document:
+    """A sentence behind a prompt so long that what ends at a length has ended."""
     text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if patient.quick else LONG
     n_tokens = sum(len(patient.tokenizer.encode_block(block).tokens) for block in patient.tokenizer.split(text))
-    document = Document(text * -(-wanted // n_tokens), " the cat sat.\n")
-    meter.close(f"log-probabilities behind {wanted} tokens", patient.packed(document), patient.decoded(document), EXACT,
-                partial(patient.where, document), (TRAINED, DECODED))  # fmt: skip
+    return Document(text * math.ceil(wanted / n_tokens), " the cat sat.\n")
 
 
 def _spread(differences: Floats) -> str:
