@@ -9,7 +9,8 @@ examine.py    runs the checks                    oracle.py     layout and model 
 patient.py    what is examined                   tape.py       what a model is fed, what its layers give
 registry.py   the list of checks                 texts.py      hostile strings, what a run was trained on
 report.py     measures, verdicts, the table      recipes.py    what training feeds, and what it was made of
-feeding.py    what a model must be fed           checks_*.py   the checks, by number in docs/doctor.md
+feeding.py    what a model must be fed           batches.py    rows that come and go
+checks_*.py   the checks, by number in docs/doctor.md
 """
 
 from __future__ import annotations

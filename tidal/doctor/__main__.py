@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tidal.cli import UserError, main, note, parse
 
@@ -41,6 +41,8 @@ class Doctor:
     """Print one JSON object."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of weights, cache and products, as tidal.infer is given it."""
 
 
 def run(argv: list[str]) -> int:
@@ -65,7 +67,8 @@ def run(argv: list[str]) -> int:
             report = _of_new_models(settings, texts, device)
         else:
             report = examine_checkpoint(checkpoint.resolve(Path(folder)), texts=texts, quick=settings.quick,
-                                        checks=settings.checks or None, device=device, tell=note)  # fmt: skip
+                                        checks=settings.checks or None, device=device, dtype=_dtype(settings),
+                                        tell=note)  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if settings.json else report.table())
     return 0 if report.ok else 1
 
@@ -76,6 +79,12 @@ def _positional(argv: list[str]) -> tuple[str | None, list[str]]:
         if not argument.startswith("-") and (i == 0 or argv[i - 1] in ("--quick", "--json")):
             return argument, argv[:i] + argv[i + 1 :]
     return None, argv
+
+
+def _dtype(settings: Doctor) -> torch.dtype | None:
+    import torch
+
+    return torch.bfloat16 if settings.precision == "bf16" else None
 
 
 def _texts(data: tuple[str, ...]) -> list[Document]:
@@ -97,7 +106,7 @@ def _of_new_models(settings: Doctor, texts: list[Document], device: torch.device
 
     def examined(shape: Shape, checks: Sequence[int], quick: bool) -> Report:
         model, tokenizer = make(shape)
-        return run(model.to(device), tokenizer, texts=texts, quick=quick, checks=checks,
+        return run(model.to(device, _dtype(settings)), tokenizer, texts=texts, quick=quick, checks=checks,
                    subject="two small models with random weights",
                    tell=lambda check: note(f"{check.number:>2} {check.title}"))  # fmt: skip
 

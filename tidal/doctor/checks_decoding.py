@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, Passage
 from tidal.doctor.oracle import dense_block
-from tidal.doctor.patient import Document, Patient, lively
+from tidal.doctor.patient import UNWILLING, WILLING, Document, Patient, lively
 from tidal.doctor.registry import AUTOCAST, DECODED, EXACT, FLOAT32, MOVED, ORACLE, ROUGH, TRAINED, check
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
+from tidal.doctor.texts import BUILT_IN
 from tidal.infer.beam import beam_search
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
@@ -23,6 +25,8 @@ from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.train.gradient import products_in
 
+LONG, LONG_IF_QUICK = 600, 300
+"""Tokens, at least, of a prompt: the decoder's caches begin with room for 256."""
 FAR = 1000
 """Tokens from the beginning of a document, where bfloat16 tells every fourth position apart."""
 
@@ -63,10 +67,17 @@ def _as_training_computes(patient: Patient, meter: Meter) -> None:
         with products_in(patient.precision, device):
             return model.log_probs(batch.to(device)).detach().double().cpu().numpy()
 
+    def loss(batch: Batch) -> Tensor:
+        with products_in(patient.precision, device):
+            units: Tensor = model(batch.to(device)).units
+            return units
+
     errors, moved = [np.zeros(1)], [np.zeros(1)]
     for document in patient.documents:
         batch, right = patient.pack([[document]]), patient.packed(document)
         got = log_probs(batch)
+        meter.close("the loss", np.array(-got.sum()), loss(batch), FLOAT32 * max(1, len(got)), Where(document.text),
+                    ("log-probabilities", TRAINED))  # fmt: skip
         if patient.precision == "float32":
             meter.close("log-probabilities in float32", right, got, FLOAT32, partial(patient.where, document),
                         ("float64", TRAINED))  # fmt: skip
@@ -86,7 +97,7 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     against those of one training pass. Largest difference, 95th percentile and mean.
     """
     differences = []
-    for document in patient.documents:
+    for document in (*patient.documents, _long(patient)):
         try:
             differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
                                            EXACT, partial(patient.where, document), (TRAINED, DECODED)))
@@ -99,13 +110,20 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     _public_scores(patient, meter)
     _generated(patient, meter)
     if patient.dtype != torch.float64:
-        own = []
-        for document in patient.documents[: 2 if patient.quick else None]:
+        own, documents = [], patient.documents[: 2 if patient.quick else None]
+        alone, together = (patient.decode(patient.model, some, capacity=3) for some in (documents[:1], documents))
+        for document, one in zip((documents[0], *documents), (*alone, *together), strict=True):
             packed, limit = _own_dtype(patient, document, meter)
-            one = patient.decode(patient.model, [document])[0]
             own.append(meter.close("log-probabilities", packed, one, limit,
                                    partial(patient.where, document), (TRAINED, DECODED)))
         meter.note(f"{str(patient.dtype).removeprefix('torch.')}: {_spread(np.concatenate(own))}, limit {limit:.2g}")
+
+
+def _long(patient: Patient) -> Document:
+    """A sentence behind a prompt so long that what ends at a length has ended."""
+    text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if patient.quick else LONG
+    n_tokens = sum(len(patient.tokenizer.encode_block(block).tokens) for block in patient.tokenizer.split(text))
+    return Document(text * math.ceil(wanted / n_tokens), " the cat sat.\n")
 
 
 def _spread(differences: Floats) -> str:
@@ -151,8 +169,8 @@ def _public_scores(patient: Patient, meter: Meter) -> None:
 def _generated(patient: Patient, meter: Meter) -> None:
     """What is generated has the log-probabilities that a training pass over it gives."""
     prompts = [document.prompt for document in patient.documents][: 3 if patient.quick else None]
-    model = lively(patient.exact)
-    for temperature in (0.0, 1.0):
+    for temperature, willing in ((0.0, UNWILLING), (1.0, WILLING)):
+        model = lively(patient.exact, willing)
         done = generate(model, patient.tokenizer, prompts, temperature=temperature, seed=7,
                         max_new_units=16 if patient.quick else 48)  # fmt: skip
         for one in done:
@@ -201,15 +219,18 @@ def beams(patient: Patient, meter: Meter) -> None:
     """
     _reordered(patient, meter)
     prompts = [document.prompt for document in patient.documents][: 2 if patient.quick else 4]
-    model, tokenizer, units = lively(patient.exact), patient.tokenizer, 14 if patient.quick else 24
+    tokenizer, units = patient.tokenizer, 14 if patient.quick else 24
+    model = lively(patient.exact)
     greedy = generate(model, tokenizer, prompts, max_new_units=units)
     single = beam_search(model, tokenizer, prompts, num_beams=1, max_new_units=units)
     for one, found in zip(greedy, single, strict=True):
         meter.same("blocks", one.blocks, found[0].blocks, Where(one.prompt), ("greedy", "one beam"))
         meter.close("log-probabilities", np.array(one.log_prob), np.array(found[0].log_prob), EXACT, Where(one.prompt),
                     ("greedy", "one beam"))  # fmt: skip
-    for num_beams in (2, 4):
-        search = partial(beam_search, model, tokenizer, num_beams=num_beams, max_new_units=units)
+    for num_beams, wanted, penalty, willing in ((2, 1, 0.5, WILLING), (4, 4, 1.0, UNWILLING)):
+        model = lively(patient.exact, willing)  # a willing one's searches do not all end at once
+        search = partial(beam_search, model, tokenizer, num_beams=num_beams, wanted=wanted, length_penalty=penalty,
+                         max_new_units=units)  # fmt: skip
         cached, anew = search(prompts), search(prompts, cached=False)
         alone = [search([prompt])[0] for prompt in prompts]
         for prompt, mine, others in zip(prompts, cached, zip(anew, alone, strict=True), strict=True):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import EXACT, ORACLE, check
-from tidal.doctor.report import Meter, Where
+from tidal.doctor.report import Floats, Meter, Where
 from tidal.doctor.tape import stand_in
 from tidal.infer.beam import beam_search
 from tidal.infer.engine import generate
@@ -23,6 +26,13 @@ SHORT_CAP = 16
 """Units of a block, up to which quick checks write beyond it."""
 SAMPLERS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_k=40),
             Sampling(temperature=1.0, top_p=0.9), Sampling(temperature=1.0, min_p=0.1))  # fmt: skip
+
+
+SETTINGS = (Sampling(temperature=0.8), Sampling(temperature=0.8, repetition_penalty=1.5),
+            Sampling(temperature=1.5, top_k=40, min_p=0.02), Sampling(temperature=1.5, top_p=0.8),
+            Sampling(temperature=1.5, top_k=60, top_p=0.9, min_p=0.01))  # fmt: skip
+"""Whose choices are counted, of DRAWS each."""
+DRAWS = 1000
 
 
 @check(5, "the head fits the alphabet", "the head is wider than the vocabulary: ids that decode to junk")
@@ -79,7 +89,8 @@ def _same_output(patient: Patient, meter: Meter, other: TidalTransformer, docume
 @check(6, "masked is impossible", "masked logits are set to 0 instead of minus infinity")
 def masked(patient: Patient, meter: Meter) -> None:
     """What may not be written has probability exactly 0, however strongly the model wants it: in every sampler, in
-    generation and in beams; and what comes out is text that could have been trained on.
+    generation and in beams; and what comes out is text that could have been trained on. What may be written is chosen
+    as often as its probability says.
     """
     tokenizer, config = patient.tokenizer, patient.model.config
     grammar = Grammar(tokenizer)
@@ -99,6 +110,7 @@ def masked(patient: Patient, meter: Meter) -> None:
                 unit = int(choose(logits[None].clone(), allowed[None], [how], [np.random.default_rng(seed)])[0])
                 meter.holds(bool(allowed[unit]), f"a forbidden unit, {tokenizer.piece_name(unit)}, was chosen by {how}",
                             Where(tensor="unit", values=(str(unit), ""), sides=("chosen", "")))  # fmt: skip
+    _distributed(patient, meter)
     for seed in range(8 if patient.quick else 24):
         _walk(patient, meter, grammar, np.random.default_rng(seed))
     index = torch.arange(config.n_head)
@@ -106,6 +118,51 @@ def masked(patient: Patient, meter: Meter) -> None:
         _preferred(patient, meter, index >= 258, tokenizer.max_block_units + 2)
     _preferred(patient, meter, index < 2)
     _preferred(patient, meter, (index >= 2) & (index < 258))
+
+
+def _distributed(patient: Patient, meter: Meter) -> None:
+    """Numbers at equal distances, in place of random ones, choose each unit as often as its probability says."""
+    rng, n = np.random.default_rng(0), patient.model.config.n_head
+    logits, allowed = 2 * rng.standard_normal(n), np.arange(n) < patient.tokenizer.n_writable
+    allowed &= rng.random(n) < 0.8
+    repeated = np.flatnonzero(allowed)[np.argsort(logits[allowed])[-4::2]]
+    rows = [how for how in SETTINGS for _ in range(DRAWS)]
+    draws = [cast(np.random.Generator, _Drawn((k + 0.5) / DRAWS)) for _ in SETTINGS for k in range(DRAWS)]
+    units = choose(torch.from_numpy(logits).repeat(len(rows), 1), torch.from_numpy(allowed).repeat(len(rows), 1), rows,
+                   draws, [set(repeated.tolist())] * len(rows))  # fmt: skip
+    for how, chosen in zip(SETTINGS, units.view(-1, DRAWS).numpy(), strict=True):
+        meter.close(f"units chosen by {how}", DRAWS * _probabilities(logits, allowed, repeated, how),
+                    np.bincount(chosen, minlength=n).astype(float), 1.0,
+                    lambda unit: Where(tensor=f"unit {unit}"), (ORACLE, f"of {DRAWS:,}"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """In place of a generator."""
+
+    number: float
+
+    def random(self) -> float:
+        return self.number
+
+
+def _probabilities(logits: Floats, allowed: npt.NDArray[np.bool_], repeated: npt.NDArray[np.int64],
+                   how: Sampling) -> Floats:  # fmt: skip
+    """The definition: odds, penalized, tempered; then the units that min-p, top-k and top-p leave, one after the
+    other.
+    """
+    odds = np.where(allowed, np.exp(logits), 0.0)
+    odds[repeated] /= how.repetition_penalty
+    odds **= 1 / how.temperature
+    odds[odds < how.min_p * odds.max()] = 0
+    order = np.argsort(-odds)
+    if how.top_k:
+        odds[order[how.top_k :]] = 0
+    odds /= odds.sum()
+    before = np.cumsum(odds[order]) - odds[order]
+    odds[order[before >= how.top_p]] = 0
+    left: Floats = odds / odds.sum()
+    return left
 
 
 def _walk(patient: Patient, meter: Meter, grammar: Grammar, rng: np.random.Generator) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tidal.doctor.oracle import attend
 from tidal.doctor.patient import Patient
-from tidal.doctor.registry import ORACLE, check
+from tidal.doctor.registry import EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
 from tidal.infer.engine import generate
 from tidal.infer.score import score
@@ -116,12 +116,22 @@ def _gradients(out: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Ten
 
 @check(18, "the same twice", "dropout or training mode is left on, or something is random that should not be")
 def deterministic(patient: Patient, meter: Meter) -> None:
-    """Two evaluations are equal bit for bit; scoring and generation put the model into evaluation mode, and back."""
+    """Two evaluations are equal bit for bit; training mode changes nothing; scoring and generation put the model into
+    evaluation mode, and back.
+    """
     document, model, tokenizer = patient.documents[0], patient.exact, patient.tokenizer
     batch, sides = patient.pack([[document]]), ("once", "again")
     with torch.inference_mode():
         once, again = model.log_probs(batch), model.log_probs(batch)
     meter.same("log-probabilities", once, again, partial(patient.where, document), sides)
+    try:
+        model.train()
+        meter.close("log-probabilities in training mode", once, model.log_probs(batch), EXACT,
+                    partial(patient.where, document), ("evaluation", TRAINED))  # fmt: skip
+        meter.close("the loss in training mode", -once.sum(), model(batch).units, EXACT * max(1, len(once)),
+                    Where(document.text), ("evaluation", TRAINED))  # fmt: skip
+    finally:
+        model.eval()
     model.train()
     modes: list[bool] = []
     handle = model.writer[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
+from tidal.doctor.batches import in_any_batch, trimmed
 from tidal.doctor.feeding import compare_batch, features, fed_in, written_blocks
 from tidal.doctor.oracle import place_encodings
-from tidal.doctor.patient import Document, Patient, lively
+from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
 from tidal.doctor.tape import Tape
-from tidal.infer.engine import generate
 from tidal.prepare.corpus import Corpus, Rows
 from tidal.prepare.reading import Part
 from tidal.prepare.seams import at_seams
@@ -253,9 +253,11 @@ def packed_rows(patient: Patient, meter: Meter) -> None:
 
 @check(15, "batch and padding do not matter", "the answer changes with batch mates or with padding")
 def batch_and_padding(patient: Patient, meter: Meter) -> None:
-    """Alone, in rows that are padded, whatever the padding holds; decoded side by side; generated in any batch."""
+    """Alone, in rows that are padded, whatever the padding holds; decoded side by side; generated in any batch,
+    also where rows come and go.
+    """
     documents = list(patient.documents)
-    batch, n = patient.pack([[document] for document in documents]), len(documents)
+    batch = patient.pack([[document] for document in documents])
     with torch.inference_mode():
         got = patient.exact.log_probs(batch)
         filled = patient.exact.log_probs(_fill_padding(patient, batch, documents))
@@ -271,17 +273,8 @@ def batch_and_padding(patient: Patient, meter: Meter) -> None:
     for document, mine in zip(documents, together, strict=True):
         meter.close("log-probabilities in decoding", patient.decoded(document), mine, EXACT,
                     partial(patient.where, document), ("alone", "side by side"))  # fmt: skip
-    prompts, model = [document.prompt for document in documents], lively(patient.exact)
-    for temperature in (0.0, 1.0):
-        units = 16 if patient.quick else 40
-        whole = generate(model, patient.tokenizer, prompts, seed=range(n), temperature=temperature,
-                         max_new_units=units)  # fmt: skip
-        for i, (prompt, one) in enumerate(zip(prompts, whole, strict=True)):
-            other = generate(model, patient.tokenizer, [prompt], seed=[i], temperature=temperature,
-                             max_new_units=units)[0]  # fmt: skip
-            meter.same("generated blocks", other.blocks, one.blocks, Where(prompt), ("alone", "in a batch"))
-            meter.close("log-probabilities", np.array(other.log_probs), np.array(one.log_probs), EXACT, Where(prompt),
-                        ("alone", "in a batch"))  # fmt: skip
+    trimmed(patient, meter)
+    in_any_batch(patient, meter)
 
 
 def _fill_padding(patient: Patient, batch: Batch, documents: Sequence[Document]) -> Batch:

@@ -81,15 +81,17 @@ def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[s
 
 def examine_checkpoint(folder: Path, *, texts: Sequence[str | Document] = (), quick: bool = False,
                        checks: Iterable[int] | None = None, device: str | torch.device = "cpu",
+                       dtype: torch.dtype | None = None,
                        tell: Callable[[str], None] = lambda line: None) -> Report:  # fmt: skip
     """Examine a checkpoint folder, and the run around it if there is one. `tell` is given lines about the progress.
 
     Without `texts`, those that the run was trained on are used, held-out ones where possible. A checkpoint that cannot
-    be loaded is a finding of check 19. Raises ValueError as `run` does.
+    be loaded is a finding of check 19. `dtype` is that of the weights in memory; none: as stored. Raises ValueError as
+    `run` does.
     """
     tell(f"examining {folder}")
     try:
-        model, tokenizer, trainer = load_with_trainer(folder, device=device)
+        model, tokenizer, trainer = load_with_trainer(folder, device=device, dtype=dtype)
     except UserError as error:
         check, here = CHECKS[19], Where(tensor=str(folder))
         result = Result(19, check.title, check.disaster, "finding", float("inf"), 0.0, 1, 0.0, str(error), here)
@@ -134,6 +136,8 @@ def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence
              checkpoint: Path | None) -> Patient:  # fmt: skip
     units = 40 if quick else 200
     documents = [window(tokenizer, document, units) for document in (*given[: 2 if quick else 8], *BUILT_IN)]
+    if (cap := tokenizer.max_block_units) <= (64 if quick else 256):  # its last step: nothing but <eob> may follow
+        documents.append(Document("-" * cap, "x" * cap + " y\n"))
     samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
     return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint)
 

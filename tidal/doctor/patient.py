@@ -25,6 +25,7 @@ from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
 
 Precision = Literal["float32", "bf16"]
+UNWILLING, WILLING = -8.0, 2.0  # what `lively` adds to the logit of <eos>
 FORCED = 60.0  # logit of the unit that a forced model writes; of all others −FORCED
 
 
@@ -179,15 +180,16 @@ class Patient:
                         max_new_units=len(script))[0]  # fmt: skip
 
 
-def lively(model: TidalTransformer) -> TidalTransformer:
-    """The model, rather willing to end a block and unwilling to end the document: so what it generates has blocks to
-    look at, whatever its weights. The laws hold for any head.
+def lively(model: TidalTransformer, willing: float = UNWILLING) -> TidalTransformer:
+    """The model, rather willing to end a block, so that what it generates has blocks to look at, whatever its weights.
+    `willing` is added to the logit of `<eos>`: the model is unwilling to end the document, or, above zero, willing. The
+    laws hold for any head.
     """
 
     def head(states: Tensor) -> Tensor:
         logits = model.head(states)
         bias = torch.zeros(logits.shape[-1], dtype=logits.dtype)
-        bias[0], bias[1] = 2.0, -8.0  # <eob>, <eos>
+        bias[0], bias[1] = 2.0, willing  # <eob>, <eos>
         return logits + bias
 
     return stand_in(model, head=head)
