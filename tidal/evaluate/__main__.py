@@ -156,10 +156,12 @@ def run(argv: list[str]) -> None:
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load_with_trainer
     from tidal.prepare.documents import read_documents
+    from tidal.train.memory import memory_for
 
     given = list(read_documents(settings.data)) if isinstance(settings, OfText) and settings.data else []
     folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
-    model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
+    with memory_for("the model; try another --device"):
+        model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
     subject, about = Subject(model, tokenizer, _trained_on(trainer), given), list[str]()
     if isinstance(settings, OfText):
