@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -244,8 +245,10 @@ def test_what_was_saved_is_what_was_validated(recipe: str, then: float, now: flo
     lines = f"{head},quality", *(f"{row}," for row in rows), f"{last},{then}", ""
     (tmp_path / "metrics.csv").write_text("\n".join(lines))
     feed = Feed(None, validate=lambda model: {"quality": now})  # type: ignore[arg-type]
-    for quick, feeds, why in ((False, feed, ""), (True, feed, "--quick"), (False, None, "the data are gone")):
-        report = run(MODEL, TOKENIZER, checks=[21], quick=quick, trained=True, checkpoint=folder, feed=feeds,
+    low = copy.deepcopy(MODEL).bfloat16()
+    for model, quick, feeds, why in ((MODEL, False, feed, ""), (MODEL, True, feed, "--quick"),
+                                     (MODEL, False, None, "the data are gone"), (low, False, feed, "it is in float32")):
+        report = run(model, TOKENIZER, checks=[21], quick=quick, trained=True, checkpoint=folder, feed=feeds,
                      not_examined="" if feeds else "the data are gone")  # fmt: skip
         found = report.results[0]
         assert found.verdict == ("finding" if said and not why else "well"), found

@@ -161,9 +161,11 @@ def _validated_again(patient: Patient, meter: Meter, trainer: dict[str, Any], ro
     """What the run measured of the weights it had in memory, measured once more of those that it saved."""
     step, validate = trainer.get("step"), patient.feed.validate if patient.feed is not None else None
     then = next((row["quality"] for row in rows if row["step"] == step and "quality" in row), None)
-    if patient.quick or validate is None or then is None:
-        why = "--quick" if patient.quick else patient.not_examined if validate is None else f"no figures of step {step}"
-        meter.note(f"validation was not done again: {why or 'of no run'}")
+    reasons = {"--quick": patient.quick, patient.not_examined or "of no run": validate is None,
+               f"no figures of step {step}": then is None,
+               "it is in float32": patient.dtype != torch.float32}  # fmt: skip
+    if validate is None or then is None or any(reasons.values()):
+        meter.note(f"validation was not done again: {next(why for why, so in reasons.items() if so)}")
         return
     now, greedy = validate(patient.model)["quality"], trainer["settings"].get("recipe") in GREEDY
     meter.note(f"quality {now:.4g} (in metrics.csv {then:.4g})")
