@@ -57,7 +57,7 @@ def pairs(folder: Path, seed: int = 0, **own: Any) -> Train:
 
     lines: list[dict[str, str]] = [{"prompt": text(4), "completion": " " + text(6)} for _ in range(20)]
     lines += [{"text": text(r.randint(1, 30))} for _ in range(10)]
-    lines += [{"text": text(900)}, {"prompt": text(60), "completion": text(80)}]
+    lines += [{"text": text(200)}, {"prompt": text(60), "completion": text(80)}]
     r.shuffle(lines)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "data.jsonl"
