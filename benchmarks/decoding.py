@@ -101,16 +101,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "models": {r.name: {"parameters": r.parameters, "d_ff": r.d_ff} for r in runners},
         "vocabulary": tokenizer.vocab_size, "new_chars": args.new_chars,
         "device": record.device_name(str(args.device)), "precision": args.precision, "cuda_graphs": args.cuda_graphs,
-        **record.machine(), "left_out": [],
-    }  # fmt: skip
+        **record.machine(), "left_out": []}  # fmt: skip
     for context, batch in itertools.product(args.context, args.batch):
         if time.monotonic() - started > args.budget_s:
             line["left_out"].append(f"batch {batch} context {context}")
             continue
         texts = cut(text[half:], tokenizer, batch, context, args.new_chars)
         figures = measure(runners, texts, text[half : half + CACHED_CHARS], args.repeats, args.cuda_graphs)
-        load = round(os.getloadavg()[0], 2)
-        line["results"].append({"batch": batch, "context": context, "load": load, **figures})
+        here = {"batch": batch, "context": context, "load": round(os.getloadavg()[0], 2)}
+        line["results"].append({**here, **figures})
         print_result(line["results"][-1], header=len(line["results"]) == 1)
         if args.out:  # now: the larger ones take long
             record.save(args.out, line)

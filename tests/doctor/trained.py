@@ -126,11 +126,6 @@ def square_transposed(tensors: Tensors, config: dict[str, Any], trainer: dict[st
     tensors |= {name: t.T.contiguous() for name, t in tensors.items() if t.ndim == 2 and t.shape[0] == t.shape[1]}
 
 
-def rounded(tensors: Tensors, config: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """A saver that thinks bfloat16 enough."""
-    tensors |= {name: t.bfloat16().float() for name, t in tensors.items()}
-
-
 def favour(unit: int, by: float) -> Plant:
     """A head that is biased towards or against a unit."""
 

@@ -26,8 +26,6 @@ SHORT_CAP = 16
 """Units of a block, up to which quick checks write beyond it."""
 SAMPLERS = (Sampling(), Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_k=40),
             Sampling(temperature=1.0, top_p=0.9), Sampling(temperature=1.0, min_p=0.1))  # fmt: skip
-
-
 SETTINGS = (Sampling(temperature=0.8), Sampling(temperature=0.8, repetition_penalty=1.5),
             Sampling(temperature=1.5, top_k=40, min_p=0.02), Sampling(temperature=1.5, top_p=0.8),
             Sampling(temperature=1.5, top_k=60, top_p=0.9, min_p=0.01))  # fmt: skip
