@@ -185,7 +185,7 @@ class Passage:
     read_only: tuple[int, ...] = ()
     """Indices of blocks after the prompt that are read, but not learnt: the beginnings of blocks that were cut."""
     n_stray: int = 0
-    """This many blocks after BOS_BLOCK have their places moved by `stray_offset`, not by `place_offset`."""
+    """This many blocks after BOS_BLOCK are a distractor (--elsewhere), moved by `stray_offset`, not `place_offset`."""
     stray_offset: int = 0
 
     @property
@@ -217,9 +217,10 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
             overlap: int = 0) -> list[Passage]:  # fmt: skip
     """Cut a passage that is over a budget into windows, each opened by BOS_BLOCK, in order.
 
-    Every supervised block is supervised in exactly one window. With `overlap`, a window begins with up to so many
-    reader tokens from before it, unsupervised, as its context; without, the first has the end of the prompt: what fits
-    beside the supervised blocks, or half a window. Windows without supervised blocks are left out.
+    Every supervised block is supervised in exactly one window. With `overlap`, windows after the first begin with up to
+    that many reader tokens of the text before them, unsupervised, as context. Without, only the first has such context:
+    the end of the prompt, as much as fits beside the supervised blocks, or half a window if that is more. Windows
+    without supervised blocks are left out.
 
     Raises ValueError for a passage with `read_only` blocks, since boundary dropout comes after, or with strays.
     """
@@ -244,8 +245,8 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
 
 
 def too_early(n_tokens: Ints, n_prompt: int, reader_budget: int) -> int:
-    """How many blocks of a prompt, the first ones, have no place in a window that begins with it. `n_tokens` [n] are of
-    its blocks and of the first `reader_budget` (or all) of those after it.
+    """How many of a prompt's first blocks the first window leaves out, for want of room. `n_tokens` [n] are of its
+    blocks and of the first `reader_budget` (or all) of those after it.
     """
     room = max(reader_budget - 1 - int(n_tokens[n_prompt:].sum()), reader_budget // 2)
     return n_prompt - int((np.cumsum(n_tokens[:n_prompt][::-1]) <= room).sum())

@@ -28,10 +28,10 @@ def cut_at_random(p: Passage, table: BlockTable, rng: np.random.Generator, proba
 
 def cut_blocks(p: Passage, table: BlockTable, rng: np.random.Generator,
                probabilities: npt.NDArray[np.float64]) -> Passage:  # fmt: skip
-    """Cut blocks with these probabilities [n] at a random character; those of a single one are left whole.
+    """Cut each block with its probability [n] at a random character; blocks of one character stay whole.
 
-    Before and behind a cut the text is split as a prompt and its completion are. Blocks that only the cut has made are
-    read, not learnt, if they are before it:
+    Before and behind a cut the text is split as a prompt and its completion are. Blocks before a cut that
+    exist only because of it are read, not learnt:
 
         [if][ a][:][\\n   ][ return]   cut behind the last space:   [if][ a][:][\\n    ] | [return]
     """

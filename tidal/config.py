@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 
 class Steps(NamedTuple):
-    """What the steps of a block are fed besides what is written: how they stand to each other, and what is recalled."""
+    """What the stream builder must know of a model."""
 
     stride: float = 0.0
     """Reader positions between two of them."""
@@ -47,8 +47,8 @@ class Shape:
     """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
     over spellings."""
     recall: bool = False
-    """Tell each step which unit came next the last time a block of this document ended as this one does so far; also
-    after the same block, and the same two."""
+    """Tell each writer step which unit came next the last time a block of this document had the ending written so far;
+    also the last time after the same preceding block, and after the same two (an n-gram cache)."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -56,7 +56,7 @@ class Shape:
     qk_norm: bool = True
     """Normalize queries and keys."""
     query_gain: float = 1.0
-    """What the gains of normalized queries begin at; more begins with sharper attention."""
+    """Initial gain of the query norm; a larger one begins with sharper attention."""
     rotary_places: bool = False
     """Places turn queries and keys (RoPE, half of each head), so that only their differences matter, rather than being
     added to what is read and fed."""
@@ -157,8 +157,8 @@ class Optim:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     sharpen: float = 0.0
-    """Growth of the gains of queries while the learning rate is below its highest, so mostly while it falls: attention
-    that was soft while it was learnt ends sharp enough for longer texts."""
+    """Negative weight decay of the query gains, times (1 - rate / --lr): attention grows sharper while the learning
+    rate falls, so that it holds on longer texts; 0: off."""
     beta2: float = 0.98
     """Second moment rate of AdamW, which learns the tables."""
     warmup_steps: int = 100
@@ -170,7 +170,7 @@ class Optim:
     aux_weight: float = 0.3
     """Weight of the auxiliary loss: of the next block's last token, asked of the reader."""
     accumulate: int = 1
-    """Batches of a step, whose gradient is that of one batch of so many times the rows."""
+    """Gradient accumulation: batches per optimizer step, with the gradient of one batch of so many times the rows."""
 
 
 Lengths = Literal["uniform", "rising", "equal", "numbers"]
@@ -183,10 +183,10 @@ class Addition:
     digits: int = 5
     """Most digits of an operand in training; one run sees all lengths up to it."""
     lengths: Lengths = "uniform"
-    """Of operands: each as often; each in proportion to itself; the same for all operands of a problem; or numbers
-    below 10^digits, each as often."""
+    """How many digits operands have. `uniform`: each number of digits equally often; `rising`: in proportion to itself;
+    `equal`: the same for all operands of a problem; `numbers`: operands are drawn from all numbers below 10^digits."""
     samples: int = 0
-    """Learn from so many different problems, drawn once; 0: from new ones all the time."""
+    """Size of a finite training set of different problems, drawn once; 0: new problems all the time."""
     operations: str = "+"
     """Of these, each as often: + - * (of a product the second number has one digit)."""
     terms: int = 2
@@ -194,8 +194,8 @@ class Addition:
     problems: int = 1
     """Most problems of a document, of which the last is learnt and the others are its context."""
     elsewhere: float = 0.0
-    """Fraction of the documents that begin with another problem, whose places are moved so far that they meet none of
-    the learnt one's: teaches to look past digits many places away, which longer numbers than those of training have."""
+    """Fraction of the documents that begin with a distractor: another solved problem, at places that the learnt one
+    does not use. It teaches to ignore digits many places away, which longer numbers than those of training have."""
     stretch: float = 1.0
     """In training, distances between the tokens of a document are multiplied by a random number from 1 to this one, so
     that those of longer problems are met beforehand."""
@@ -237,7 +237,7 @@ class Text(Data):
     cache: str = "~/.cache/tidal"
     """Folder where data of more than 64 MB are prepared, once."""
     reader_budget: int = 256
-    """Reader tokens in a row."""
+    """Sequence length: reader tokens in a row."""
     cut_probability: float = 0.015
     """Boundary dropout: the probability, at each place between two characters of a block, that training text is cut
     there as a prompt is."""
@@ -259,7 +259,7 @@ class Train:
     """Stop after this many seconds of training, if not done before; 0: no limit. The learning rate has then not fallen
     to zero, since it is planned over --max-steps."""
     rows: int = 32
-    """Rows in a batch; of the recipe addition, documents, which share rows in pairs."""
+    """Batch size: rows (packed sequences) in a batch, over all processes; of addition, documents, two a row."""
     seed: int = 0
     """Of weights, data order and samples."""
     validate_every: int = 250
@@ -282,13 +282,13 @@ class Train:
     checkpoint_activations: bool = False
     """Compute layers again in the backward pass rather than remember them: less memory, about a third more time."""
     parts: int = 1
-    """Compute each batch in so many parts; more of them take less memory."""
+    """Micro-batches: compute each batch in this many parts, one after the other; more of them take less memory."""
     tensorboard: bool = False
     """Also write the figures for TensorBoard, which must be installed."""
     doctor: bool = True
     """Examine the untrained model first (seconds; minutes above 50M parameters), and refuse to start on a finding."""
     resume: str = "auto"
-    """auto continues an unfinished run in the folder; never starts a new one beside it; or a run, or a checkpoint."""
+    """`auto`: continue an unfinished run in --out; `never`: a new run, beside it; or a run or checkpoint."""
     init_from: str | None = None
     """Fine-tune: begin with the weights of this run (its best checkpoint) or checkpoint; its recipe, shape, tokenizer
     and settings of training become the defaults."""

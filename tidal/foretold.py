@@ -15,10 +15,14 @@ from tidal.tokenizer.spelling import Ints
 
 
 class Foretold(nn.Module):
-    """Of the tokens that end with what is written, some go on with each unit, and some end here: their shares of the
-    distribution are the expected next units. With tokens in the order of their spelling, each is a stretch of them,
-    and its probability a difference of two running sums, kept to twice the digits of what they add up: next to all the
-    others, rare stretches would lose theirs.
+    """Which unit comes next, as the reader expects it: its distribution over the next block's last token, summed over
+    the tokens that end with what is written so far.
+
+        written: d      P('nd') = .1   P('and') = .3   P('d') = .1      next: n .4 / .5 = .8, <eob> .1 / .5 = .2
+
+    In the order of their reversed spelling (`Spelling`), the tokens that end with what is written are neighbours, and
+    so are those that go on with each unit: each sum is a difference of two running sums. These are kept to twice the
+    digits of what they add up; next to all the others, rare tokens would lose theirs.
 
     A unit of share q is fed with weight log(1 + q / FLOOR) / log(1 + 1 / FLOOR), from 0 to 1, without gradient: the
     reader learns to foretell from the auxiliary loss alone. What that is worth: docs/design.md.

@@ -1,6 +1,6 @@
 """What reader and writer are made of: products, places and a transformer layer, and what its queries see.
 
-Shape suffixes: b rows, l queries, k keys, h heads, d width (of a head in q, k, v), r of what turns a head.
+Shape suffixes: b rows, l queries, k keys, h heads, d width (of a head in q, k, v), r of rotary places.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class View:
     extend: Callable[[Tensor, Tensor], KeysValues] = lambda k, v: (k, v)
     plan: TilePlan | None = None
     rows: Sequence[int] | None = None
-    """Of these keys and values, one for each row of queries, where a cache has others, too."""
+    """Which row of the keys and values each row of queries attends to, where a cache holds more rows; None: its own."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
         """Attention of queries [B, H, L, D] over these keys and values."""
@@ -97,20 +97,20 @@ def sinusoids(n: int, d: int) -> Tensor:
     Fixed, because a learnt table drifts: pairs of places that never meet in training (all numbers being short)
     come to look alike, and longer numbers fail (docs/design.md).
     """
-    turns = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2, dtype=torch.float64)
-    angles = torch.arange(n)[:, None] * turns
+    frequencies = 2 * math.pi / torch.logspace(math.log10(2.5), math.log10(200), (d + 1) // 2, dtype=torch.float64)
+    angles = torch.arange(n)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)[:, :d].float()
 
 
-def turned(x_bhld: Tensor, turns_blr: Tensor | None) -> Tensor:
+def rotate(x_bhld: Tensor, rotary_blr: Tensor | None) -> Tensor:
     """Rotate the first R of each head's D elements, in pairs, by sines and cosines (Su et al. 2021, "RoFormer").
 
     The product of two such vectors depends on the difference of their places only. Where sine and cosine are 0,
     there is no place, and the product is that of the other elements.
     """
-    if turns_blr is None:
+    if rotary_blr is None:
         return x_bhld
-    sin, cos = turns_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
+    sin, cos = rotary_blr[:, None].to(x_bhld.dtype).chunk(2, -1)
     n = sin.shape[-1]
     a, b, rest = torch.split(x_bhld, [n, n, x_bhld.shape[-1] - 2 * n], -1)  # whose gradients are put together at once
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
@@ -139,19 +139,19 @@ class Layer(nn.Module):
         self.norm_mlp = nn.RMSNorm(shape.d_model, eps=1e-6)
         self.mlp = SwiGLU(shape.d_model, d_ff)
 
-    def keys_values(self, x_bkd: Tensor, turns_bkr: Tensor | None = None) -> KeysValues:
-        """Keys and values [B, H_kv, K, D] of normalized states, the keys turned."""
+    def keys_values(self, x_bkd: Tensor, rotary_bkr: Tensor | None = None) -> KeysValues:
+        """Keys and values [B, H_kv, K, D] of normalized states, the keys rotated."""
         kv = self.key_value(x_bkd).unflatten(-1, (2, self.n_kv_heads, self.d_head))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         # under autocast products are bfloat16, norms are not
-        return turned(self.norm_key(k.to(x_bkd.dtype)), turns_bkr).to(v.dtype), v
+        return rotate(self.norm_key(k.to(x_bkd.dtype)), rotary_bkr).to(v.dtype), v
 
-    def forward(self, x_bld: Tensor, view: View, turns_blr: Tensor | None = None) -> Tensor:
+    def forward(self, x_bld: Tensor, view: View, rotary_blr: Tensor | None = None) -> Tensor:
         if self.attends:
             h = self.norm_attention(x_bld)
             q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
-            k_bhkd, v_bhkd = view.extend(*self.keys_values(h, turns_blr))
-            q_bhld = turned(self.norm_query(q_bhld), turns_blr).to(v_bhkd.dtype)
+            k_bhkd, v_bhkd = view.extend(*self.keys_values(h, rotary_blr))
+            q_bhld = rotate(self.norm_query(q_bhld), rotary_blr).to(v_bhkd.dtype)
             a_bhld = view.attend(q_bhld, k_bhkd, v_bhkd, self.slopes)
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))

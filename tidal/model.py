@@ -107,12 +107,12 @@ class TidalTransformer(nn.Module):
         rows = self.place_table[places]
         return (x_bld, rows) if self.config.shape.rotary_places else (x_bld + rows, None)
 
-    def _layer(self, layer: nn.Module, x_bld: Tensor, view: View, turns_blr: Tensor | None) -> Tensor:
+    def _layer(self, layer: nn.Module, x_bld: Tensor, view: View, rotary_blr: Tensor | None) -> Tensor:
         if isinstance(layer, Layer) and layer.attends and layer._compiled_call_impl and view.plan:
             prepare(view.plan, view.ranges, view.q_position, view.k_position, x_bld.dtype, layer.d_head)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x_bld, view, turns_blr, use_reentrant=False)  # type: ignore[no-any-return]
-        return layer(x_bld, view, turns_blr)  # type: ignore[no-any-return]
+            return checkpoint(layer, x_bld, view, rotary_blr, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x_bld, view, rotary_blr)  # type: ignore[no-any-return]
 
     def memory(self, states_bid: Tensor, places: Tensor) -> KeysValues:
         """The first writer layer's keys and values of the reader's states, whose places [B, I] are these."""
@@ -131,9 +131,9 @@ class TidalTransformer(nn.Module):
 
     def read(self, ids: Tensor, places: Tensor, views: list[View]) -> Tensor:
         """Read tokens: ids and places int64 [B, I], one view a reader layer; returns states [B, I, D]."""
-        x_bid, turns = self._placed(self.token_embedding(ids), places)
+        x_bid, rotary = self._placed(self.token_embedding(ids), places)
         for layer, view in zip(self.reader, views, strict=True):
-            x_bid = self._layer(layer, x_bid, view, turns)
+            x_bid = self._layer(layer, x_bid, view, rotary)
         states: Tensor = self.reader_norm(x_bid)
         return states
 
@@ -150,7 +150,7 @@ class TidalTransformer(nn.Module):
         A suffix adds a vector, and scales the context (Perez et al. 2018, "FiLM"): given what is written, other parts
         of it matter. `hints` [B, S, D] are what `Foretold` tells. Returns states [B, S, D] for `head`.
         """
-        x_bsd, turns = self._placed(self.unit_embedding(ids), places)
+        x_bsd, rotary = self._placed(self.unit_embedding(ids), places)
         if self.config.shape.suffix_rows:
             rows = torch.where(suffixes == NOTHING, 0, 1 + suffixes % self.config.shape.suffix_rows)
             summed = F.embedding_bag(rows.flatten(0, 1), self.suffix_embedding.weight, mode="sum", padding_idx=0)
@@ -164,7 +164,7 @@ class TidalTransformer(nn.Module):
         if hints_bsd is not None:
             x_bsd = x_bsd + hints_bsd
         for layer, view in zip(self.writer, views, strict=True):
-            x_bsd = self._layer(layer, x_bsd, view, turns)
+            x_bsd = self._layer(layer, x_bsd, view, rotary)
         states: Tensor = self.writer_norm(x_bsd)
         return states
 

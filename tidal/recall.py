@@ -5,9 +5,9 @@
 
 A cache of the document itself (Kuhn & De Mori 1990, "A cache-based natural language model for speech recognition"), in
 units: the reader foretells the last token of the next block, and the rest of a word that has been met before is a
-lookup. A step asks three times: for the last block that was begun like its own, for the last of them that followed the
-same block as its own, and the same two blocks. The model learns what to make of the answers; docs/design.md says what
-they are worth.
+lookup. A step asks three times what came next: the last time a block had the ending written so far, the last time one
+did after the same preceding block, and after the same two. The model learns what to make of the answers;
+docs/design.md says what they are worth.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Recollection:
     def read(self, units: Sequence[int], eob_id: int) -> None:
         """Remember a finished block."""
         codes = codes_along(units)
-        for order, before in self._contexts():
+        for order, before in self._contexts():  # of order 0, a first step has nothing to look up
             for code, unit in zip(codes[not order :], (*units, eob_id)[not order :], strict=True):
                 self._followed[_key(before, code)] = unit
         self._blocks = (codes[-1], *self._blocks)[: N_RECALLED - 1]
@@ -54,7 +54,7 @@ class Recollection:
         return (*found, *[NOTHING] * (N_RECALLED - len(found)))
 
     def _contexts(self) -> Iterator[tuple[int, int]]:
-        """How many blocks before are to be the same, and their code, as far as there are so many."""
+        """(order, code of the last `order` blocks), for every order that the document is long enough for."""
         before = 0
         for order in range(len(self._blocks) + 1):
             before = _key(before, self._blocks[order - 1]) if order else before

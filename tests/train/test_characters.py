@@ -222,8 +222,8 @@ def test_words_with_an_unknown_token_are_counted(monkeypatch: pytest.MonkeyPatch
     for others, unknown in (((), 2), (("tide", "hands"), 1), (("tide", "hands", "read"), 0)):
         monkeypatch.setattr(characters, "library_words", lambda others=others: ("sandish", "tideer", *others))
         figures, _ = evaluate(Characters(count=1, seed=0), Subject(None, spells, None, []))  # type: ignore[arg-type]
-        assert (figures["held_out_words"], figures["with_a_token_never_seen"]) == (2, unknown)
-        assert figures["letters_a_token"] == pytest.approx(13 / 15)  # the space before a word is a token, too
+        assert (figures["held_out_words"], figures["held_out_words_with_unseen_token"]) == (2, unknown)
+        assert figures["letters_per_token"] == pytest.approx(13 / 15)  # the space before a word is a token, too
     short = Subject(None, MixedTokenizer.train([], 400, max_block_units=16), None, [])  # type: ignore[arg-type]
     with pytest.raises(cli.UserError, match="up to 24 units, and the model writes blocks of 16"):
         evaluate(Characters(count=1, seed=0), short)
@@ -256,7 +256,7 @@ def test_the_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     figures = json.loads(outputs["evaluate"])
     assert [name for name in figures if name in TASKS] == list(TASKS)
     assert all(0 <= figures[task] <= 1 for task in TASKS)
-    assert figures["questions_of_a_task"] == 3
+    assert figures["questions_per_task"] == 3
     assert figures["held_out_words"] == sum(map(held_out, WORDS))
     settings = Train.from_dict(json.loads((tmp_path / "runs/characters/config.json").read_text()))
     assert (settings.recipe, settings.max_steps) == ("characters", 2)

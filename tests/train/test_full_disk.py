@@ -21,7 +21,7 @@ from tests.train.runs import SETTINGS, Hooked, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.train import disk, loop
-from tidal.train.disk import append, check_space, keep_lines, locked, patiently
+from tidal.train.disk import append, check_space, keep_lines, locked, retry_while_full
 from tidal.train.loop import Run, train
 from tidal.train.stop import Stop, Stopped
 
@@ -109,13 +109,13 @@ def test_a_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with Stop() as stop:
         monkeypatch.setattr(disk.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Stopped):
-            patiently(write, tmp_path, stop)
+            retry_while_full(write, tmp_path, stop)
 
     def denied() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(UserError, match="Permission denied"):
-        patiently(denied, tmp_path, Stop())
+        retry_while_full(denied, tmp_path, Stop())
 
 
 def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ registry.py   the list of checks                 texts.py      hostile strings, 
 report.py     measures, verdicts, the table      recipes.py    what training feeds, and what it was made of
 feeding.py    what a model must be fed           batches.py    rows that come and go
 checks_*.py   the checks, by number in docs/doctor.md
+specimen.py   small random models to examine
 """
 
 from __future__ import annotations

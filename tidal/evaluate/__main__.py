@@ -33,8 +33,8 @@ python -m tidal.evaluate addition --help"""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What all figures are asked with."""
+class Common:
+    """Flags of all evaluations."""
 
     checkpoint: str | None = None
     """A run folder (its best checkpoint) or a checkpoint folder; none: the newest run under runs/."""
@@ -45,15 +45,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class OfText(Asked):
-    """What figures of text are asked with."""
+class OnText(Common):
+    """Flags of evaluations on text."""
 
     data: tuple[str, ...] = ()
     """Text files, folders, globs or .jsonl, also gzipped; none: what the run held out."""
 
 
 @dataclass(frozen=True)
-class Sums(Asked):
+class Sums(Common):
     """Settings of `python -m tidal.evaluate addition`."""
 
     digits: int = 5
@@ -67,7 +67,7 @@ class Sums(Asked):
 
 
 @dataclass(frozen=True)
-class Boundary(OfText):
+class Boundary(OnText):
     """Settings of `python -m tidal.evaluate boundary`."""
 
     count: int = 200
@@ -81,7 +81,7 @@ class Boundary(OfText):
 
 
 @dataclass(frozen=True)
-class Characters(Asked):
+class Characters(Common):
     """Settings of `python -m tidal.evaluate characters`."""
 
     count: int = 1000
@@ -93,7 +93,7 @@ class Characters(Asked):
 
 
 @dataclass(frozen=True)
-class Samples(OfText):
+class Samples(OnText):
     """Settings of `python -m tidal.evaluate samples`."""
 
     count: int = 100
@@ -109,7 +109,7 @@ class Samples(OfText):
 
 
 @dataclass(frozen=True)
-class Bits(OfText):
+class Bits(OnText):
     """Settings of `python -m tidal.evaluate bits-per-byte`."""
 
     context: int | None = None
@@ -158,13 +158,13 @@ def run(argv: list[str]) -> None:
     from tidal.prepare.documents import read_documents
     from tidal.train.memory import memory_for
 
-    given = list(read_documents(settings.data)) if isinstance(settings, OfText) and settings.data else []
+    given = list(read_documents(settings.data)) if isinstance(settings, OnText) and settings.data else []
     folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
     with memory_for("the model; try another --device"):
         model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
     subject, about = Subject(model, tokenizer, _trained_on(trainer), given), list[str]()
-    if isinstance(settings, OfText):
+    if isinstance(settings, OnText):
         subject, about = _with_text(subject, settings.data, trainer)
     began = time.perf_counter()
     figures, lines = measure(settings, subject)
@@ -272,9 +272,9 @@ def characters(settings: Characters, subject: Subject) -> Figures:
     asked = questions(words, settings.count, np.random.default_rng(settings.seed))
     shares, wrong = exact_match(subject.model, tokenizer, asked, settings.batch_size)
     figures = {
-        "questions_of_a_task": settings.count, "seed": settings.seed, **shares, "held_out_words": len(words),
-        "with_a_token_never_seen": sum(not known.issuperset(tokens[word]) for word in words),
-        "letters_a_token": sum(map(len, words)) / sum(len(tokens[word]) for word in words),
+        "questions_per_task": settings.count, "seed": settings.seed, **shares, "held_out_words": len(words),
+        "held_out_words_with_unseen_token": sum(not known.issuperset(tokens[word]) for word in words),
+        "letters_per_token": sum(map(len, words)) / sum(len(tokens[word]) for word in words),
         "vocabulary": tokenizer.vocab_size,
     }  # fmt: skip
     of_each_task = {question.task: (question, c) for question, c in wrong}.values()

@@ -42,7 +42,7 @@ class Infer:
     min_p: float = 0.0
     """Sample among the units at least this many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Divides the odds of spelling a block of the completion (of two units or more) once more; 1: none."""
+    """Divides the odds of each unit, after the first, that would spell a block of the completion again; 1: none."""
     seed: int | None = None
     """Of the samples; none: 0. In a conversation each turn draws anew."""
     max_new_units: int = 256
@@ -56,17 +56,18 @@ class Infer:
     num_beams: int = 0
     """Beam search with so many beams instead of sampling; 0: none."""
     length_penalty: float = 1.0
-    """Beams are compared by their log-probability over their units to this power."""
+    """Beams are ranked by log-probability / units ** this; 0: by log-probability alone."""
     batch_size: int = 64
     """Completions, or beams, written side by side."""
     json: bool = False
     """Print one JSON object a line: `index` numbers the prompts, `sample` the completions of each, if several."""
     log_probs: bool = False
-    """With --json: name and log-probability of every unit, too, in the order of writing."""
+    """With --json: also the name and log-probability of every unit, in the order of writing."""
     stream: bool = False
-    """Print blocks as they are finished, of one completion (on a terminal, always); --json: an object each, of all."""
+    """Print each block as soon as it is finished (on a terminal always): of a single completion, or, with --json, of
+    all of them, one object per block."""
     trace: str | None = None
-    """Write a page (FILE.html), or print to the terminal (-), how a prompt is continued step by step."""
+    """Show how a prompt is continued, step by step: on a page (FILE.html), or printed (-)."""
     trace_number: int | None = None
     """Which completion --trace shows, where there are several: counted from 0, as the lines of --json."""
     cuda_graphs: bool = False

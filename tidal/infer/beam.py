@@ -36,7 +36,7 @@ from tidal.infer.completion import Degenerate, Limits, StopReason, degenerate
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.engine import read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import NOTHING_FOLLOWS, whole
+from tidal.infer.sampling import NOTHING_FOLLOWS, as_int
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import Block, MixedTokenizer
@@ -166,9 +166,9 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     """
     Limits(max_new_units)
     refuse_string(prompts)
-    whole("num_beams", num_beams, 1)
-    whole("batch_size", batch_size, 1)
-    wanted = num_beams if wanted is None else whole("wanted", wanted, 1)
+    as_int("num_beams", num_beams, 1)
+    as_int("batch_size", batch_size, 1)
+    wanted = num_beams if wanted is None else as_int("wanted", wanted, 1)
     if wanted > num_beams:
         raise ValueError(f"wanted is {wanted}; of {num_beams} beams there are no more")
     if not 0 <= length_penalty <= MAX_PENALTY:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tidal.infer.sampling import Repetition, Sampling, whole
+from tidal.infer.sampling import Repetition, Sampling, as_int
 from tidal.tokenizer import Block, MixedTokenizer
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
@@ -48,8 +48,8 @@ class Limits:
     """A string alone is one stop string; kept as a tuple."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_new_units", whole("max_new_units", self.max_new_units, 1))
-        object.__setattr__(self, "max_new_blocks", whole("max_new_blocks", self.max_new_blocks, 0, " (no limit)"))
+        object.__setattr__(self, "max_new_units", as_int("max_new_units", self.max_new_units, 1))
+        object.__setattr__(self, "max_new_blocks", as_int("max_new_blocks", self.max_new_blocks, 0, " (no limit)"))
         if not isinstance(self.stop, Iterable):
             raise ValueError(f"stop is {self.stop!r}; give a list of strings")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

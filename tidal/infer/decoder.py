@@ -94,8 +94,8 @@ class Decoder:
 
     Caches hold `room` tokens, or those of a long prompt and `room` more, and double when they are full; `trim` makes
     them smaller. To be used without gradients. With `cuda_graphs`, steps of all rows are recorded once and replayed,
-    over all that the caches have room for, until these change their size or rows leave; `recorded.check` says whether a
-    device has them.
+    over all that the caches have room for, until their size or the number of rows changes; `recorded.check` says
+    whether a device has them.
     """
 
     def __init__(self, model: TidalTransformer, tokenizer: MixedTokenizer, n_rows: int, room: int = 256,
@@ -195,6 +195,7 @@ class Decoder:
         lengths, ends = [len(new) for new in news], [self.builders[r].n_read for r in rows]
         width, end = max(lengths), max(ends)
         self._reserve(end)
+        # columns: row, slot, line and column in this pass, id, place; what it sees, and an empty range
         data = upload([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
                        for line, (r, end_r, new) in enumerate(zip(rows, ends, news, strict=True))
                        for i, t in enumerate(new)], self.device)  # fmt: skip
@@ -257,6 +258,8 @@ class Decoder:
                context: Tensor) -> Tensor:  # fmt: skip
         """A step on the device, the same work whatever `data` holds; the first layer looks at its first `memory_end`
         slots."""
+        # columns, as `step` puts them together: 0 row, 1 slot, 2 id, 3 place, 4 node, 5:8 suffixes, 8:11 recalled, and
+        # ranges: 11:15 of the layer that sees the memory (memory, own block), 15:19 of the others (own block, none)
         n, here = self.n_block, slice(None) if some is None else some
         at = data[:, 0, 0], data[:, 0, 1]
         ranges = data[..., 11:].to(torch.int32).view(len(data), 1, 2, 2, 2)

@@ -24,7 +24,7 @@ from tidal.infer.completion import Request
 from tidal.infer.completion import StopReason as StopReason
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import Sampling, choose, fetch, whole
+from tidal.infer.sampling import Sampling, as_int, choose, fetch
 from tidal.infer.upload import upload
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
@@ -73,7 +73,7 @@ class Engine:
         if cuda_graphs:
             recorded.check(model.unit_embedding.weight.device)
         self.model, self.tokenizer, self.cuda_graphs = model, tokenizer, cuda_graphs
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.batch_size = as_int("batch_size", batch_size, 1)
         self._watch, self._grammar = watch, Grammar(tokenizer)
         self._n_submitted = 0
         self._waiting: deque[Request] = deque()
@@ -235,8 +235,8 @@ def _generator(seed: Seed) -> np.random.Generator:
     """Seeded with an integer, or with several; or the generator itself."""
     if isinstance(seed, np.random.Generator):
         return seed
-    several = [whole("seed", part, 0) for part in seed] if isinstance(seed, list | tuple) else None
-    return np.random.default_rng(several or whole("seed", seed, 0))
+    several = [as_int("seed", part, 0) for part in seed] if isinstance(seed, list | tuple) else None
+    return np.random.default_rng(several or as_int("seed", seed, 0))
 
 
 def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
@@ -277,7 +277,7 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
     if isinstance(seed, Iterable):
         seeds = list(seed)
     else:
-        first = whole("seed", seed, 0)
+        first = as_int("seed", seed, 0)
         seeds = [(first, i) for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one, or one each")

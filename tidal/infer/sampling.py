@@ -18,7 +18,7 @@ NOT_FINITE = "the logits of a step are NaN or infinite: the weights are damaged"
 NOTHING_FOLLOWS = "no unit that may follow has a probability above zero: the weights are damaged"
 
 
-def whole(name: str, value: object, least: int, means: str = "") -> int:
+def as_int(name: str, value: object, least: int, means: str = "") -> int:
     """A setting as an int, also numpy's. Raises ValueError on what is no integer, and on one below `least`, whose
     meaning can be told."""
     try:
@@ -31,7 +31,7 @@ def whole(name: str, value: object, least: int, means: str = "") -> int:
     return number
 
 
-def real(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
     """A setting as a float, also numpy's. Raises ValueError on what is no number, NaN or infinite."""
     if not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}; it must be a number")
@@ -56,9 +56,9 @@ class Sampling:
     """Divides the odds of the next unit of a block that this completion has written before; 1: none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", whole("top_k", self.top_k, 0, " (all)"))
+        object.__setattr__(self, "top_k", as_int("top_k", self.top_k, 0, " (all)"))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            object.__setattr__(self, name, real(name, getattr(self, name)))
+            object.__setattr__(self, name, as_float(name, getattr(self, name)))
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:

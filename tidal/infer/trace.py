@@ -20,7 +20,7 @@ from tidal.blocks import NOTHING
 from tidal.infer.completion import Completion, Limits, StopReason
 from tidal.infer.engine import Chosen, Engine, Seed
 from tidal.infer.grammar import FIRST_BYTE
-from tidal.infer.sampling import Sampling, whole
+from tidal.infer.sampling import Sampling, as_int
 from tidal.layers import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
@@ -139,9 +139,9 @@ def trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, *, te
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     limits = Limits(max_new_units, max_new_blocks, stop)
     its_own = isinstance(seed, Sequence | np.random.Generator)
-    watcher = _Watcher(model, tokenizer, whole("runners_up", runners_up, 0))
+    watcher = _Watcher(model, tokenizer, as_int("runners_up", runners_up, 0))
     engine = Engine(model, tokenizer, batch_size=1, watch=watcher)
-    engine.submit(prompt, how, limits, seed if its_own else (whole("seed", seed, 0), 0))
+    engine.submit(prompt, how, limits, seed if its_own else (as_int("seed", seed, 0), 0))
     *_, (_, done) = engine.drain()
     assert isinstance(done, Completion)
     read = [tokenizer.encode_block(text) for text in tokenizer.split(prompt)]

@@ -59,7 +59,7 @@ class Block:
     """Writable ids in reading order (they are *written* last first), without `<bob>` and `<eob>`."""
     places: tuple[int, ...]
     """For each token the number of units after it in the block: the last token has place 0. NO_PLACE for a token
-    of white space and ASCII signs alone: whoever looks for a place has no use for it."""
+    of white space and ASCII punctuation only, which whoever looks for a digit's place must not find."""
 
 
 class MixedTokenizer:

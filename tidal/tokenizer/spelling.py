@@ -1,10 +1,16 @@
 """How tokens are spelled backwards: the trie that the writer walks down while it writes a token.
 
-    tokens in the order of their spelling, last character first            node    tokens
-    0 'a'   1 'sea'   2 'ta'   3 'd'   4 'nd'   5 'and'   …                a       0 … 3
-                                                                           ae      1 … 2      (…ea)
-    A node is what has been written; the tokens that end with it            dn      4 … 6      (…nd)
-    stand side by side, and so do those of each of its children.
+    tokens in the order of their units, last first:     0 a   1 sea   2 ta   3 d   4 nd   5 and
+
+    node: written so far     tokens [from, to)     children
+    nothing (ROOT)           0, 6                  a, d
+    a                        0, 3                  <eob> (the token 'a' ends here), e, t
+    a e                      1, 2                  s
+    d                        3, 6                  <eob>, n
+    d n                      4, 6                  <eob>, a
+
+A node is what has been written; the tokens that end with it stand side by side, and so do those of each of its
+children.
 """
 
 from __future__ import annotations

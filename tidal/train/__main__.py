@@ -78,7 +78,7 @@ def _run(argv: list[str]) -> int:
             raise UserError("--init-from is empty; give a run folder or a checkpoint in one")
         settings = dataclasses.replace(settings, init_from=str(Path(settings.init_from)))  # runs/text/ is runs/text
     if found is not None:
-        settings = _elsewhere(settings, argv)
+        settings = _data_or_prepared(settings, argv)
     _check(settings, default)
     if found is None and settings.resume not in ("auto", "never"):
         raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
@@ -122,21 +122,21 @@ def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, sour
     """Train in the folder `out`, which is held, and draw what came of it."""
     from tidal import checkpoint
     from tidal.report.page import Pages, draw  # downstream of the loop, as the doctor is
-    from tidal.train.disk import patiently
+    from tidal.train.disk import retry_while_full
     from tidal.train.loop import train
 
     pages = Pages()
     try:
         train(settings, recipe, out, stop=stop, found=found, source=source, parallel=parallel,
-              examined=lambda out: patiently(lambda: pages.write(out), out, stop))  # fmt: skip
+              after_validation=lambda out: retry_while_full(lambda: pages.write(out), out, stop))  # fmt: skip
     except Stopped:
         latest = checkpoint.read_pointer(out, "latest")
         how = "the same command" if settings.resume == "auto" else f"--resume {out}"
         note("nothing was saved" if latest is None else f"saved {latest}; {how} continues it")
         raise
     if parallel.leads:
-        patiently(lambda: draw(out), out, stop)
-        patiently(lambda: pages.write(out, last=True), out, stop)
+        retry_while_full(lambda: draw(out), out, stop)
+        retry_while_full(lambda: pages.write(out, last=True), out, stop)
 
 
 def _use(settings: Train, run_dir: Path) -> str:
@@ -154,7 +154,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
     """
     from tidal.checkpoint import resolve
     from tidal.files import atomic_write
-    from tidal.train.disk import locked, patiently, prepare_run_dir
+    from tidal.train.disk import locked, prepare_run_dir, retry_while_full
     from tidal.train.fine_tuning import maybe_learnt
     from tidal.train.loop import make_recipe, model_for
     from tidal.train.memory import memory_for
@@ -182,12 +182,12 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             held.enter_context(locked(out))
             check_unchanged(out, found)
             if found is None:  # the first file: by it, reading --data knows a run, and leaves it out
-                patiently(lambda: write_settings(out, settings), out, stop)
+                retry_while_full(lambda: write_settings(out, settings), out, stop)
             if verdict is not None:
                 text = json.dumps(verdict, indent=1, ensure_ascii=False) + "\n"
-                patiently(lambda: atomic_write(out / "doctor.json", text), out, stop)
+                retry_while_full(lambda: atomic_write(out / "doctor.json", text), out, stop)
             if parallel.size > 1 and found is None:
-                patiently(lambda: recipe.tokenizer.save(out / "tokenizer"), out, stop)
+                retry_while_full(lambda: recipe.tokenizer.save(out / "tokenizer"), out, stop)
             parallel.broadcast(json.dumps([str(out), source and str(source)]))
         else:
             there, begins = json.loads(parallel.broadcast(""))
@@ -197,7 +197,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
     return recipe, out, source
 
 
-def _elsewhere(settings: Train, argv: list[str]) -> Train:
+def _data_or_prepared(settings: Train, argv: list[str]) -> Train:
     """Settings of a run that goes on with its data in another form: of --data and --prepared the one that is given."""
     data, prepared = (_given(argv, flag) is not None for flag in ("--data", "--prepared"))
     if data == prepared:

@@ -73,7 +73,7 @@ def prepare_run_dir(out: Path) -> Path:
     return run_dir
 
 
-def patiently(write: Callable[[], T], out: Path, stop: Stop) -> T:
+def retry_while_full(write: Callable[[], T], out: Path, stop: Stop) -> T:
     """The result of `write`, which is tried again and again, loudly, as long as the disk is full.
 
     `write` must leave everything as it was where it fails. The wait is added to `stop.waited`. Raises Stopped if a

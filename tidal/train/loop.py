@@ -24,7 +24,7 @@ from tidal.infer.engine import generate
 from tidal.model import TidalTransformer
 from tidal.ranks import OwnError, local_size
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.disk import check_space, keep_lines, patiently
+from tidal.train.disk import check_space, keep_lines, retry_while_full
 from tidal.train.fine_tuning import load_weights
 from tidal.train.gradient import NotFiniteError, gradients
 from tidal.train.memory import first_line, memory_for, out_of_memory
@@ -82,19 +82,19 @@ def model_for(settings: Train, tokenizer: MixedTokenizer, source: Path | None = 
 
 
 def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = None, found: Found | None = None,
-          source: Path | None = None, examined: Callable[[Path], None] = lambda out: None,
+          source: Path | None = None, after_validation: Callable[[Path], None] = lambda out: None,
           parallel: Parallel | None = None) -> Path:  # fmt: skip
     """Train into the run folder `out`: from scratch, with the weights of `source`, or on from the checkpoint `found`.
     Returns the folder.
 
-    `examined` is called with it after every validation. With `parallel`, all its processes call this function alike.
+    `after_validation` is called with it. With `parallel`, all its processes call this function alike.
 
     Raises:
         UserError: a loss or gradient that is not finite, no memory even for one row, `found` does not fit, a worker was
             killed.
         Stopped: `stop` was signalled. A checkpoint of the last step, if there was one, is saved.
     """
-    run = Run(settings, recipe, out, stop or Stop(), examined, parallel, source)
+    run = Run(settings, recipe, out, stop or Stop(), after_validation, parallel, source)
     if found is not None:
         run.restore(found)
     run.open(found)
@@ -114,9 +114,9 @@ class Run:
     """
 
     def __init__(self, settings: Train, recipe: Recipe, out: Path, stop: Stop,
-                 examined: Callable[[Path], None] = lambda out: None,
+                 after_validation: Callable[[Path], None] = lambda out: None,
                  parallel: Parallel | None = None, source: Path | None = None) -> None:  # fmt: skip
-        self.settings, self.out, self.stop, self.examined = settings, out, stop, examined
+        self.settings, self.out, self.stop, self.after_validation = settings, out, stop, after_validation
         self.parallel = parallel or Parallel()
         set_threads(settings.model.d_model, settings.threads)
         self.device = pick_device(settings.device)
@@ -187,9 +187,9 @@ class Run:
         began = time.monotonic() - self.stop.waited - saved.seconds
         with progress(s.max_steps, "train", done=saved.step) as bar:
             if saved.due is not None:
-                self._examine(saved.due)
+                self._validate(saved.due)
             elif s.init_from is not None and saved.step == 0:
-                self._examine({})  # a fine-tuner wants to know where it begins
+                self._validate({})  # a fine-tuner wants to know where it begins
             while not saved.ended(s):
                 rate = learning_rate(saved.step, s.max_steps, s.optim)
                 figures = self.watch.timed(self._step, rate)
@@ -203,7 +203,7 @@ class Run:
                 if saved.due is not None or asked:
                     self._save()
                 if saved.due is not None:
-                    self._examine(saved.due)
+                    self._validate(saved.due)
                 bar.update(loss=figures["loss"])
 
     def _step(self, rate: float) -> dict[str, float]:
@@ -287,7 +287,7 @@ class Run:
                     tokenizer=self.recipe.tokenizer, optimizer=moments))  # fmt: skip
                 self._write(lambda: checkpoint.set_pointer(self.out, "latest", folder.name))
 
-    def _examine(self, row: dict[str, float]) -> None:
+    def _validate(self, row: dict[str, float]) -> None:
         """Validate, show samples, choose the best checkpoint, remove old ones; at last the row in metrics.csv, whose
         presence says that all of this is done.
 
@@ -297,10 +297,10 @@ class Run:
         model = self.parallel.unsharded(self.model)
         with self._alone(), eager(self.settings.compile):
             if self.parallel.leads:
-                self._look(model, row)
+                self._validate_with(model, row)
         self.saved.due = None
 
-    def _look(self, model: TidalTransformer, row: dict[str, float]) -> None:
+    def _validate_with(self, model: TidalTransformer, row: dict[str, float]) -> None:
         saved, step = self.saved, self.saved.step
         with self.stop.anywhere():
             held_out = self._if_memory("validation", lambda: self.recipe.validate(model.to(self.device))) or {}
@@ -322,7 +322,7 @@ class Run:
         self._write(lambda: write_samples(self.out / "samples.jsonl", step, completions))
         self._record({**row, **held_out, **probes})
         self.watch.show(step, (c.text for c in completions))
-        self.examined(self.out)
+        self.after_validation(self.out)
 
     def _record(self, row: Mapping[str, float]) -> None:
         """One more row of metrics.csv."""
@@ -342,7 +342,7 @@ class Run:
         return None
 
     def _write(self, write: Callable[[], T]) -> T:
-        return patiently(write, self.out, self.stop)
+        return retry_while_full(write, self.out, self.stop)
 
 
 def eager(compiled: bool) -> contextlib.AbstractContextManager[object]:

@@ -21,9 +21,9 @@ def order_of(seed: int, stream: int, epoch: int, n: int) -> Ints:
 
 def wrong_answers(model: TidalTransformer, tokenizer: MixedTokenizer, problems: Sequence[tuple[str, str]],
                   batch_size: int = 256) -> dict[int, Completion]:  # fmt: skip
-    """What is written (greedily) after the prompts of those problems, by number, whose answers it is not exactly.
+    """Greedy completions that are not exactly the right answer, by the number of their problem.
 
-    `problems`: prompts, each with its only right answer. To be right, a text must also end with it.
+    `problems`: prompts, each with its only right answer. A completion is right only if it also ends there.
     """
     longest = max(len(answer) for _, answer in problems)
     written = generate(model, tokenizer, [prompt for prompt, _ in problems], max_new_units=2 * longest + 8,
