@@ -172,7 +172,7 @@ def test_writer_plans_stay_within_their_blocks(shape: str, monkeypatch: pytest.M
 @shapes
 def test_losses_are_sums_of_log_probabilities(shape: str) -> None:
     model, _ = tiny("english", shape)
-    batch = batch_for(model, TEXT, "fox and god")
+    batch = batch_for(model, "fox and god", TEXT)  # padding in between
     with torch.no_grad():
         losses, reader = model(batch), model.states(batch)[0]
         log_probs = model.log_probs(batch)

@@ -66,12 +66,12 @@ class Foretold(nn.Module):
         """
         if self.spelling is None:
             raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
-        p_nt = next_nv.index_select(1, self.order).exp_()
-        sums = p_nt.new_zeros(len(p_nt), *self.n_sums, dtype=torch.float64)
-        torch.cumsum(p_nt, -1, dtype=torch.float64, out=sums[:, 0, 1:])
-        if sums.shape[1] > 1:
-            torch.cumsum(p_nt - sums[:, 0].diff(), -1, out=sums[:, 1, 1:])
-        return sums
+        p_nt = F.pad(next_nv.index_select(1, self.order).exp_(), (1, 0))
+        sums_nt = p_nt.cumsum(-1, dtype=torch.float64)
+        if self.n_sums[0] == 1:
+            return sums_nt[:, None]
+        rest_nt = p_nt - F.pad(sums_nt.diff(), (1, 0))
+        return torch.stack([sums_nt, rest_nt.cumsum(-1)], 1)
 
     def forward(self, sums_nkt: Tensor, which: Tensor, nodes: Tensor, n_begun: int | None = None,
                 n_children: int | None = None) -> Tensor:  # fmt: skip

@@ -188,22 +188,30 @@ class TidalTransformer(nn.Module):
         """`foretell` [n, V] of the n blocks that are learnt, at the last token before each."""
         return self.foretell(_rows(reader_brd, batch.asked))
 
-    def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None) -> Tensor:
+    def _writer_states(self, batch: Batch, reader_brd: Tensor, next_nv: Tensor | None,
+                       at: Tensor | None = None) -> Tensor:  # fmt: skip
+        """States [B, W, D], or, of a writer that does not attend, those of the steps `at` [n] alone, as one row."""
+
+        def some(x_bs: Tensor) -> Tensor:
+            return x_bs if at is None else _rows(x_bs, at)[None]
+
         first_b1 = reader_brd.shape[1] * torch.arange(len(reader_brd), device=reader_brd.device)[:, None]
-        context_bs = batch.context + first_b1  # among the states of all rows
+        context_bs = some(batch.context + first_b1)  # among the states of all rows
         context_bsd = F.embedding(context_bs, self.context(reader_brd).flatten(0, 1))
         hints_bsd = None
         if self.foretold:
             assert next_nv is not None
             which_bs = ((batch.aux_targets != NOTHING).flatten().cumsum(0) - 1)[context_bs]
-            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, batch.nodes, batch.n_begun,
+            hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, some(batch.nodes), batch.n_begun,
                                       sum(batch.n_children))  # fmt: skip
-        return self.write(batch.writer_ids, batch.writer_places, batch.suffixes, batch.recalled, context_bsd,
-                          self._writer_views(batch, reader_brd), hints_bsd)  # fmt: skip
+        return self.write(some(batch.writer_ids), some(batch.writer_places), some(batch.suffixes), some(batch.recalled),
+                          context_bsd, self._writer_views(batch, reader_brd), hints_bsd)  # fmt: skip
 
     def _writer_views(self, batch: Batch, reader_brd: Tensor) -> list[View]:
-        own = _planned(_with_empty(batch.sees_writer), batch.writer_positions, batch.writer_positions)
-        views = [own] * len(self.writer)
+        own = _with_empty(batch.sees_writer), batch.writer_positions, batch.writer_positions
+        if self.config.shape.writer_attention == "none":  # nobody looks
+            return [View(*own)] * len(self.writer)
+        views = [_planned(*own)] * len(self.writer)
         if self.has_memory:
             k_memory, v_memory = self.memory(reader_brd, batch.reader_places)
             ranges = torch.stack([batch.sees_reader, batch.sees_writer + reader_brd.shape[1]], 2)
@@ -218,9 +226,13 @@ class TidalTransformer(nn.Module):
         """Losses of a packed batch: every block of every row in one pass."""
         reader_brd = self._reader_states(batch)
         next_nv = self._foretell_blocks(batch, reader_brd)
-        writer_bsd = self._writer_states(batch, reader_brd, next_nv)
+        written = batch.written
+        if self.config.shape.writer_attention == "none":  # no step sees another: padding need not be computed
+            writer_nd = self._writer_states(batch, reader_brd, next_nv, written)[0]
+        else:
+            writer_nd = _rows(self._writer_states(batch, reader_brd, next_nv), written)
         # not cross_entropy: on a GPU, autocast would leave it in bfloat16
-        logits = self.head(_rows(writer_bsd, written := batch.written))
+        logits = self.head(writer_nd)
         units = F.nll_loss(log_softmax(logits), _rows(batch.targets, written), reduction="sum")
         aux = F.nll_loss(next_nv, _rows(batch.aux_targets, batch.asked), reduction="sum")
         return Losses(units, batch.n_units, aux, batch.n_asked)

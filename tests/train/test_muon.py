@@ -25,17 +25,37 @@ def by_svd(g_mn: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_come_near_one_and_nothing_else_changes(shape: tuple[int, int]) -> None:
     g = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(newton_schulz(g), by_svd(g), rtol=0, atol=1e-11)
-    torch.testing.assert_close(newton_schulz(g.float()), by_svd(g).float(), rtol=0, atol=1e-4)
+    g = torch.stack([g, 3 * g.flip(0) + 1])
+    for one, update in zip(g, newton_schulz(g), strict=True):  # each on its own
+        torch.testing.assert_close(update, by_svd(one), rtol=0, atol=1e-11)
+    torch.testing.assert_close(newton_schulz(g.float())[0], by_svd(g[0]).float(), rtol=0, atol=1e-4)
     assert newton_schulz(g.float()).dtype == torch.float32
     if min(shape) != max(shape):  # a square one may have a singular value near zero
-        s = torch.linalg.svdvals(newton_schulz(g))
+        s = torch.linalg.svdvals(newton_schulz(g)[0])
         assert s.min() > 0.6
         assert s.max() < 1.25
 
 
 def test_no_gradient_is_no_update() -> None:
-    assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
+    assert torch.equal(newton_schulz(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+@pytest.mark.parametrize("together", [1, 1000, 1 << 24])
+def test_many_matrices_are_updated_as_each_alone(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of a shape go into one product: of 16 × 48, one, one, or all three."""
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    generator, some = torch.Generator().manual_seed(2), [(16, 48), (32, 16), (16, 48), (5, 1), (16, 48)]
+    starts, grads = ([torch.randn(shape, dtype=torch.float64, generator=generator) for shape in some] for _ in range(2))
+    weights = [nn.Parameter(start.clone()) for start in starts]
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad
+    optimizer = Muon([{"params": weights[:3]}, {"params": weights[3:]}], 0.1, 0.1)
+    optimizer.step()
+    optimizer.step()
+    for weight, start, grad in zip(weights, starts, grads, strict=True):
+        alone = nn.Parameter(start.clone())
+        wanted = update_by(Muon([{"params": [alone]}], 0.1, 0.1), alone, torch.stack([grad, grad]))
+        torch.testing.assert_close(weight.detach(), wanted, rtol=0, atol=1e-12)
 
 
 def update_by(optimizer: torch.optim.Optimizer, weight: nn.Parameter, grads: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from tidal.layers import Layer
 from tidal.streams import Batch
 from tidal.train.loop import model_for, train
 from tidal.train.optim import Optimizer
-from tidal.train.parallel import joined
+from tidal.train.parallel import Parallel, joined
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.resume import look_in
 
@@ -202,6 +204,23 @@ def test_a_process_takes_its_gpu_before_it_meets_the_others(monkeypatch: pytest.
     with pytest.raises(KeyError), joined("fsdp", torch.device("cuda:1")):
         raise KeyError
     assert done == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+
+
+def test_processes_that_wait_wake_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They sleep, and look; what they oversleep is a tenth of what they have waited."""
+    for needed in (1e-4, 1e-2, 0.1):
+        clock, pauses = [0.0], list[float]()
+
+        def sleep(seconds: float, clock: list[float] = clock, pauses: list[float] = pauses) -> None:
+            pauses.append(seconds)
+            clock[0] += seconds
+
+        done = SimpleNamespace(is_completed=lambda clock=clock, needed=needed: clock[0] >= needed, wait=lambda: None)
+        monkeypatch.setattr(time, "sleep", sleep)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, how, async_op, done=done: done)
+        assert Parallel(0, 2).all_reduce_sum([1.0, 2.0]) == [1.0, 2.0]
+        assert needed <= clock[0] < 1.2 * needed
+        assert len(pauses) < 120
 
 
 # --------------------------------------------------------------------------------------------- errors

@@ -17,10 +17,12 @@ import torch
 
 from tests import commands
 from tests.commands import ENVIRONMENT, SMALL
-from tests.strategies import differing
+from tests.strategies import differing, tokenizers
 from tests.train.runs import SETTINGS, STEPS, Hooked, as_process, refused, results, stop_at, unequal, whole
+from tidal.blocks import BlockTable, passage
 from tidal.cli import UserError
 from tidal.ranks import OwnError
+from tidal.streams import pack
 from tidal.train import __main__ as training
 from tidal.train import loop, workers
 from tidal.train.loop import Run, train
@@ -28,7 +30,7 @@ from tidal.train.memory import first_line
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.resume import look_in
 from tidal.train.stop import Stop, Stopped
-from tidal.train.workers import PrefetchLoader, n_workers
+from tidal.train.workers import Flat, PrefetchLoader, n_workers
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
 
@@ -48,6 +50,16 @@ def test_batches_come_in_order_and_out_of_turn(workers: int) -> None:
     assert len(children() - before) == workers
     loader.close()
     assert children() == before
+
+
+def test_a_batch_is_handed_over_as_one_tensor() -> None:
+    """Whose parts begin at whole elements, also where a stream of four-byte numbers has an odd length."""
+    table = BlockTable(tokenizers()["english"])
+    for prompt in ("", "the", "the light"):
+        batch = pack([[passage(table, prompt, " light and")]], table)
+        flat = Flat.of(batch)
+        assert not any(isinstance(getattr(flat.rest, f.name), torch.Tensor) for f in dataclasses.fields(batch))
+        assert not differing(flat.batch(), batch)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -207,7 +207,8 @@ class Decoder:
         q_position = position.new_zeros(len(rows), width)
         q_position[line, column] = position
         some = self._some(rows)
-        k_position = self.positions[slice(None) if some is None else some, self.n_block : self.n_block + end]
+        here = slice(None) if some is None else upload(some, self.device)
+        k_position = self.positions[here, self.n_block : self.n_block + end]
         plan = TilePlan.build(ranges, end)  # remembers distances and mask for all layers
         ragged = min(lengths) < width
 
@@ -220,11 +221,12 @@ class Decoder:
             return RaggedView(*seen, where=(line, column)) if ragged else View(*seen)
 
         ids, places = (x.view((1, -1) if ragged else (len(rows), width)) for x in (ids, places))
+        lasts = [i - 1 for i, new in zip(itertools.accumulate(lengths), news, strict=True) if new]
+        last_of = upload(lasts, self.device, torch.int64)  # before the pass: an upload behind it would wait for its end
         states = self.model.read(ids, places, [view(c) for c in self.reader_caches])
         if self.model.has_memory:
             self.writer_caches[0].put((row, self.n_block + slot), *self.model.memory(states, places))
-        lasts = [i - 1 for i, new in zip(itertools.accumulate(lengths), news, strict=True) if new]
-        last, grown = states.flatten(0, 1)[lasts], row[lasts]
+        last, grown = states.flatten(0, 1)[last_of], row[last_of]
         self.context[grown] = self.model.context(last)
         if self.model.foretold:
             self.sums[grown] = self.model.foretold.sums(self.model.foretell(last))
