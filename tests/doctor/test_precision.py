@@ -11,6 +11,7 @@ from tests.doctor.bugs_decoding import of_another_row_in
 from tidal import checkpoint
 from tidal.doctor import __main__ as command
 from tidal.doctor import run
+from tidal.doctor.registry import FLOAT32
 from tidal.doctor.specimen import make
 from tidal.model import TidalTransformer
 from tidal.streams import Batch
@@ -48,3 +49,17 @@ def test_a_wrong_training_pass_in_bfloat16_excuses_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(TidalTransformer, "log_probs", wrong)
     report = run(model.bfloat16(), tokenizer, quick=True, checks=[14])
     assert "the training pass's mean error" in report.findings[0].message
+
+
+@pytest.mark.parametrize(("scale", "bug", "found"), [(300, False, False), (300, True, True), (1e5, False, True)])
+def test_a_model_that_rounds_coarsely_is_no_finding(scale: float, bug: bool, found: bool,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Its logits are so large that float32 cannot tell 1e-4. A bug in float32 still shows, and so does mere noise."""
+    model, tokenizer = make()
+    model.unit_embedding.weight.data *= scale
+    if bug:
+        of_another_row_in(torch.float32)(monkeypatch)
+    report = run(model, tokenizer, quick=True, checks=[14])
+    assert bool(report.findings) == found
+    if not found:
+        assert report.results[0].limit > FLOAT32

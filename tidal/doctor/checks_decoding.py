@@ -13,7 +13,19 @@ from torch import Tensor
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, Passage
 from tidal.doctor.oracle import dense_block
 from tidal.doctor.patient import UNWILLING, WILLING, Document, Patient, lively
-from tidal.doctor.registry import AUTOCAST, DECODED, EXACT, FLOAT32, MOVED, ORACLE, ROUGH, TRAINED, check
+from tidal.doctor.registry import (
+    AUTOCAST,
+    DECODED,
+    EXACT,
+    FLOAT32,
+    MOVED,
+    ORACLE,
+    ROUGH,
+    ROUNDINGS,
+    SHAKY,
+    TRAINED,
+    check,
+)
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
 from tidal.doctor.texts import BUILT_IN
@@ -79,8 +91,8 @@ def _as_training_computes(patient: Patient, meter: Meter) -> None:
         meter.close("the loss", np.array(-got.sum()), loss(batch), FLOAT32 * max(1, len(got)), Where(document.text),
                     ("log-probabilities", TRAINED))  # fmt: skip
         if patient.precision == "float32":
-            meter.close("log-probabilities in float32", right, got, FLOAT32, partial(patient.where, document),
-                        ("float64", TRAINED))  # fmt: skip
+            meter.close("log-probabilities in float32", right, got, _float32_limit(patient, document, right, got),
+                        partial(patient.where, document), ("float64", TRAINED))  # fmt: skip
             continue
         far = dataclasses.replace(batch, reader_positions=batch.reader_positions + FAR,
                                   writer_positions=batch.writer_positions + FAR)  # fmt: skip
@@ -113,7 +125,7 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
         own, documents = [], patient.documents[: 2 if patient.quick else None]
         alone, together = (patient.decode(patient.model, some, capacity=3) for some in (documents[:1], documents))
         for document, one in zip((documents[0], *documents), (*alone, *together), strict=True):
-            packed, limit = _own_dtype(patient, document, meter)
+            packed, limit = _own_dtype(patient, document, one, meter)
             own.append(meter.close("log-probabilities", packed, one, limit,
                                    partial(patient.where, document), (TRAINED, DECODED)))
         meter.note(f"{str(patient.dtype).removeprefix('torch.')}: {_spread(np.concatenate(own))}, limit {limit:.2g}")
@@ -134,23 +146,30 @@ def _spread(differences: Floats) -> str:
 
 
 @torch.inference_mode()
-def _own_dtype(patient: Patient, document: Document, meter: Meter) -> tuple[Floats, float]:
-    """The training pass in the model's own dtype, and how far decoding may be from it.
+def _own_dtype(patient: Patient, document: Document, decoded: Floats, meter: Meter) -> tuple[Floats, float]:
+    """The training pass in the model's own dtype, and how far what is `decoded` may be from it.
 
-    float32: FLOAT32. Lower: the two round different sums, so they may differ by as much as both are wrong, judged by
-    the error of the training pass against float64 (twice it), and by half a unit in the last place of a large logit.
-    That error itself has a limit: a training pass that is wrong would excuse any decoding.
+    float32: `_float32_limit`. Lower: the two round different sums, so they may differ by as much as both
+    are wrong, judged by the error of the training pass against float64 (twice it), and by half a unit in the last place
+    of a large logit. That error itself has a limit: a training pass that is wrong would excuse any decoding.
     """
     model: TidalTransformer = patient.model
     batch = patient.pack([[document]]).to(model.unit_embedding.weight.device)
     got = model.log_probs(batch).double().cpu().numpy()
     if patient.dtype == torch.float32:
-        return got, FLOAT32
+        return got, _float32_limit(patient, document, got, decoded)
     errors, eps = np.abs(got - patient.packed(document)), torch.finfo(patient.dtype).eps
     if len(errors):
         meter.at_most("the training pass's mean error in its own dtype", float(errors.mean()), ROUGH * eps,
                       Where(document.text))  # fmt: skip
     return got, 2 * float(errors.max(initial=0.0)) + 16 * eps
+
+
+def _float32_limit(patient: Patient, document: Document, left: Floats, right: Floats) -> float:
+    """FLOAT32, and more for a model whose own rounding is larger. Bounded: one that is all rounding is a finding."""
+    if left.shape != right.shape or not np.abs(left - right).max(initial=0.0) > FLOAT32:
+        return FLOAT32
+    return min(max(FLOAT32, ROUNDINGS * patient.rounding(document)), SHAKY * FLOAT32)
 
 
 def _public_scores(patient: Patient, meter: Meter) -> None:

@@ -111,6 +111,19 @@ class Patient:
         """Log-probabilities of all units in one training pass, float64."""
         return self.exact.log_probs(self.pack(rows))
 
+    @torch.inference_mode()
+    def rounding(self, document: Document) -> float:
+        """How far log-probabilities move, in float64, if every weight is moved up or down by 2^-24 of itself, as
+        rounding to float32 might: how well conditioned the model is. The worse of two draws.
+        """
+        right, moved, generator = self.packed(document), [0.0], torch.Generator().manual_seed(0)
+        for _ in range(2 if len(right) else 0):
+            model = copy.deepcopy(self.exact)
+            for weight in model.parameters():
+                weight.mul_(1 + 2.0**-24 * (2 * torch.randint(2, weight.shape, generator=generator) - 1))
+            moved.append(float(np.abs(model.log_probs(self.pack([[document]])).numpy() - right).max()))
+        return max(moved)
+
     def where(self, document: Document, unit: int) -> Where:
         """The place of a written unit, counted in the document."""
         layout = self.layout(document)
