@@ -38,7 +38,7 @@ $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 test: dev  ## lint, types and all tests
 	$(PY) -m ruff check .
-	$(MAKE) --no-print-directory -j 2 mypy pytest
+	$(MAKE) --no-print-directory -j 2 pytest mypy
 
 lint: dev
 	$(PY) -m ruff check .
