@@ -30,10 +30,9 @@ $(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	touch $@
 
-# Modules are compiled when they are first imported: the tests import a part of them.
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing Tidal, PyTorch and the tools for tests (about a minute) …"
-	$(PIP) --no-compile -e ".[dev]"
+	$(PIP) -e ".[dev]"
 	touch $(VENV)/core $@
 
 test: dev  ## lint, types and all tests
