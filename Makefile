@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo text-demo install dev test lint format clean
+.PHONY: demo text-demo install dev test lint mypy pytest clean
 
 demo: install  ## learn to add, then add
 	$(PY) -m tidal.train --recipe addition --out runs/demo
@@ -30,19 +30,24 @@ $(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/dev: $(VENV)/core
-	@echo "installing the tools for tests …"
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Tidal, PyTorch and the tools for tests (about a minute) …"
 	$(PIP) -e ".[dev]"
-	touch $@
+	touch $(VENV)/core $@
 
 test: dev  ## lint, types and all tests
 	$(PY) -m ruff check .
-	$(PY) -m mypy
-	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(MAKE) --no-print-directory -j 2 pytest mypy
 
 lint: dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+mypy: dev
+	$(PY) -m mypy
+
+pytest: dev
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

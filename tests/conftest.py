@@ -36,9 +36,9 @@ settings.load_profile("tidal")
 LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_aot", "test_triton_attention",
            "test_mutants", "test_commands", "test_own_text", "test_triton_planted_bugs", "test_engine",
            "test_triton_operator", "test_resume", "test_recorded", "test_laws", "test_continue", "test_workers",
-           "test_beam", "test_faults", "test_prepare_command")  # fmt: skip
-"""Files that take about half a minute or more, longest first: a process that began one last would be the only one at
-work."""
+           "test_beam", "test_faults", "test_prepare_command", "test_watch")  # fmt: skip
+"""Files that take about half a minute or more, longest first, and the one that would come last: a process that began
+it then would be the only one at work."""
 
 if importlib.util.find_spec("triton") is None:  # off Linux on x86-64; tests/kernels/conftest.py has the others
     collect_ignore = ["test_kernel_benchmarks.py", "test_tile_benchmark.py"]
@@ -52,11 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it, to be copied before it is changed."""
+    """A folder with a run in it, to be copied before it is changed. It has learnt nothing: blocks end at the cap."""
     folder = tmp_path_factory.mktemp("trained")
     train = importlib.import_module("tidal.train.__main__").run
+    short = ("--max-steps", "1", "--rows", "2", "--max-block-units", "16")
     with importlib.import_module("tests.train.runs").short_samples():
-        train(["--max-steps", "1", "--rows", "2", *SMALL, "--out", str(folder / "runs/addition")])
+        train([*short, *SMALL, "--out", str(folder / "runs/addition")])
     return folder
 
 

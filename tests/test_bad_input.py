@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commands import SMALL, Ran, assert_refused, run, tree
 
+from tests.train.runs import short_samples
 from tidal import checkpoint
 
 
@@ -225,7 +226,7 @@ def test_prompts_of_a_real_process(arguments: tuple[bytes, ...], stdin: str, mes
     [
         (f"{BITS} --data unanswered.jsonl", "no text to score"),
         (BITS, "no data: this model was not trained on text; .*--data"),
-        ("evaluate addition --digits 127", "--digits is 127; this model writes blocks of 128 units"),
+        ("evaluate addition --digits 15", "--digits is 15; this model writes blocks of 16 units"),
     ],
 )
 def test_what_an_intact_model_cannot_do(
@@ -249,5 +250,6 @@ def test_a_jsonl_line_of_the_documented_form_is_good(here: Path) -> None:
     """The control: what is refused above is refused for its own sake."""
     (here / "fine.jsonl").write_text("".join(json.dumps({"text": f"This is line {i}. "}) + "\n" for i in range(50)))
     train = importlib.import_module("tidal.train.__main__").run
-    train(["--data", "fine.jsonl", "good.txt", "--max-steps", "1", "--rows", "2", *SMALL])
+    with short_samples():
+        train(["--data", "fine.jsonl", "good.txt", "--max-steps", "1", "--rows", "2", *SMALL])
     assert checkpoint.resolve(None).name == "step-000001"

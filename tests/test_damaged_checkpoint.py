@@ -41,7 +41,7 @@ def replaced(name: str, old: str, new: str) -> Edit:
 
 
 def other_tokenizer(folder: Path) -> None:
-    MixedTokenizer.train(["another text altogether, with other words"], max_block_units=128).save(folder / "tokenizer")
+    MixedTokenizer.train(["another text altogether, with other words"], max_block_units=16).save(folder / "tokenizer")
 
 
 def other_block_cap(folder: Path) -> None:
@@ -80,7 +80,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "sealed tokenizer": (sealed(other_tokenizer), r"trained with tokenizer [0-9a-f]{16}…, .* [0-9a-f]{16}…"),
     "sealed block cap": (sealed(other_block_cap), r"trained with tokenizer [0-9a-f]{16}…, .* [0-9a-f]{16}…"),
     "sealed half of a tokenizer": (
-        sealed(replaced("tokenizer/tokenizer.json", '"max_block_units": 128', '"max_block_units": 64')),
+        sealed(replaced("tokenizer/tokenizer.json", '"max_block_units": 16', '"max_block_units": 8')),
         "cannot be loaded: tokenizer fingerprint differs",
     ),
     "sealed config": (

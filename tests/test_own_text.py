@@ -173,7 +173,8 @@ def test_folders_prompts_and_gzip(sea: tuple[Path, str], tmp_path: Path, command
     monkeypatch.chdir(tmp_path)
     at = SMALL_TEXT.index("--vocab-size")  # which is the tokenizer's
     small = SMALL_TEXT[:at] + SMALL_TEXT[at + 2 :]
-    done = command("train", *data, *tokenizer, "--max-steps", "3", *small, "--out", "here")
+    with short_samples():
+        done = command("train", *data, *tokenizer, "--max-steps", "3", *small, "--out", "here")
     assert done.code == 0, done.err
     (read,) = re.findall(r"^([\d,]+) documents, ", done.err, re.MULTILINE)
     assert 30 <= int(read) < 42  # the others are held out

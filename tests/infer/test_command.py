@@ -28,7 +28,7 @@ def infer(trained: Path, command: Command) -> Command:
     return lambda *flags: command("infer", "--checkpoint", str(trained / "runs/addition"), *flags)
 
 
-SAMPLED = ("--temperature", "1", "--seed", "3", "--max-new-units", "200")
+SAMPLED = ("--temperature", "1", "--seed", "3", "--max-new-units", "60")
 
 
 # ------------------------------------------------------------------------------------------------------ traces

@@ -8,13 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from attention_cases import Case, make_case
+from attention_cases import Case, eager_in_same_dtype, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tidal.kernels import reference, triton_attention, triton_decode
-from tidal.kernels.reference import alibi_bias, visible_keys
 from tidal.kernels.triton_tiles import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
@@ -43,17 +42,6 @@ def truth(case: Case) -> Tensor:
     return reference.attend(*wide.inputs(), case.q.shape[-1] ** -0.5).detach()
 
 
-def eager(case: Case) -> Tensor:
-    """What PyTorch computes in the dtype of the inputs."""
-    group = case.q.shape[1] // case.k.shape[1]
-    k, v = (x.detach().repeat_interleave(group, 1) for x in (case.k, case.v))
-    score = (case.q.detach() @ k.transpose(-1, -2)) * case.q.shape[-1] ** -0.5
-    score = score + alibi_bias(case.q_position, case.k_position, case.slopes.detach().float()).to(score.dtype)
-    visible = visible_keys(case.ranges, k.shape[2])[:, None]
-    weight = score.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0.0)
-    return weight @ v
-
-
 def excess(case: Case, module: ModuleType = triton_decode, n_splits: int | None = None) -> float:
     """The kernel's error against float64 as a multiple of eager PyTorch's.
 
@@ -64,7 +52,8 @@ def excess(case: Case, module: ModuleType = triton_decode, n_splits: int | None 
     if got.isnan().any():
         return float("inf")
     least = 2 * torch.finfo(case.q.dtype).eps * wanted.abs().max().item()
-    return (got - wanted).abs().max().item() / max((eager(case).double() - wanted).abs().max().item(), least, 1e-12)
+    eager = eager_in_same_dtype(case)["out"].double()
+    return (got - wanted).abs().max().item() / max((eager - wanted).abs().max().item(), least, 1e-12)
 
 
 @settings(max_examples=15)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,11 +42,21 @@ from tidal.train.resume import Saved, look_in, may_continue
 from tidal.train.stop import Stop, Stopped
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
+Run = tuple[Path, dict[str, Any]]
+"""The folder of a run, and its results."""
 
 
-@pytest.fixture(autouse=True)
-def rows_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+@pytest.fixture(autouse=True, scope="module")
+def rows_often() -> Iterator[None]:
+    with mock.patch.object(loop, "LOG_EVERY", 2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was left alone, to be copied before it is changed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    return out, whole(out)
 
 
 # ------------------------------------------------------------------------------------------ bit for bit
@@ -54,19 +64,17 @@ def rows_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("settings", "steps"), [(SETTINGS, range(STEPS)), (TWICE, (0, 4, 5))],
                          ids=["one batch", "accumulated"])  # fmt: skip
-def test_from_every_step(settings: Train, steps: Sequence[int], tmp_path: Path) -> None:
-    wanted = whole(tmp_path / "whole", settings)
+def test_from_every_step(settings: Train, steps: Sequence[int], undisturbed: Run, tmp_path: Path) -> None:
+    wanted = undisturbed[1] if settings == SETTINGS else whole(tmp_path / "whole", settings)
     assert [row["step"] for row in wanted["metrics"]] == ["2", "3", "4", "6", "8", "9"]
     for step in steps:
         assert unequal(stopped_and_continued(tmp_path / str(step), "batch", step, settings), wanted) == [], step
 
 
 @pytest.mark.parametrize("what", ["validate", "samples"])
-def test_from_the_middle_of_an_examination(what: str, tmp_path: Path) -> None:
-    wanted = whole(tmp_path / "whole")
+def test_from_the_middle_of_an_examination(what: str, undisturbed: Run, tmp_path: Path) -> None:
     for step in range(EVERY - 1, STEPS, EVERY):
-        out = tmp_path / str(step)
-        assert unequal(stopped_and_continued(out, what, step), wanted) == [], step
+        assert unequal(stopped_and_continued(tmp_path / str(step), what, step), undisturbed[1]) == [], step
 
 
 class Sea(TextRecipe):
@@ -107,9 +115,9 @@ def test_every_shape_can_continue(attention: Any, tmp_path: Path) -> None:
     assert unequal(stopped_and_continued(tmp_path / "other", "batch", 0, settings), wanted) == []
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = whole(tmp_path / "run")
-    out = tmp_path / "run"
+def test_a_damaged_checkpoint_is_passed_over(undisturbed: Run, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    out = shutil.copytree(undisturbed[0], tmp_path / "run")
     last = out / "checkpoints" / checkpoint.name_of(STEPS)
     data = bytearray((last / "optimizer.safetensors").read_bytes())
     data[-1] ^= 1
@@ -125,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "step-000009 is damaged: optimizer.safetensors has SHA-256" in said
     assert "falling back to step-000006" in said
     train(SETTINGS, Hooked(), out, found=found)
-    assert unequal(results(out), wanted) == []
+    assert unequal(results(out), undisturbed[1]) == []
     assert not list(out.rglob("*.tmp"))
     assert "is damaged: optimizer" not in refused(look_in, tmp_path)
 
@@ -276,28 +284,29 @@ BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
 }
 
 
-def disagreement(tmp_path: Path, patch: Callable[[pytest.MonkeyPatch], None], what: str,
-                 monkeypatch: pytest.MonkeyPatch) -> list[str]:  # fmt: skip
-    wanted = whole(tmp_path / "whole")
-    patch(monkeypatch)
-    out = tmp_path / "stopped"
+def continued(what: str, undisturbed: Path, out: Path) -> dict[str, Any]:
+    """The results of a run that was stopped, or of one that has lost its last checkpoint since."""
     if what != "batch after samples":
-        return unequal(stopped_and_continued(out, what, 5 if what == "validate" else 4), wanted)
-    shutil.copytree(tmp_path / "whole", out)
+        return stopped_and_continued(out, what, 5 if what == "validate" else 4)
+    shutil.copytree(undisturbed, out)
     shutil.rmtree(checkpoint.checkpoints(out)[-1])
     train(SETTINGS, Hooked(), out, found=look_in(out))
-    return unequal(results(out), wanted)
+    return results(out)
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_noticed(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_bugs_are_noticed(bug: str, undisturbed: Run, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     plant, what, part = BUGS[bug]
-    assert part in disagreement(tmp_path, plant, what, monkeypatch)
+    run, wanted = undisturbed
+    plant(monkeypatch)
+    assert part in unequal(continued(what, run, tmp_path / "stopped"), wanted)
 
 
-@pytest.mark.parametrize("what", ["batch", "validate", "batch after samples"])
-def test_without_a_bug_they_agree(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert disagreement(tmp_path, lambda patch: None, what, monkeypatch) == []
+def test_without_a_bug_they_agree(undisturbed: Run, tmp_path: Path) -> None:
+    """After samples; the others are above."""
+    run, wanted = undisturbed
+    assert unequal(continued("batch after samples", run, tmp_path / "stopped"), wanted) == []
 
 
 def test_batches_that_draw_from_the_process_are_noticed(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -179,9 +179,15 @@ def one_without_memory(home: Path) -> str:
 # ------------------------------------------------------------------------------------------- gradients
 
 
+@functools.cache
+def gradient_alone() -> list[Tensor]:
+    """The gradient by one process; two batches in two parts each, and no clipping."""
+    return gradient(UNCLIPPED)[0]
+
+
 def ddp_apart(parallel: Parallel, settings: Train = UNCLIPPED) -> float:
-    """Of the gradient by several processes to that by one; two batches in two parts each, and no clipping."""
-    return apart(gradient(settings, parallel=parallel)[0], gradient(UNCLIPPED)[0])
+    """Of the gradient by several processes to that by one."""
+    return apart(gradient(settings, parallel=parallel)[0], gradient_alone())
 
 
 def fsdp_apart(parallel: Parallel) -> float:
@@ -214,7 +220,7 @@ def bug_mean(parallel: Parallel) -> float:
 
     with mock.patch.object(Tensor, "backward", backward):
         mine = gradient(UNCLIPPED, parallel=parallel)[0]
-    return apart(mine, gradient(UNCLIPPED)[0])
+    return apart(mine, gradient_alone())
 
 
 def bug_same_rows(parallel: Parallel) -> float:
@@ -222,14 +228,14 @@ def bug_same_rows(parallel: Parallel) -> float:
     real = Hooked.batch
     with mock.patch.object(Hooked, "batch", lambda self, step, share: real(self, step, (0, share[1]))):
         mine = gradient(UNCLIPPED, parallel=parallel)[0]
-    return apart(mine, gradient(UNCLIPPED)[0])
+    return apart(mine, gradient_alone())
 
 
 def bug_never_reduced(parallel: Parallel) -> float:
     """Each process adds up its own gradients to the end."""
     with mock.patch.object(Parallel, "no_sync", lambda self, wrapped, last: wrapped.no_sync()):
         mine = gradient(UNCLIPPED, parallel=parallel)[0]
-    return apart(mine, gradient(UNCLIPPED)[0])
+    return apart(mine, gradient_alone())
 
 
 def muon_apart(parallel: Parallel, kind: Callable[..., torch.optim.Optimizer] = Muon) -> float:
@@ -253,6 +259,6 @@ def muon_apart(parallel: Parallel, kind: Callable[..., torch.optim.Optimizer] = 
 def torchs_muon_apart(parallel: Parallel) -> float:
     """The same by torch's own, which may also raise an error."""
     try:
-        return muon_apart(parallel, partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
+        return muon_apart(parallel, functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
     except RuntimeError:  # "in-place operations that require placement changes are not supported"
         return 1.0
