@@ -87,12 +87,6 @@ def test_the_two_special_blocks() -> None:
     assert table.targets.view().tolist() == [tokenizer.eos_id]
 
 
-def test_without_suffixes_there_are_no_hashes() -> None:
-    table = BlockTable(tokenizers()["english"], suffixes=False)
-    table.indices(["the", " light"])
-    assert (table.hashes.view() == NOTHING).all()
-
-
 @given(st.lists(st.lists(st.integers(0, 9), max_size=700), max_size=8))
 def test_growing_keeps_all_that_it_was_given(parts: list[list[int]]) -> None:
     growing, pairs = Growing(), Growing(2)

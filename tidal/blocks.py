@@ -92,8 +92,8 @@ class BlockTable:
     gathers. Index BOS_BLOCK reads `<bos>` and writes nothing; EOS_BLOCK writes `<eos>` and reads nothing.
     """
 
-    def __init__(self, tokenizer: MixedTokenizer, *, suffixes: bool = True) -> None:
-        self.tokenizer, self.suffixes = tokenizer, suffixes
+    def __init__(self, tokenizer: MixedTokenizer) -> None:
+        self.tokenizer = tokenizer
         self._digits: list[bool] = tokenizer.digit_units.tolist()
         self.clear()
 
@@ -160,11 +160,8 @@ class BlockTable:
         self.tokens.extend(list(chain.from_iterable(tokens)))
         self.places.extend(list(chain.from_iterable(places)))
         self.targets.extend(list(chain.from_iterable(targets)))
-        if self.suffixes:
-            steps = (suffix_hashes_along(written[:-1], self._digits) for written in targets if written)
-            self.hashes.extend(list(chain.from_iterable(steps)))
-        else:
-            self.hashes.extend([(NOTHING, NOTHING, NOTHING)] * sum(map(len, targets)))
+        steps = (suffix_hashes_along(written[:-1], self._digits) for written in targets if written)
+        self.hashes.extend(list(chain.from_iterable(steps)))
         codes = chain.from_iterable(codes_along(written[:-1]) for written in targets if written)
         self.codes.extend(np.array(list(codes), np.uint64).view(np.int64))
         nodes = map(self.tokenizer.spelling.along, (written[:-1] for written in targets if written))

@@ -231,7 +231,7 @@ def bits_per_byte(settings: Bits, subject: Subject) -> Figures:
         own = subject.trained_on.reader_budget if subject.trained_on else 0
         context = own if own >= LEAST["context"] else UNKNOWN_CONTEXT
         lines = [f"windows of {context} tokens" + ", as in training; choose others with --context" * (context == own)]
-    table = BlockTable(subject.tokenizer, suffixes=subject.model.config.shape.suffix_rows > 0)
+    table = BlockTable(subject.tokenizer)
     whole = (passage(table, d.prompt, d.completion) for d in subject.documents)
     rows = [[w] for p in whole for w in windows(p, table, context, 1 << 40, overlap=context // 2)]
     bits, n_units, n_bytes = measure(subject.model, rows, table)

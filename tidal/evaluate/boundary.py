@@ -92,7 +92,7 @@ def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
 def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer,
                       cuts: Sequence[tuple[str, str]]) -> tuple[Floats, Floats]:  # fmt: skip
     """Losses [n] of continuations after their prompts, split as the decoder does, and their numbers of units [n]."""
-    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    table = BlockTable(tokenizer)
     passages = [passage(table, before, after, ends=False) for before, after in cuts]
     found = unit_log_probs(model, passages, table)
     return np.array([-log_probs.sum() for log_probs in found]), np.array([float(len(log_probs)) for log_probs in found])
