@@ -43,9 +43,6 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
     Both have at most `context_chars` characters (but at least a block) before them, from the beginning of a block,
     and at least `continuation_chars` after them, up to the end of a block. Raises ValueError where no place is left.
     """
-    for name, value in (("count", count), ("context_chars", context_chars), ("continuation_chars", continuation_chars)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     bounds = [np.cumsum([0, *map(len, tokenizer.split(text))]) for text in texts]
     places = []
     for i, b in enumerate(bounds):
