@@ -65,7 +65,7 @@ def test_parse_reads_flags() -> None:
     assert outer(*argv) == Outer(("a", "b c"), 7, 1e-4, True, Inner(64))
     assert outer() == Outer()
     assert parse(Outer, ["--lr", "2"], "x", default=Outer(max_steps=3)) == Outer(max_steps=3, lr=2.0)
-    assert outer("--data=--a=b", "--d-model=32") == Outer(("--a=b",), inner=Inner(32))
+    assert outer("--data=--a=b", "c", "--d-model=32") == Outer(("--a=b", "c"), inner=Inner(32))
 
 
 @pytest.mark.parametrize(
