@@ -190,7 +190,7 @@ def recipe_of(train: Train, switches: Switches) -> AdditionRecipe:
 
     recipe = Switched(train)
     if switches.write_order == "forward":
-        recipe.table = ForwardTable(recipe.tokenizer, suffixes=train.model.suffix_rows > 0)
+        recipe.table = ForwardTable(recipe.tokenizer)
     return recipe
 
 

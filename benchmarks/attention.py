@@ -78,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="(default: all but max-autotune; sdpa if --tiny)")
     parser.add_argument("--backend", help="of interval_attention (default: the device's)")
-    parser.add_argument("--tiles", type=Path, help="measure Tidal also with the fastest tiles in this file, which "
-                        "benchmarks.attention_tiles wrote, as tidal-tiles")  # fmt: skip
     parser.add_argument("--decode-queries", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--decode-contexts", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--decode-batch", type=int, default=8)
@@ -100,16 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ":" in args.device:  # events are recorded and awaited on the current device
         torch.cuda.set_device(args.device)
     args.form = Form(args.heads, args.kv_heads, getattr(torch, args.dtype), args.device)
-    args.found = {}
-    if args.tiles and args.backend != "triton":
-        parser.error(f"--tiles: those are of the backend triton, not of {args.backend}")
-    if args.tiles:
-        from benchmarks.attention_tiles import fastest_tiles  # which needs triton, and this module
-
-        try:
-            args.found = fastest_tiles(args.tiles, args.dtype)
-        except (OSError, ValueError) as reason:
-            parser.error(f"--tiles: {reason}")
     torch.manual_seed(0)
 
     started, clock = time.monotonic(), Clock(args.device)
@@ -125,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rivals": args.rivals, "not_asked": [name for name in RIVALS if name not in args.rivals], **record.machine(),
         "roofline_tflops": roofline, "goals": against_goals(), **results, "plan_shares": [], "failed": failed,
         "left_out": left_out,
-        "tiles": args.found, "goals_with_tiles": against_goals(ours="tidal-tiles") if args.found else [],
     }  # fmt: skip
     for name, section, measure in problems(args, clock, roofline):
         if time.monotonic() - started > args.budget_s:
@@ -138,17 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: {failed[name]}", flush=True)
         line["goals"] = against_goals(*results.values())
         line["plan_shares"] = plan_shares(results["results"], results["plans"])
-        if args.found:
-            line["goals_with_tiles"] = against_goals(*results.values(), ours="tidal-tiles")
         line["sleep_ms"], line["runs_with_late_launches"] = round(clock.sleep_ms, 1), clock.late
         if args.out:
             record.save(args.out, line)
-    for ours, goals in (("tidal", line["goals"]), ("tidal-tiles", line["goals_with_tiles"])):
-        for goal in goals:
-            known = goal["worst"] is not None
-            found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
-            print(f"{ours:<11} {goal['direction']:<9} against {goal['rival']:<27} {'/'.join(goal['masks']):<40} "
-                  f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
+    for goal in line["goals"]:
+        known = goal["worst"] is not None
+        found = f"worst {goal['worst']:>7.2f}  median {goal['median']:>7.2f}" if known else "not measured"
+        print(f"{goal['direction']:<9} against {goal['rival']:<27} {'/'.join(goal['masks']):<40} "
+              f"{found:<29}  (floor {goal['floor']}, goal {goal['goal']})")  # fmt: skip
     for share in line["plan_shares"]:
         print(f"plan {share['mask']:<13} {share['keys']:>6} keys D {share['head_dim']:>3}  takes "
               f"{share['plan_share_of_a_layer']:.1%} of the attention of one layer, forward and backward")  # fmt: skip
@@ -220,12 +204,7 @@ def attention_result(
     """Forward and backward of one mask, length and head dimension."""
     n_batch = max(1, args.tokens // n_keys)
     p = problem(mask, n_keys, n_batch, head_dim, args.form)
-    more: dict[str, Callable[[], Attend]] = {}
-    if head_dim in args.found:
-        from benchmarks.attention_tiles import attention_with
-
-        more["tidal-tiles"] = functools.partial(attention_with, p, args.found[head_dim])
-    entrants = ready(p, args.rivals, args.backend, more=more)
+    entrants = ready(p, args.rivals, args.backend)
     times = times_of(p, entrants.runs, clock, args.repeats)
     for name, t in times.items():
         cells = f"{mask:<13} {head_dim:>3} {n_keys:>6} {n_batch:>4}  {name:<18}"
@@ -282,9 +261,9 @@ def decode_result(args: argparse.Namespace, clock: Clock, n_queries: int, n_keys
 # ------------------------------------------------------------------------------------------------- results
 
 
-def against_goals(*sections: list[dict[str, Any]], ours: str = "tidal") -> list[dict[str, Any]]:
-    """How many times faster than a rival in its best form one of ours is, at worst and in the median, beside floor and
-    goal; None where nothing was measured."""
+def against_goals(*sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster Tidal is than a rival in its best form, at worst and in the median, beside floor and goal;
+    None where nothing was measured."""
     met = []
     for rival, direction, masks, floor, goal in GOALS:
         ratios = []
@@ -292,8 +271,8 @@ def against_goals(*sections: list[dict[str, Any]], ours: str = "tidal") -> list[
             key = f"{direction}_ms"
             times = {name: t[key] for name, t in result["times"].items() if key in t}
             theirs = [t for name, t in times.items() if name == rival or name.startswith(f"{rival}-")]
-            if theirs and ours in times and (direction != "plan" or result["keys"] == GOALS_AT):
-                ratios.append(min(theirs) / times[ours])
+            if theirs and "tidal" in times and (direction != "plan" or result["keys"] == GOALS_AT):
+                ratios.append(min(theirs) / times["tidal"])
         met.append({"rival": rival, "direction": direction, "masks": masks, "floor": floor, "goal": goal,
                     "worst": round(min(ratios), 3) if ratios else None,
                     "median": round(statistics.median(ratios), 3) if ratios else None})  # fmt: skip

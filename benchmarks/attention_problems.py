@@ -6,9 +6,8 @@ import functools
 import importlib
 import importlib.util
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -220,12 +219,9 @@ def flash_attention(p: Problem) -> Attend:
     return run
 
 
-def contestants(
-    p: Problem, rivals: Sequence[str], backend: str, more: Mapping[str, Callable[[], Attend]]
-) -> Iterator[tuple[str, Callable[[], Attend]]]:
+def contestants(p: Problem, rivals: Sequence[str], backend: str) -> Iterator[tuple[str, Callable[[], Attend]]]:
     """Who takes part in this one, and how each is made ready."""
     yield "tidal", lambda: tidal(p, backend)
-    yield from more.items()
     for name in rivals:
         if name == "tidal-atomic" and p.mask != "decode" and backend == "triton":
             yield name, lambda: tidal(p, "triton-atomic")
@@ -290,11 +286,8 @@ class Ready:
     """Tidal's largest."""
 
 
-def ready(
-    p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = True,
-    more: Mapping[str, Callable[[], Attend]] = MappingProxyType({}),
-) -> Ready:  # fmt: skip
-    """Make the contestants ready and check them; `more` makes others ready, by name.
+def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = True) -> Ready:
+    """Make the contestants ready and check them.
 
     Raises:
         SystemExit: Tidal's result is wrong.
@@ -304,7 +297,7 @@ def ready(
     runs: dict[str, Attend] = {}
     failed: dict[str, str] = {}
     error = 0.0
-    for name, prepare in contestants(p, rivals, backend, more):
+    for name, prepare in contestants(p, rivals, backend):
         try:
             attend = prepare()
             errors = check.errors(attend)

@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -142,12 +141,12 @@ def candidates(
     return list(dict.fromkeys([in_use, *others]))
 
 
-def attention_with(p: Problem, tiles: Mapping[str, Tile | Launch], kernel: str = "") -> Attend:
-    """Tidal's kernels with these tiles in place of the chosen ones; in the form that launches `kernel`."""
-    if kernel == "decode":
-        return lambda q, k, v: decode(q, k, v, *p.rest, q.shape[3] ** -0.5, None, list(tiles[kernel]))
+def attention_with(p: Problem, kernel: str, tile: Tile | Launch) -> Attend:
+    """Tidal's kernels in the form that launches `kernel`, with this tile in place of the one in use."""
+    if isinstance(tile, Launch):
+        return lambda q, k, v: decode(q, k, v, *p.rest, q.shape[3] ** -0.5, None, list(tile))
     chosen = configuration(p.q.dtype, p.q.shape[3], architecture(p.q.device))
-    config: Config = chosen._replace(**{name: tile for name, tile in tiles.items() if isinstance(tile, Tile)})
+    config: Config = chosen._replace(**{kernel: tile})
     plan = TilePlan.build(p.ranges, p.k.shape[2])
     slopes = p.slopes.clone().requires_grad_(kernel == "dq_slopes")
 
@@ -165,7 +164,7 @@ def compile_one(form: Form, kernel: str, head_dim: int, tile: Tile | Launch) -> 
     decoding = kernel == "decode"  # over enough keys to split them
     p = decode_problem(1, 4096, 1, head_dim, form) if decoding else problem("causal", 256, 1, head_dim, form)
     try:
-        out = attention_with(p, {kernel: tile}, kernel)(p.q, p.k, p.v)
+        out = attention_with(p, kernel, tile)(p.q, p.k, p.v)
         if kernel not in ("forward", "decode"):
             torch.autograd.grad(out.sum(), (p.q, p.k, p.v))
     except FAILURES as reason:  # comes again, and is reported, where it is timed
@@ -183,7 +182,7 @@ def compare(p: Problem, kernel: str, tiles: list[Tile | Launch], clock: Clock, r
         label += f", {tile.warps} warps, {tile.stages} stages" + " (now)" * (tile == tiles[0])
         labels[label] = tile
         try:
-            attention = attention_with(p, {kernel: tile}, kernel)
+            attention = attention_with(p, kernel, tile)
             bad = wrong(check.errors(attention), p.q.dtype)
         except FAILURES as reason:
             failed[label] = said(reason)
@@ -208,25 +207,6 @@ def compare(p: Problem, kernel: str, tiles: list[Tile | Launch], clock: Clock, r
         print(f"{kernel:<12} D {head_dim:>3}  {label:<42} {why}", flush=True)
     fastest = labels[next(iter(times))] if times else None
     return {"kernel": kernel, "head_dim": head_dim, "of": part, "times": times, "fastest": fastest, "failed": failed}
-
-
-def fastest_tiles(path: Path, dtype: str) -> dict[int, dict[str, Tile]]:
-    """By head dimension and kernel, the tiles that were fastest in a file of this benchmark's results; not decoding's.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds something else, or the results of another dtype.
-    """
-    line = json.loads(path.read_text())
-    if not isinstance(line, dict) or line.get("benchmark") != "attention-tiles":
-        raise ValueError(f"{path} does not come from benchmarks.attention_tiles")
-    if line["dtype"] != dtype:
-        raise ValueError(f"the tiles in {path} are for {line['dtype']}, not {dtype}")
-    found: dict[int, dict[str, Tile]] = {}
-    for result in line["results"]:
-        if result["fastest"] and result["kernel"] != "decode":
-            found.setdefault(result["head_dim"], {})[result["kernel"]] = Tile(*result["fastest"])
-    return found
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@
 #             measured", those of FlashAttention-2 wherever it is not installed; other rivals have to be asked for.
 # 3 decoding  of whole models, with CUDA graphs, on English from PyTorch's and Python's docstrings, which are collected
 #             beside the tests
-# 4 tiles     which tiles are fastest, for a causal mask, the kernel with the most work first; for
-#             `benchmarks.attention --tiles` in a later session
+# 4 tiles     which tiles are fastest, for a causal mask, the kernel with the most work first; pasted into TILES they race
+#             in a later session
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${OUT:?set OUT to the folder that the results go to}

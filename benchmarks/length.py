@@ -74,7 +74,7 @@ def run(argv: list[str]) -> None:
         trained = settings.trained or training_of(trainer).text.reader_budget
     except ValueError as error:
         raise UserError(f"{folder} does not say how long its rows were; give --trained") from error
-    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    table = BlockTable(tokenizer)
     whole = [passage(table, "", text) for text in documents]
     longest = max(settings.times) * trained
     every = max(1, round(sum(len(d.encode()) for d in documents) / settings.bytes)) if settings.bytes else 1

@@ -143,7 +143,7 @@ class SwitchedRecipe(TextRecipe):
         self.switches = switches
         if switches.write_order == "forward":
             self.tokenizer.spelling = forward_spelling(self.tokenizer)
-            self.table = ForwardTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
+            self.table = ForwardTable(self.tokenizer)
             self.rows.table = self._validation.table = self.table
         if switches.block_rule != "word":
             self.rows = _Regrouped(self.rows, self.regrouped)  # type: ignore[assignment]

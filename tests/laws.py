@@ -35,10 +35,6 @@ def passage_of(table: BlockTable, document: Document) -> Passage:
     return Passage(np.array([BOS_BLOCK, *texts, *ends], np.int32), 1 + len(prompt))
 
 
-def table_for(model: TidalTransformer, tokenizer: MixedTokenizer) -> BlockTable:
-    return BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
-
-
 def assert_close(one: object, other: object, tolerance: float) -> None:
     """The largest difference, not the mean."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (one, other))
@@ -67,7 +63,7 @@ def packed_states(model: TidalTransformer, table: BlockTable, rows: Sequence[Seq
 
 def check_future(model: TidalTransformer, tokenizer: MixedTokenizer, before: str, one: str, other: str) -> None:
     """What is fed and predicted up to a block does not depend on what comes after it."""
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     past = tokenizer.split(before)
     seen = []
     for future in (tokenizer.split(one), tokenizer.split(other)):
@@ -84,7 +80,7 @@ def check_future(model: TidalTransformer, tokenizer: MixedTokenizer, before: str
 def check_rest_of_block(model: TidalTransformer, tokenizer: MixedTokenizer, before: str, one: str, other: str,
                         tail: str) -> None:  # fmt: skip
     """Step t does not depend on what is written after it: blocks that end alike begin alike, written backwards."""
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     blocks = [one + tail, other + tail]
     while (longest := max(blocks, key=lambda b: len(tokenizer.write_units(b)))) and (
         len(tokenizer.write_units(longest)) > tokenizer.max_block_units
@@ -163,7 +159,7 @@ def check_decoded(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: st
 def check_decoded_side_by_side(model: TidalTransformer, tokenizer: MixedTokenizer, texts: Sequence[tuple[str, str]],
                                capacity: int = 256) -> None:  # fmt: skip
     """In any batch, each at its own pace, and however small the caches begin."""
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     documents = [patient.Document(prompt, completion) for prompt, completion in texts]
     decoded = patient.Patient(model, tokenizer, documents, trained=True).decode(model, documents, capacity)
     for text, log_probs in zip(texts, decoded, strict=True):
@@ -174,7 +170,7 @@ def check_generation(model: TidalTransformer, tokenizer: MixedTokenizer, prompts
                      max_new_units: int = 24, **how: float | int) -> list[Completion]:  # fmt: skip
     """What was generated has the log-probability that training would give it, and is the same in any batch."""
     done = engine.generate(model, tokenizer, prompts, max_new_units=max_new_units, **how)
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     for prompt, completion in zip(prompts, done, strict=True):
         assert completion.completion == "".join(completion.blocks)
         assert completion.text == prompt + completion.completion

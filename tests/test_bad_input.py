@@ -52,6 +52,7 @@ CASES = {
     f"{TEXT} --data empty.txt": "no text in 'empty.txt'",
     f"{TEXT} --data blank.txt": "no text in 'blank.txt'",
     f"{TEXT} --data good.txt empty.txt": "no text in 'empty.txt'",
+    f"{TEXT} --data good.txt --validation-data missing.txt": r"no such file .*'missing.txt' .*; check the path",
     f"{TEXT} --data binary.dat": "binary.dat is not text: NUL at byte 0",
     f"{TEXT} --data latin.txt": r"latin.txt is not text: invalid UTF-8 \(0xf6\) at byte 2",
     f"{TEXT} --data utf16.txt": "utf16.txt is not text: .*UTF-16: convert it",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import fill_rows, passages, tokenizer_names, tokenizers
 from tests.tokenizer.strategies import hostile_text
+from tidal import blocks as module
 from tidal.blocks import (
     BOS_BLOCK,
     EOS_BLOCK,
@@ -87,10 +88,16 @@ def test_the_two_special_blocks() -> None:
     assert table.targets.view().tolist() == [tokenizer.eos_id]
 
 
-def test_without_suffixes_there_are_no_hashes() -> None:
-    table = BlockTable(tokenizers()["english"], suffixes=False)
-    table.indices(["the", " light"])
-    assert (table.hashes.view() == NOTHING).all()
+def test_suffixes_are_hashed_when_a_batch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, other = (BlockTable(tokenizers()["english"]) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "suffix_hashes_along", None)
+        table.indices(["the", " light"])
+    for blocks in (["the", " light"], [], [" and", "the"]):
+        table.indices(blocks)
+        assert len(table.hashes.view()) == table.targets.n
+    other.indices(["the", " light", " and"])
+    assert table.hashes.view().tolist() == other.hashes.view().tolist()
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=700), max_size=8))

@@ -113,7 +113,5 @@ def test_refuses() -> None:
     model, tokenizer = tiny("english", "memory")
     with pytest.raises(ValueError, match="no text has a block to cut"):
         boundary_gap(model, tokenizer, ["night", "a"])
-    with pytest.raises(ValueError, match="count is 0"):
-        boundary_gap(model, tokenizer, TEXTS, count=0)
     with pytest.raises(ValueError, match="trained with tokenizer"):
         boundary_gap(model, tokenizers()["digits"], TEXTS)

@@ -65,7 +65,7 @@ def test_parse_reads_flags() -> None:
     assert outer(*argv) == Outer(("a", "b c"), 7, 1e-4, True, Inner(64))
     assert outer() == Outer()
     assert parse(Outer, ["--lr", "2"], "x", default=Outer(max_steps=3)) == Outer(max_steps=3, lr=2.0)
-    assert outer("--data=--a", "--data=-b=c", "--d-model=32") == Outer(("--a", "-b=c"), inner=Inner(32))
+    assert outer("--data=--a=b", "c", "--d-model=32") == Outer(("--a=b", "c"), inner=Inner(32))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ def test_parse_reads_flags() -> None:
         (["--lr", "slow"], "--lr needs a number, not 'slow'; see --help"),
         (["--max-steps"], "--max-steps needs a value; see --help"),
         (["--kind", "c"], "--kind must be one of 'memory', 'block', not 'c'; see --help"),
+        (["--data", "a", "--fast", "--data=b"], "--data is given twice; give all its values after one --data"),
         (["--d-model", "0"], "inner: d_model is 0; it must be at least 1; see --help"),
     ],
 )

@@ -156,8 +156,8 @@ def test_training_of_the_default_size_can_be_interrupted(tmp_path: Path) -> None
 def test_infer_takes_the_newest_run_and_documents_its_json(home: Path, command: Command,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     prompts = ["1 + 1 =", "😀 今天天气很好 é", "", "1 + 1 ="]
-    flags = ("--prompt", prompts[0], prompts[1], "--json", "--prompt", *prompts[2:], "--num-samples", "2",
-             "--temperature", "1", "--seed", "3", "--max-new-units", "40")  # fmt: skip
+    flags = ("--json", "--prompt", *prompts, "--num-samples", "2", "--temperature", "1", "--seed", "3",
+             "--max-new-units", "40")  # fmt: skip
     done = tidal("infer", *flags, cwd=home)
     best = (home / "runs/addition/best").read_text().strip()
     assert done.err == f"using runs/addition/checkpoints/{best}\n"

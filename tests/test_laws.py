@@ -23,11 +23,10 @@ from tests.laws import (
     check_rest_of_block,
     check_row_is_documents,
     packed_log_probs,
-    table_for,
 )
 from tests.strategies import SHAPES, TOKENIZERS, passages, shape_names, short_text, tiny, tokenizer_names
 from tidal import streams
-from tidal.blocks import passage
+from tidal.blocks import BlockTable, passage
 from tidal.infer import engine, score
 from tidal.kernels import cpu
 
@@ -56,7 +55,7 @@ def test_the_rest_of_the_block_has_no_influence(name: str, shape: str, before: s
 @given(st.data(), tokenizer_names, st.sampled_from(("memory deep", "memory", "block", "none")))
 def test_mates_have_no_influence(data: st.DataObject, name: str, shape: str) -> None:
     model, tokenizer = tiny(name, shape)
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0, position_scale=1.0))
     rows = data.draw(st.lists(st.lists(document, min_size=1, max_size=2), min_size=1, max_size=3))
     check_mates(model, table, rows)
@@ -80,7 +79,7 @@ def test_packed_is_naive(shape: str, name: str, prompt: str, completion: str) ->
 @given(st.data(), tokenizer_names, shape_names)
 def test_a_row_is_its_documents(data: st.DataObject, name: str, shape: str) -> None:
     model, tokenizer = tiny(name, shape)
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     document = passages(table).map(lambda p: dataclasses.replace(p, place_offset=0, position_scale=1.0))
     check_row_is_documents(model, table, data.draw(st.lists(st.lists(document, min_size=1), min_size=1, max_size=2)))
 
@@ -89,7 +88,7 @@ def test_a_row_is_its_documents(data: st.DataObject, name: str, shape: str) -> N
 def test_both_paths_of_the_kernel(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The laws hold tile by tile as well; short texts take the dense path otherwise."""
     model, tokenizer = tiny("english", shape)
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     text = "the light and the night with the dogs, 'tis lazy. " * 4
     rows = [[passage(table, "", text), passage(table, text[:50], text[50:99])], [passage(table, "", "fox")]]
     dense = packed_log_probs(model, table, rows)
@@ -180,7 +179,7 @@ def test_score_of_parts() -> None:
 
 def test_bits_per_byte_charge_every_unit() -> None:
     model, tokenizer = tiny("english", "memory")
-    table = table_for(model, tokenizer)
+    table = BlockTable(tokenizer)
     rows = [[passage(table, "", "the light é")], [passage(table, "the", " dogs"), passage(table, "", "fox")]]
     nats = -sum(packed_log_probs(model, table, [[p]]).sum().item() for row in rows for p in row)
     bits, n_units, n_bytes = score.bits_per_byte(model, rows, table, rows_per_batch=1)

@@ -28,7 +28,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
 def batch_for(model: TidalTransformer, *texts: str) -> Batch:
-    table = BlockTable(tokenizers()["english"], suffixes=model.config.shape.suffix_rows > 0)
+    table = BlockTable(tokenizers()["english"])
     rows = [[passage(table, "", text), passage(table, text[:9], text[9:])] for text in texts]
     return streams.pack(rows, table, steps=model.config.shape.steps)
 

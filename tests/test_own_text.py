@@ -168,7 +168,7 @@ def test_folders_prompts_and_gzip(sea: tuple[Path, str], tmp_path: Path, command
     (folder / "b.md.gz").write_bytes(gzip.compress((SEA * 21).encode()))
     pairs = [{"prompt": f"{i} ", "completion": f"{SEA}{i}\n"} for i in range(40)]
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(p) + "\n" for p in pairs).encode()))
-    data = ("--data", "data", "--data", str(tmp_path / "c.jsonl.*"))
+    data = ("--data", "data", str(tmp_path / "c.jsonl.*"))
     tokenizer = ("--tokenizer", str(sea[0] / "runs/text/tokenizer"))
     monkeypatch.chdir(tmp_path)
     at = SMALL_TEXT.index("--vocab-size")  # which is the tokenizer's

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, attention_problems, attention_tiles
+from benchmarks import attention_problems, attention_tiles
 from benchmarks.attention_problems import Problem, problem
 from tests.test_kernel_benchmarks import FORM, nan_gradient, wrong_output
 from tidal.kernels import triton_attention
@@ -24,13 +24,11 @@ def test_tiles_are_ranked_and_the_wrong_ones_refused(
 ) -> None:
     tile_of, out, saved = attention_tiles.attention_with, tmp_path / "tiles.json", []
 
-    def planted(p: Problem, tiles: dict[str, Tile], kernel: str) -> attention_problems.Attend:
-        ((name, tile),) = tiles.items()
-        assert name == kernel
+    def planted(p: Problem, kernel: str, tile: Tile) -> attention_problems.Attend:
         if (kernel, tile[:2]) == ("dkdv", (32, 16)):
             saved.append(json.loads(out.read_text()))
             raise RuntimeError("out of resources\nmore of it")
-        attend = tile_of(p, tiles, kernel)
+        attend = tile_of(p, kernel, tile)
         if (kernel, tile[:2]) == ("dkdv", (16, 32)):
             return nan_gradient(attend)
         return wrong_output(attend, 1.1) if (kernel, tile[:2]) == ("forward", (16, 32)) else attend
@@ -74,45 +72,8 @@ def test_tiles_of_learned_slopes_are_launched(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(triton_attention, "attend_fused", spy)
     p = problem("causal", 20, 1, 32, FORM)
-    attention_tiles.attention_with(p, {"dq_slopes": Tile(16, 64, 4, 1)}, "dq_slopes")(p.q, p.k, p.v)
+    attention_tiles.attention_with(p, "dq_slopes", Tile(16, 64, 4, 1))(p.q, p.k, p.v)
     assert launched[0][4:8] == [16, 64, 4, 1]
-
-
-@pytest.mark.skipif(not INTERPRETED.value, reason="Triton does not interpret here")
-def test_the_fastest_tiles_race(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beside those in use, and goals are told for both."""
-    tiles, out = tmp_path / "tiles.json", tmp_path / "out.json"
-    found = [{"kernel": "forward", "head_dim": 32, "fastest": [16, 32, 4, 1]},
-             {"kernel": "dq", "head_dim": 32, "fastest": None},
-             {"kernel": "dq", "head_dim": 64, "fastest": [8, 8, 4, 1]}]  # fmt: skip
-    line = {"benchmark": "attention-tiles", "dtype": "float32", "results": found}
-    tiles.write_text(json.dumps(line))
-    flags = ["--device", "cpu", "--tiny", "--backend", "triton", "--masks", "two-stream", "--decode-queries"]
-    with pytest.MonkeyPatch.context() as patch:
-        plan = {"mask": "two-stream", "keys": 8, "times": {"tidal": {"plan_ms": 1.0}}}
-        patch.setattr(attention, "plan_result", lambda *_: plan)
-        patch.setattr(attention, "GOALS", (("sdpa", "forward", ("two-stream",), 1.0, 2.0),))
-        patch.setattr(attention, "problem", lambda mask, *_: problem(mask, 20, 1, 32, FORM))
-        patch.setattr(
-            attention,
-            "times_of",
-            lambda _p, runs, *_: {name: {"forward_ms": 1.0 + i, "backward_ms": 1.0} for i, name in enumerate(runs)},
-        )
-        attention.main([*flags, "--tiles", str(tiles), "--out", str(out)])
-    printed, result = capsys.readouterr().out, json.loads(out.read_text())
-    assert [set(r["times"]) for r in result["results"]] == [{"tidal", "tidal-tiles", "sdpa"}] * 2
-    assert result["tiles"] == {"32": {"forward": [16, 32, 4, 1]}, "64": {"dq": [8, 8, 4, 1]}}
-    for ours, goals in (("tidal", result["goals"]), ("tidal-tiles", result["goals_with_tiles"])):
-        ratios = [r["times"]["sdpa"]["forward_ms"] / r["times"][ours]["forward_ms"] for r in result["results"]]
-        assert goals[0]["worst"] == pytest.approx(min(ratios), abs=1e-3)
-        assert f"\n{ours:<11} forward " in printed
-    for change, message in (({"benchmark": "other"}, "does not come from benchmarks.attention_tiles"),
-                            ({"dtype": "float16"}, "are for float16, not float32")):  # fmt: skip
-        tiles.write_text(json.dumps(line | change))
-        with pytest.raises(SystemExit) as stop:
-            attention.main([*flags, "--tiles", str(tiles)])
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="Triton does not interpret here")

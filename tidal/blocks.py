@@ -92,8 +92,8 @@ class BlockTable:
     gathers. Index BOS_BLOCK reads `<bos>` and writes nothing; EOS_BLOCK writes `<eos>` and reads nothing.
     """
 
-    def __init__(self, tokenizer: MixedTokenizer, *, suffixes: bool = True) -> None:
-        self.tokenizer, self.suffixes = tokenizer, suffixes
+    def __init__(self, tokenizer: MixedTokenizer) -> None:
+        self.tokenizer = tokenizer
         self._digits: list[bool] = tokenizer.digit_units.tolist()
         self.clear()
 
@@ -101,10 +101,11 @@ class BlockTable:
         """Forget all blocks; indices given out before are void."""
         self.index: dict[str, int] = {}
         self.texts: list[str] = []
-        self.tokens, self.places, self.targets, self.hashes = Growing(), Growing(), Growing(), Growing(3)
+        self.tokens, self.places, self.targets, self._hashes = Growing(), Growing(), Growing(), Growing(3)
         self.nodes, self.codes = Growing(), Growing()
         self.token_start, self.target_start, self.last_token = Growing(), Growing(), Growing()
         self.n_bytes, self.n_chars = Growing(), Growing()
+        self._unhashed: list[tuple[int, ...]] = []  # targets of new blocks
         self.token_start.extend([0])
         self.target_start.extend([0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -125,6 +126,14 @@ class BlockTable:
     def n_targets(self, index: npt.NDArray[np.int32]) -> Ints:
         """How many steps each of these blocks [n] is written in, the last one for `<eob>`."""
         return self.target_start.view()[index + 1] - self.target_start.view()[index]
+
+    @property
+    def hashes(self) -> Growing:
+        """What the steps of all blocks stand on, [n, 3]: found when a batch asks, since preparing data never does."""
+        steps = (suffix_hashes_along(written[:-1], self._digits) for written in self._unhashed)
+        self._hashes.extend(list(chain.from_iterable(steps)))
+        self._unhashed.clear()
+        return self._hashes
 
     def indices(self, blocks: Iterable[str]) -> npt.NDArray[np.int32]:
         """Look up blocks, adding the new ones; [n] int32."""
@@ -160,11 +169,7 @@ class BlockTable:
         self.tokens.extend(list(chain.from_iterable(tokens)))
         self.places.extend(list(chain.from_iterable(places)))
         self.targets.extend(list(chain.from_iterable(targets)))
-        if self.suffixes:
-            steps = (suffix_hashes_along(written[:-1], self._digits) for written in targets if written)
-            self.hashes.extend(list(chain.from_iterable(steps)))
-        else:
-            self.hashes.extend([(NOTHING, NOTHING, NOTHING)] * sum(map(len, targets)))
+        self._unhashed += filter(None, targets)
         codes = chain.from_iterable(codes_along(written[:-1]) for written in targets if written)
         self.codes.extend(np.array(list(codes), np.uint64).view(np.int64))
         nodes = map(self.tokenizer.spelling.along, (written[:-1] for written in targets if written))

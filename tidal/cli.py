@@ -21,8 +21,6 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-DASH = "\0"
-"""Stands before values that begin with a dash while flags are told from values; no argument can contain it."""
 NO_C_COMPILER = re.compile(r"Failed to find C compiler|'-O3', '-shared', '-fPIC'")
 """What Triton says where it finds no compiler, and the command that fails where there are no headers."""
 LINE_EVERY_S = 5.0
@@ -94,8 +92,8 @@ def parse(
     to stdout and exits with code 0.
 
     Raises:
-        UserError: an unknown flag (the nearest known one is suggested), a value that does not fit, or a
-            missing one.
+        UserError: an unknown flag (the nearest known one is suggested), a value that does not fit, a
+            missing one, or a flag of several values given twice.
     """
     import tyro
 
@@ -116,7 +114,10 @@ def parse(
 
     if "--" in argv:
         raise UserError("'--' is no flag; a value that begins with a dash is given as --flag=VALUE")
-    argv = _gathered(argv, _variadic(config_type))
+    flags, several = _flags(argv), _variadic(config_type)
+    for flag in flags:
+        if flag in several and flags.count(flag) > 1:  # only the last one's values would be taken
+            raise UserError(f"{flag} is given twice; give all its values after one {flag}")
     try:
         with _captured(width=9999) as said:
             config, unknown = cli(argv)
@@ -125,11 +126,11 @@ def parse(
             cli(argv)  # --help: once more, to the real stdout
         text = said.getvalue()
         known = _known_flags(cli) if "nrecognized" in text else []
-        unknown = [flag for flag in _flags(argv) if flag not in known] if known else []
+        unknown = [flag for flag in flags if flag not in known] if known else []
         raise UserError(_unknown(unknown, argv, known) if unknown else _one_line(text)) from None
     if unknown:
         raise UserError(_unknown(unknown, argv, _known_flags(cli)))
-    return typing.cast(T, _bare(config))
+    return config
 
 
 def _variadic(config_type: type) -> set[str]:
@@ -141,37 +142,6 @@ def _variadic(config_type: type) -> set[str]:
         elif typing.get_origin(hint) is tuple:
             flags.add(f"--{name.replace('_', '-')}")
     return flags
-
-
-def _gathered(argv: Sequence[str], variadic: set[str]) -> list[str]:
-    """A flag of several values that is given again (`--data a --data b`) adds its values to those before.
-
-    Of `--stop=--x --stop=--y` no value may look like a flag; they come out of `_bare` as they were.
-    """
-    if len(flags := _flags(argv)) == len(set(flags)):
-        return list(argv)
-    groups: dict[object, list[str]] = {None: []}  # a flag with its values; each comes by itself unless variadic
-    key: object = None
-    for i, argument in enumerate(argv):
-        if argument.startswith("--"):
-            flag = _spelling(argument)
-            key = flag if flag in variadic else i
-            values = [argument.partition("=")[2]] if "=" in argument else []
-            values = [DASH + v if v.startswith("-") and key == flag else v for v in values]
-            groups.setdefault(key, [flag] if key == flag else [argument]).extend(values if key == flag else [])
-        else:
-            groups[key].append(argument)
-    return [argument for group in groups.values() for argument in group]
-
-
-def _bare(value: Any) -> Any:
-    """A config without the marks that `_gathered` has made."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _bare(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changed)
-    if isinstance(value, tuple):
-        return tuple(map(_bare, value))
-    return value.removeprefix(DASH) if isinstance(value, str) else value
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where to compute, and on how many threads."""
+"""Where to compute, and on how many threads; how values get there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tidal import ranks
@@ -42,6 +43,16 @@ def set_threads(d_model: int, asked: int = 0) -> None:
     """Use `asked` CPU threads; 0: torch's choice for wide models, one for narrow ones, which several slow down."""
     if asked or d_model < WIDE:
         torch.set_num_threads(asked or 1)
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers, lists of them or a tensor on the CPU, as a tensor on the device, sent without waiting for it.
+
+    A copy from pageable memory makes the host wait for all that the GPU has been given to do; one from pinned memory
+    joins the queue.
+    """
+    here = torch.as_tensor(values, dtype=dtype)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from tests.laws import EXACT, assert_close, packed_log_probs, passage_of, table_for
+from tests.laws import EXACT, assert_close, packed_log_probs, passage_of
 from tests.strategies import SHAPES, random_model, tokenizers
+from tidal.blocks import BlockTable
 from tidal.infer import engine
 from tidal.infer.beam import Hypothesis, beam_search
 from tidal.infer.completion import degenerate
@@ -80,7 +81,7 @@ def check_beams(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     """Cached, recomputed, alone and in any batch the same; with the log-probabilities of training."""
     search = functools.partial(beam_search, model, tokenizer, num_beams=num_beams, max_new_units=max_new_units,
                                length_penalty=length_penalty)  # fmt: skip
-    found, table = search(prompts), table_for(model, tokenizer)
+    found, table = search(prompts), BlockTable(tokenizer)
     for prompt, mine in zip(prompts, found, strict=True):
         assert 1 <= len(mine) <= num_beams
         assert len({h.text for h in mine}) == len(mine), "a text twice"

@@ -21,7 +21,6 @@ from tests.laws import (
     check_packed_is_naive,
     check_rest_of_block,
     check_row_is_documents,
-    table_for,
 )
 from tests.strategies import tiny, tiny_copy, tokenizers
 from tests.test_streams import check_tabled, check_targets_are_text, check_twin
@@ -62,7 +61,7 @@ def on_models(check: Callable[..., object], *what: Any, shapes: Sequence[str] = 
 def on_rows(check: Callable[..., None]) -> Callable[[], None]:
     def run() -> None:
         model, tokenizer = tiny("english", "memory")
-        table = table_for(model, tokenizer)
+        table = BlockTable(tokenizer)
         check(model, table, rows(table))
 
     return run

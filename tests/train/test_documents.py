@@ -320,7 +320,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", scandir)
-        assert re.match(r"cannot read .*secret: Permission denied; check --data", complaint(tmp_path))
+        assert re.match(r"cannot read .*secret: Permission denied; check the path", complaint(tmp_path))
     (tmp_path / "secret" / "b.txt").write_text("more text")
     known = os.stat
 
@@ -330,7 +330,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkey
         return known(path, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "stat", stat)
-    assert re.match(r"cannot read .*b\.txt: Permission denied; check --data", complaint(tmp_path))
+    assert re.match(r"cannot read .*b\.txt: Permission denied; check the path", complaint(tmp_path))
 
 
 class Counted(str):

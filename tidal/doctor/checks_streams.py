@@ -33,8 +33,6 @@ PREPARED = "prepared"
 
 
 def _compare(patient: Patient, meter: Meter, document: Document, fed: dict[str, Tensor], side: str) -> None:
-    if not patient.model.config.shape.suffix_rows:
-        fed = {name: value for name, value in fed.items() if name != "suffixes"}  # not used
     for name, wanted in features(patient.layout(document)).items():
         if name in fed:
             at = patient.where_read if name.startswith("reader") else patient.where
@@ -196,7 +194,7 @@ def _through_shards(patient: Patient, meter: Meter) -> None:
     What is written to the disk and what stays in memory go the same way.
     """
     documents = [Document(d.prompt, d.completion) for d in patient.documents if d.text.strip()]
-    cap, shards, table = patient.tokenizer.max_block_units, [], BlockTable(patient.tokenizer, suffixes=False)
+    cap, shards, table = patient.tokenizer.max_block_units, [], BlockTable(patient.tokenizer)
     for part in at_seams((part for d in documents for part in _pieces(d)), cap, PIECE):
         shards.append(Shard.encode([part], table))
     corpus, order = Corpus(shards), np.arange(len(documents))

@@ -166,7 +166,7 @@ def _laid_out(patient: Patient, meter: Meter, feed: Feed, read: _Read) -> int:
     """Compare a document, up to LAID_BLOCKS that are learnt, with the definition's layout of its blocks; returns the
     number of units.
     """
-    batch, shape, first, n = feed.batch, patient.model.config.shape, read.asked[0], len(read.blocks)
+    batch, first, n = feed.batch, read.asked[0], len(read.blocks)
     end = min(n, first + LAID_BLOCKS)
     layout = patient.oracle.lay_out(read.blocks[:first], read.blocks[first:end], n in read.asked and end == n)
     asked = {1 + index for index in read.asked}
@@ -183,9 +183,8 @@ def _laid_out(patient: Patient, meter: Meter, feed: Feed, read: _Read) -> int:
 
     here, sides = Where(read.text), (ORACLE, FED_BY_RECIPE)
     for name in ("reader ids", "writer ids", "context", "suffixes", "recalled"):
-        if name != "suffixes" or shape.suffix_rows:
-            meter.same(name, wanted[name].flatten(), got[name].flatten(), at_token if name == "reader ids" else at,
-                       sides, max(1, wanted[name][:1].numel()))  # fmt: skip
+        meter.same(name, wanted[name].flatten(), got[name].flatten(), at_token if name == "reader ids" else at,
+                   sides, max(1, wanted[name][:1].numel()))  # fmt: skip
     meter.same("targets", [step.target for step in steps],
                batch.targets[read.row, writer_start : writer_start + len(steps)], at, sides)  # fmt: skip
     _ranges(meter, batch, read, layout, sides)

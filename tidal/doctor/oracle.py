@@ -153,8 +153,6 @@ class Oracle:
 
     def suffixes(self, written: Sequence[int]) -> tuple[int, int, int]:
         """Names of all units written in the block, of the last two, of the last three; -1: too short, or a digit."""
-        if not self.shape.suffix_rows:
-            return (-1, -1, -1)
         return tuple(self._name(written[-n:] if n else written, n) for n in (0, 2, 3))  # type: ignore[return-value]
 
     def recalled(self, before: Sequence[str], written: Sequence[int]) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class Patient:
         self.dtype = self.model.unit_embedding.weight.dtype
         self.exact = copy.deepcopy(self.model).to("cpu", torch.float64).eval()
         self.oracle = Oracle(self.tokenizer, self.model.config.shape)
-        self.table = BlockTable(self.tokenizer, suffixes=self.model.config.shape.suffix_rows > 0)
+        self.table = BlockTable(self.tokenizer)
         self.layout = functools.cache(self._layout)
         self.packed = functools.cache(self._packed)
         self.decoded = functools.cache(self._decoded)

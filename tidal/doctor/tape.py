@@ -44,8 +44,7 @@ class Tape:
         self._add("writer ids", ids)
         self._add("writer places", places)
         self._add("writer positions", views[0].q_position)
-        if self._original.config.shape.suffix_rows:  # else nobody looks at them, and training has none
-            self._add("suffixes", suffixes)
+        self._add("suffixes", suffixes)
         self._add("recalled", recalled)
         self._add("context", context)
         if hints is not None:

@@ -231,7 +231,7 @@ def bits_per_byte(settings: Bits, subject: Subject) -> Figures:
         own = subject.trained_on.reader_budget if subject.trained_on else 0
         context = own if own >= LEAST["context"] else UNKNOWN_CONTEXT
         lines = [f"windows of {context} tokens" + ", as in training; choose others with --context" * (context == own)]
-    table = BlockTable(subject.tokenizer, suffixes=subject.model.config.shape.suffix_rows > 0)
+    table = BlockTable(subject.tokenizer)
     whole = (passage(table, d.prompt, d.completion) for d in subject.documents)
     rows = [[w] for p in whole for w in windows(p, table, context, 1 << 40, overlap=context // 2)]
     bits, n_units, n_bytes = measure(subject.model, rows, table)
@@ -246,7 +246,7 @@ def boundary(settings: Boundary, subject: Subject) -> Figures:
     from tidal.evaluate.boundary import boundary_gap
 
     texts = [d.prompt + d.completion for d in subject.documents]
-    with _blamed("--data and the other flags"):
+    with _blamed():
         return boundary_gap(subject.model, subject.tokenizer, texts, count=settings.count, seed=settings.seed,
                             context_chars=settings.context_chars,
                             continuation_chars=settings.continuation_chars), []  # fmt: skip
@@ -286,7 +286,7 @@ def samples(settings: Samples, subject: Subject) -> Figures:
     from tidal.evaluate.samples import samples as measure
 
     texts = [d.prompt + d.completion for d in subject.documents]
-    with _blamed("--data and the other flags"):
+    with _blamed():
         figures, done = measure(subject.model, subject.tokenizer, texts, count=settings.count, seed=settings.seed,
                                 prompt_blocks=settings.prompt_blocks, max_new_units=settings.max_new_units,
                                 temperature=settings.temperature)  # fmt: skip
@@ -305,12 +305,12 @@ EVALUATIONS: dict[str, tuple[type[Any], str, Callable[[Any, Subject], Figures]]]
 
 
 @contextlib.contextmanager
-def _blamed(on: str) -> Iterator[None]:
+def _blamed() -> Iterator[None]:
     """Turn a ValueError into one line that says what to look at."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{error}; check {on}") from error
+        raise UserError(f"{error}; check --data and the other flags") from error
 
 
 def _report(figures: dict[str, Any], as_json: bool) -> None:

@@ -43,9 +43,6 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
     Both have at most `context_chars` characters (but at least a block) before them, from the beginning of a block,
     and at least `continuation_chars` after them, up to the end of a block. Raises ValueError where no place is left.
     """
-    for name, value in (("count", count), ("context_chars", context_chars), ("continuation_chars", continuation_chars)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     bounds = [np.cumsum([0, *map(len, tokenizer.split(text))]) for text in texts]
     places = []
     for i, b in enumerate(bounds):
@@ -92,7 +89,7 @@ def gap_between(pairs: Sequence[CutPair], charge: Charge) -> dict[str, Any]:
 def continuation_nats(model: TidalTransformer, tokenizer: MixedTokenizer,
                       cuts: Sequence[tuple[str, str]]) -> tuple[Floats, Floats]:  # fmt: skip
     """Losses [n] of continuations after their prompts, split as the decoder does, and their numbers of units [n]."""
-    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    table = BlockTable(tokenizer)
     passages = [passage(table, before, after, ends=False) for before, after in cuts]
     found = unit_log_probs(model, passages, table)
     return np.array([-log_probs.sum() for log_probs in found]), np.array([float(len(log_probs)) for log_probs in found])

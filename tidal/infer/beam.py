@@ -248,15 +248,14 @@ class _Recomputed:
 
     def step(self, searches: Sequence[_Search]) -> Tensor:
         """Logits [rows, n_head] for the next unit of every slot."""
-        shape, rows, last = self.model.config.shape, [], []
-        table = BlockTable(self.tokenizer, suffixes=shape.suffix_rows > 0)
+        table, rows, last = BlockTable(self.tokenizer), [], []
         for search in searches:
             for beam in search.beams:
                 before = table.indices([*search.split, *beam.blocks])
                 blocks = np.array([BOS_BLOCK, *before, table.unfinished(beam.written)], np.int32)
                 rows.append([Passage(blocks, len(blocks) - 1)])
                 last.append(len(beam.written))
-        batch = pack(rows, table, steps=shape.steps).to(self.model.unit_embedding.weight.device)
+        batch = pack(rows, table, steps=self.model.config.shape.steps).to(self.model.unit_embedding.weight.device)
         return self.model.head(self.model.states(batch)[1][range(len(rows)), last])
 
     def go_on(self, rows: Sequence[int], ended: Sequence[Block | None]) -> None:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tidal.device import upload
 from tidal.infer import recorded
 from tidal.infer.sampling import NOT_FINITE
-from tidal.infer.upload import upload
 from tidal.kernels import TilePlan
 from tidal.layers import KeysValues, View
 from tidal.model import TidalTransformer

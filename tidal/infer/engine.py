@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tidal.device import upload
 from tidal.infer import recorded
 from tidal.infer.completion import Completion as Completion
 from tidal.infer.completion import Limits as Limits
@@ -25,7 +26,6 @@ from tidal.infer.completion import StopReason as StopReason
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling, as_int, choose, fetch
-from tidal.infer.upload import upload
 from tidal.model import TidalTransformer
 from tidal.streams import WriterStep
 from tidal.tokenizer import Block, MixedTokenizer
@@ -184,12 +184,9 @@ class Engine:
         self._decoder.clear([i])
 
     def _shrink(self, decoder: Decoder) -> None:
-        """Copy the active rows together where most are free; give back memory that only longer ones needed."""
+        """Copy the active rows together where half are free; give back memory that only longer ones needed."""
         active = self._active()
-        longest = max(builder.n_read for builder in decoder.builders)
-        filling = longest + decoder.room // 4 > decoder.capacity  # all rows' caches will soon double
-        most = 8 if decoder.steps_some and not filling else 2  # there free rows cost nothing but their memory
-        if not self.cuda_graphs and most * len(active) <= len(self._rows):  # to record anew takes longer than idle rows
+        if not self.cuda_graphs and 2 * len(active) <= len(self._rows):  # to record anew takes longer than idle rows
             decoder.select([i for i, _ in active])
             self._rows = [row for _, row in active]
         decoder.trim()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidal.infer.upload import upload
+from tidal.device import upload
 
 NOT_FINITE = "the logits of a step are NaN or infinite: the weights are damaged"
 NOTHING_FOLLOWS = "no unit that may follow has a probability above zero: the weights are damaged"

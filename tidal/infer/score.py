@@ -33,7 +33,7 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
     if not 0 <= supervise_from <= len(text):
         raise ValueError(f"supervise_from is {supervise_from}; the text has {len(text)} characters")
     model.config.check_tokenizer(tokenizer.fingerprint)
-    table = BlockTable(tokenizer, suffixes=model.config.shape.suffix_rows > 0)
+    table = BlockTable(tokenizer)
     whole = passage(table, text[:supervise_from], text[supervise_from:])
     with evaluating(model):
         if how == "packed":

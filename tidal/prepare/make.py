@@ -74,7 +74,7 @@ def prepare_for_training(text: Text, seed: int) -> Prepared:
         note(f"{size:,.0f} MB of text; its shards, up to {BYTES_PER_BYTE * size:,.0f} MB, are kept in {out}")
         return prepare(data, tokenizer, out)
     parts: dict[bool, list[Shard]] = {False: [], True: []}
-    table = BlockTable(tokenizer, suffixes=False)
+    table = BlockTable(tokenizer)
     with progress(data.n_bytes, "prepare", "bytes") as bar:
         for held_out, _, group in _groups(data, tokenizer.max_block_units):
             parts[held_out].append(Shard.encode(group, table))
@@ -260,7 +260,7 @@ _tables: list[BlockTable] = []
 
 
 def _begin_work(tokenizer: MixedTokenizer) -> None:
-    _tables[:] = [BlockTable(tokenizer, suffixes=False)]
+    _tables[:] = [BlockTable(tokenizer)]
 
 
 def _begin_worker(tokenizer: MixedTokenizer) -> None:

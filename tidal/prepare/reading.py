@@ -79,7 +79,7 @@ def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: 
         if not found and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise UserError(f"no text in {path!r}, which is no file: data are read more than once; write them to one")
         if not found:
-            raise UserError(f"no text in {path!r}: nothing, or only white space or binary files; check --data")
+            raise UserError(f"no text in {path!r}: nothing, or only white space or binary files; check the path")
     if not paths:
         raise UserError("no data: name files, folders or globs with --data")
 
@@ -97,12 +97,12 @@ def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
     if os.path.exists(path):
         return [_File(Path(path))]
     if not glob.has_magic(path):
-        raise UserError(f"no such file or folder: {path!r} (looked in {os.getcwd()}); check --data")
+        raise UserError(f"no such file or folder: {path!r} (looked in {os.getcwd()}); check the path")
     files: list[_File] = []
     for match in sorted(glob.glob(path, recursive=True)):
         files += _in_folder(Path(match), tell) if os.path.isdir(match) else [_File(Path(match))]
     if not files:
-        raise UserError(f"no file matches {path!r} (looked in {os.getcwd()}); check --data, and quote globs")
+        raise UserError(f"no file matches {path!r} (looked in {os.getcwd()}); check the path, and quote globs")
     return files
 
 
@@ -145,7 +145,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}; check --data") from error
+    raise UserError(f"cannot read {error.filename}: {error.strerror}; check the path") from error
 
 
 def _in_file(file: _File) -> Iterator[Part]:
@@ -163,7 +163,7 @@ def _in_file(file: _File) -> Iterator[Part]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{file.path} is not intact gzip: {error}; pack it again, or fetch it again") from error
     except OSError as error:
-        raise UserError(f"cannot read {file.path}: {error.strerror or error}; check --data") from error
+        raise UserError(f"cannot read {file.path}: {error.strerror or error}; check the path") from error
 
 
 def _is_text(data: BinaryIO, source: str) -> bool:

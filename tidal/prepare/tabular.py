@@ -30,7 +30,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(ROWS, columns=[name for name in names if name in KEYS] or names[:6]):
                 yield from batch.to_pylist()
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are such
-        raise UserError(f"cannot read {path}: {error}; check --data") from error
+        raise UserError(f"cannot read {path}: {error}; check the file") from error
 
 
 def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
@@ -57,7 +57,7 @@ def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
         yield from islice(rows, int(count) if count else None)
     # not found, no connection; no such configuration or split; a dataset that is a script
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot fetch {name}: {error}; check --data and the connection") from error
+        raise UserError(f"cannot fetch {name}: {error}; check the name and the connection") from error
 
 
 def _missing(what: str, package: str) -> NoReturn:

@@ -115,7 +115,7 @@ def misspelt(batch: Batch, tokenizer: MixedTokenizer, settings: Train) -> tuple[
     Letters a to z become other ones at random, digits other digits, so that the blocks stay as they are; the two differ
     in `targets` where there is such a letter.
     """
-    rng, table = np.random.default_rng(0), BlockTable(tokenizer, suffixes=settings.model.suffix_rows > 0)
+    rng, table = np.random.default_rng(0), BlockTable(tokenizer)
     pairs, most = [], TYPO_CHARS // len(batch.targets)
     for ids in batch.reader_ids.tolist():
         text = b"".join(tokenizer.id_bytes[i] for i in ids).decode(errors="replace")[:most]

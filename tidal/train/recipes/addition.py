@@ -120,7 +120,7 @@ class AdditionRecipe:
         plain = random_sums(rng, 5, 200)
         texts = [prompt_of(*pair, operation=o) + answer_of(*pair) for o in self.own.operations for pair in plain]
         self.tokenizer = MixedTokenizer.train(texts, max_block_units=self.own.max_block_units)
-        self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
+        self.table = BlockTable(self.tokenizer)
         self.samples = self._samples(np.random.default_rng([settings.seed, 3])) if self.own.samples else []
         rng = np.random.default_rng([settings.seed, 1])
         lengths = (self.own.digits, self.own.digits + 1, self.own.digits + 2)

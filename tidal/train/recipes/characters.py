@@ -136,7 +136,7 @@ class CharactersRecipe:
         texts = [q.prompt + q.answer for several in questions(self.words, 100, rng).values() for q in several]
         self.tokenizer = MixedTokenizer.train([*texts, *(f" {word}" for word in self.words)],
                                               settings.characters.word_vocab_size)  # fmt: skip
-        self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
+        self.table = BlockTable(self.tokenizer)
         unseen = [word for word in words if held_out(word)]
         self.held_out = questions(unseen, PER_TASK, np.random.default_rng([settings.seed, 1]))
 

@@ -39,7 +39,7 @@ class TextRecipe:
         if text.prepared and settings.model_size and self.tokenizer.vocab_size < text.vocab_size:
             note(f"{text.prepared} has a vocabulary of {self.tokenizer.vocab_size:,}, not the {text.vocab_size:,} of "
                  f"--model-size {settings.model_size}; prepare with --vocab-size {text.vocab_size}")  # fmt: skip
-        self.table = BlockTable(self.tokenizer, suffixes=settings.model.suffix_rows > 0)
+        self.table = BlockTable(self.tokenizer)
         training, held_out = data.training.documents, data.held_out.documents
         budgets = text.reader_budget, text.reader_budget * STEPS_PER_TOKEN
         order = np.random.default_rng([settings.seed, 1]).permutation(len(training))
