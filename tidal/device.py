@@ -46,13 +46,15 @@ def set_threads(d_model: int, asked: int = 0) -> None:
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers, lists of them or a tensor on the CPU, as a tensor on the device, sent without waiting for it.
+    """Numbers, lists of them or a tensor, as a tensor on the device, sent without waiting for it.
 
     A copy from pageable memory makes the host wait for all that the GPU has been given to do; one from pinned memory
     joins the queue.
     """
     here = torch.as_tensor(values, dtype=dtype)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+    if device.type == "cuda" and here.is_cpu:
+        return here.pin_memory().to(device, non_blocking=True)
+    return here.to(device)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import torch
 
 from tidal.blocks import NOTHING, BlockTable, Ints, Passage, suffix_hashes
 from tidal.config import PLAIN_STEPS, Steps
+from tidal.device import upload
 from tidal.recall import N_RECALLED, Recollection, recalled
 from tidal.tokenizer import NO_PLACE, ROOT, Block, MixedTokenizer
 
@@ -190,11 +191,11 @@ class Batch:
         return (self.aux_targets != NOTHING).flatten().nonzero_static(size=self.n_asked)[:, 0]
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on another device."""
+        """The batch on another device, which is not waited for."""
         moved = copy.copy(self)  # counts and all
         for f in dataclasses.fields(self):
             if isinstance(value := getattr(self, f.name), torch.Tensor):
-                object.__setattr__(moved, f.name, value.to(device, non_blocking=True))
+                object.__setattr__(moved, f.name, upload(value, torch.device(device)))
         return moved
 
 
