@@ -88,16 +88,18 @@ def test_the_two_special_blocks() -> None:
     assert table.targets.view().tolist() == [tokenizer.eos_id]
 
 
-def test_suffixes_are_hashed_when_a_batch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_named_when_a_batch_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     table, other = (BlockTable(tokenizers()["english"]) for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "suffix_hashes_along", None)
+        for name in ("suffix_hashes_along", "codes_along"):
+            patch.setattr(module, name, None)
         table.indices(["the", " light"])
     for blocks in (["the", " light"], [], [" and", "the"]):
         table.indices(blocks)
-        assert len(table.hashes.view()) == table.targets.n
+        assert len(table.hashes.view()) == len(table.nodes.view()) == len(table.codes.view()) == table.targets.n
     other.indices(["the", " light", " and"])
-    assert table.hashes.view().tolist() == other.hashes.view().tolist()
+    for name in ("hashes", "nodes", "codes"):
+        assert getattr(table, name).view().tolist() == getattr(other, name).view().tolist()
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=700), max_size=8))

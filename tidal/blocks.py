@@ -101,11 +101,11 @@ class BlockTable:
         """Forget all blocks; indices given out before are void."""
         self.index: dict[str, int] = {}
         self.texts: list[str] = []
-        self.tokens, self.places, self.targets, self._hashes = Growing(), Growing(), Growing(), Growing(3)
-        self.nodes, self.codes = Growing(), Growing()
+        self.tokens, self.places, self.targets = Growing(), Growing(), Growing()
+        self._hashes, self._nodes, self._codes = Growing(3), Growing(), Growing()
         self.token_start, self.target_start, self.last_token = Growing(), Growing(), Growing()
         self.n_bytes, self.n_chars = Growing(), Growing()
-        self._unhashed: list[tuple[int, ...]] = []  # targets of new blocks
+        self._unnamed: list[tuple[int, ...]] = []  # targets of new blocks
         self.token_start.extend([0])
         self.target_start.extend([0])
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
@@ -129,11 +129,30 @@ class BlockTable:
 
     @property
     def hashes(self) -> Growing:
-        """What the steps of all blocks stand on, [n, 3]: found when a batch asks, since preparing data never does."""
-        steps = (suffix_hashes_along(written[:-1], self._digits) for written in self._unhashed)
-        self._hashes.extend(list(chain.from_iterable(steps)))
-        self._unhashed.clear()
+        """[n, 3], hashes of the suffixes that the steps of all blocks stand on."""
+        self._name()
         return self._hashes
+
+    @property
+    def nodes(self) -> Growing:
+        """[n], their nodes of the tokenizer's `Spelling`."""
+        self._name()
+        return self._nodes
+
+    @property
+    def codes(self) -> Growing:
+        """[n], codes of all that is written before them."""
+        self._name()
+        return self._codes
+
+    def _name(self) -> None:
+        """When a batch asks: preparing data never does."""
+        written = [targets[:-1] for targets in self._unnamed]
+        self._unnamed.clear()
+        self._hashes.extend(list(chain.from_iterable(suffix_hashes_along(w, self._digits) for w in written)))
+        self._nodes.extend(list(chain.from_iterable(map(self.tokenizer.spelling.along, written))))
+        codes = list(chain.from_iterable(map(codes_along, written)))
+        self._codes.extend(np.array(codes, np.uint64).view(np.int64))
 
     def indices(self, blocks: Iterable[str]) -> npt.NDArray[np.int32]:
         """Look up blocks, adding the new ones; [n] int32."""
@@ -169,11 +188,7 @@ class BlockTable:
         self.tokens.extend(list(chain.from_iterable(tokens)))
         self.places.extend(list(chain.from_iterable(places)))
         self.targets.extend(list(chain.from_iterable(targets)))
-        self._unhashed += filter(None, targets)
-        codes = chain.from_iterable(codes_along(written[:-1]) for written in targets if written)
-        self.codes.extend(np.array(list(codes), np.uint64).view(np.int64))
-        nodes = map(self.tokenizer.spelling.along, (written[:-1] for written in targets if written))
-        self.nodes.extend(list(chain.from_iterable(nodes)))
+        self._unnamed += filter(None, targets)
         self.last_token.extend(last_tokens)
 
 

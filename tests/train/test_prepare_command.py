@@ -181,7 +181,7 @@ def test_no_space_is_said_before_anything_is_written(home: Path, tmp_path: Path,
     [
         (b"abc\0", (), "is not text: NUL at byte 3"),
         (b"", (), "no text in"),
-        (b"word " * 99, ("--data", "missing.txt"), "no such file or folder: 'missing.txt'"),
+        (b"word " * 99, ("missing.txt",), "no such file or folder: 'missing.txt'"),
         (b"word " * 99, ("--hold-out", "2"), "the held out part must lie between 0 and 1, not 2.0"),
         (b"word " * 99, ("--tokenizer", "."), "cannot read tokenizer.json"),
         (b"word " * 99, ("--vocab-size", "7"), "--vocab-size is 7; it must be at least 288"),
