@@ -22,6 +22,7 @@ from tidal.blocks import (
     passage,
     share_rows,
     suffix_hashes,
+    suffix_hashes_along,
     windows,
 )
 from tidal.boundary_dropout import cut_at_random
@@ -94,6 +95,9 @@ def test_steps_are_named_when_a_batch_asks(monkeypatch: pytest.MonkeyPatch) -> N
         for name in ("suffix_hashes_along", "codes_along"):
             patch.setattr(module, name, None)
         table.indices(["the", " light"])
+        patch.setattr(module, "suffix_hashes_along", suffix_hashes_along)
+        with pytest.raises(TypeError):  # as if memory ran out: nothing is named by halves
+            _ = table.hashes
     for blocks in (["the", " light"], [], [" and", "the"]):
         table.indices(blocks)
         assert len(table.hashes.view()) == len(table.nodes.view()) == len(table.codes.view()) == table.targets.n

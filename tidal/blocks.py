@@ -147,12 +147,14 @@ class BlockTable:
 
     def _name(self) -> None:
         """When a batch asks: preparing data never does."""
-        written = [targets[:-1] for targets in self._unnamed]
+        written = [targets[:-1] for targets in self._unnamed]  # all names before anything changes: they stay in step
+        hashes = list(chain.from_iterable(suffix_hashes_along(w, self._digits) for w in written))
+        nodes = list(chain.from_iterable(map(self.tokenizer.spelling.along, written)))
+        codes = np.array(list(chain.from_iterable(map(codes_along, written))), np.uint64).view(np.int64)
         self._unnamed.clear()
-        self._hashes.extend(list(chain.from_iterable(suffix_hashes_along(w, self._digits) for w in written)))
-        self._nodes.extend(list(chain.from_iterable(map(self.tokenizer.spelling.along, written))))
-        codes = list(chain.from_iterable(map(codes_along, written)))
-        self._codes.extend(np.array(codes, np.uint64).view(np.int64))
+        self._hashes.extend(hashes)
+        self._nodes.extend(nodes)
+        self._codes.extend(codes)
 
     def indices(self, blocks: Iterable[str]) -> npt.NDArray[np.int32]:
         """Look up blocks, adding the new ones; [n] int32."""

@@ -149,9 +149,9 @@ def _spread(differences: Floats) -> str:
 def _own_dtype(patient: Patient, document: Document, decoded: Floats, meter: Meter) -> tuple[Floats, float]:
     """The training pass in the model's own dtype, and how far what is `decoded` may be from it.
 
-    float32: `_float32_limit`. Lower: the two round different sums, so they may differ by as much as both
-    are wrong, judged by the error of the training pass against float64 (twice it), and by half a unit in the last place
-    of a large logit. That error itself has a limit: a training pass that is wrong would excuse any decoding.
+    float32: `_float32_limit`. Lower: the two round different sums, so they may differ by as much as both are wrong,
+    judged by the error of the training pass against float64 (twice it), and by half a unit in the last place of a large
+    logit. That error itself has a limit: a training pass that is wrong would excuse any decoding.
     """
     model: TidalTransformer = patient.model
     batch = patient.pack([[document]]).to(model.unit_embedding.weight.device)

@@ -108,8 +108,8 @@ class PrefetchLoader:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A batch whose tensors are views of one. A worker hands each over by a connection of its own, half a millisecond
-    for which training would wait fifteen times.
+    """A batch whose tensors are views of one. A worker hands each tensor over by a connection of its own, for which
+    training would wait fifteen times (docs/training.md).
     """
 
     whole: Tensor
