@@ -274,21 +274,6 @@ def test_a_batch_moves_to_a_device_whole() -> None:
         assert getattr(moved, counted) == getattr(batch, counted)
 
 
-def test_a_gpu_is_sent_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From other memory the host would wait for all that the GPU has been given to do, part by part of a batch."""
-    done: list[str] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("pinned") or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: done.append(f"{device} {how}") or x)
-    table = BlockTable(tokenizers()["english"])
-    batch = streams.pack([[passage(table, "the", " light")]], table)
-    n = sum(isinstance(getattr(batch, f.name), torch.Tensor) for f in dataclasses.fields(Batch))
-    batch.to("cuda")
-    assert done == ["pinned", "cuda {'non_blocking': True}"] * n
-    done.clear()
-    batch.to("cpu")
-    assert done == ["cpu {}"] * n
-
-
 def test_the_example_of_the_design() -> None:
     """`54663 + 132 = 54795`: the writer's inputs and targets as they are drawn in DESIGN."""
     tokenizer = tokenizers()["digits"]

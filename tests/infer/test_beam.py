@@ -59,8 +59,8 @@ def test_the_checks_meet_all_that_they_may() -> None:
 
 
 def test_a_search_ends_when_nothing_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = []
-    monkeypatch.setattr(Decoder, "step", lambda self, *args, step=Decoder.step: steps.append(0) or step(self, *args))
+    steps, step = list[int](), Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args, **how: steps.append(0) or step(self, *args, **how))
     found = beam_search(*tiny("english", "memory"), ["the"], num_beams=2, max_new_units=1000, length_penalty=0.0)
     assert [h.stop_reason for h in found[0]] == ["eos", "eos"]
     assert len(steps) < 50
@@ -71,7 +71,7 @@ def test_a_search_ends_when_what_is_wanted_is_found(monkeypatch: pytest.MonkeyPa
     search = functools.partial(beam_search, *few_units(2), ["1 + 2 ="], max_new_units=256)
     (best, *others), = search()
     steps, step = list[int](), Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(0) or step(self, *args))
+    monkeypatch.setattr(Decoder, "step", lambda self, *args, **how: steps.append(0) or step(self, *args, **how))
     assert search(wanted=1) == [[best]]
     assert len(steps) < 40 < 200 < max(h.units for h in others)
 
@@ -165,10 +165,10 @@ def test_the_command_prints_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> N
     model, tokenizer = tiny("english", "memory")
     happened, printed, step = list[str](), dict[int, Hypothesis](), Decoder.step
 
-    def watched(self: Decoder, rows: Sequence[int], written: Sequence[Sequence[int]]) -> torch.Tensor:
+    def watched(self: Decoder, rows: Sequence[int], written: Sequence[Sequence[int]], check: bool) -> torch.Tensor:
         assert len(rows) <= 6
         happened.append("step")
-        return step(self, rows, written)
+        return step(self, rows, written, check=check)
 
     def show(hypothesis: Hypothesis, i: int, settings: command.Infer) -> None:
         happened.append("print")

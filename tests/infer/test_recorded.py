@@ -18,19 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import decoding
 from benchmarks.baselines import cached
 from benchmarks.baselines.causal import CausalConfig, CausalTransformer, coder_of
 from tests.infer.test_engine import PROMPTS, same
-from tests.infer.test_requests import SETTINGS
 from tests.strategies import random_model, tiny, tiny_copy, tokenizers
 from tidal.config import Shape
 from tidal.infer import recorded, sampling
-from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
-from tidal.infer.engine import Engine, generate, stream
+from tidal.infer.engine import generate, stream
 from tidal.model import TidalTransformer
 
 FUSED = Shape(d_model=64, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=2, reader_ff=32,
@@ -207,50 +204,6 @@ def test_the_benchmark_is_fair_to_recorded_steps(which: int, recorder: Recorder,
     monkeypatch.setattr(runner.module, "choose", choose)
     decoding.lead(runner, texts, True)
     assert at_choices[0] == at_choices[-1] == 1
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: values that are asked for, and shapes that depend on them."""
-
-    OPERATIONS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "unique"})
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.count = 0
-        for name in ("tolist", "item", "__bool__", "__int__", "__float__"):  # on a CPU some of them are no operation
-            patch.setattr(Tensor, name, self.counted(getattr(Tensor, name)))
-
-    def counted(self, method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        def asked(x: Tensor) -> Any:
-            count, value = self.count, method(x)
-            self.count = count + 1
-            return value
-
-        return asked
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.__name__.partition(".")[0] in self.OPERATIONS
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_waits_once(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For units, log-probabilities and whether all is finite, together; whatever the settings of its rows."""
-    model, tokenizer = tiny("english", "none")
-    engine = Engine(model, tokenizer, cuda_graphs=True)
-    for i, how in enumerate(SETTINGS):
-        engine.submit(PROMPTS[i], how, Limits(25))
-    reads, read = list[int](), Decoder._append
-    monkeypatch.setattr(Decoder, "_append", lambda self, *args: reads.append(0) or read(self, *args))
-    counts = list[int]()
-    with Waits(monkeypatch) as waits:
-        while engine.unfinished:
-            waits.count = 0
-            reads.clear()
-            engine.step()
-            if not reads:
-                counts.append(waits.count)
-    assert len(counts) > 5
-    assert set(counts) == {1}
 
 
 def test_a_graph_is_captured_on_a_stream_of_its_device() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from tests.strategies import random_model
 from tests.train.runs import SETTINGS
-from tidal import layers
 from tidal.config import Shape
 from tidal.model import TidalTransformer
 from tidal.train import muon
@@ -88,26 +85,6 @@ def test_updates_are_those_of_the_cpu(device: str, monkeypatch: pytest.MonkeyPat
         real = muon.newton_schulz
         monkeypatch.setattr(muon, "newton_schulz", lambda g: real(g.bfloat16()).to(g.dtype))
     assert 0 < apart(weights_on(device, given), wanted) < OF_WEIGHTS
-
-
-def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without values: whatever reads one, or has a shape that depends on them, raises an error."""
-    (model, recipe), real, read = model_and_recipe(), Tensor.tolist, list[tuple[int, ...]]()
-
-    def tolist(x: Tensor) -> list[float]:
-        if not x.is_meta:
-            return real(x)  # type: ignore[no-any-return]
-        read.append(tuple(x.shape))
-        return [1.0] * len(x)
-
-    monkeypatch.setattr(Tensor, "tolist", tolist)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has never heard of it
-    monkeypatch.setattr(layers, "interval_attention", lambda q, k, v, *_, **__: q + 0 * (k.sum() + v.sum()))
-    settings, meta = dataclasses.replace(recipe.settings, parts=2), torch.device("meta")
-    without = SimpleNamespace(zero_grad=model.zero_grad)
-    gradients(model.to(meta), without, recipe, 0, settings, meta, settings.parts)  # type: ignore[arg-type]
-    assert read == [(2,)], "the loss and the norm of the gradient, at the end"
-    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
 
 
 def test_another_step_shows() -> None:

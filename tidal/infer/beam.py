@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, BlockTable, Passage
+from tidal.device import upload
 from tidal.infer.completion import Degenerate, Limits, StopReason, degenerate
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.engine import read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import NOTHING_FOLLOWS, as_int
+from tidal.infer.sampling import NOT_FINITE, NOTHING_FOLLOWS, as_int
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import Block, MixedTokenizer
@@ -188,7 +189,7 @@ def _search(model: TidalTransformer, tokenizer: MixedTokenizer, active: list[_Se
     while active:
         beams = [beam for search in active for beam in search.beams]
         logits = rows.step(active)
-        allowed = torch.stack([grammar.allowed(beam.written) for beam in beams]).to(logits.device)
+        allowed = upload(torch.stack([grammar.allowed(beam.written) for beam in beams]), logits.device)
         slots, units, totals = _take(logits, allowed, [beam.total for beam in beams], num_beams)
         going, kept = [], []
         for i, search in enumerate(active):
@@ -207,16 +208,20 @@ def _take(logits: Tensor, allowed: Tensor, totals: Sequence[float],
     logits [prompts * num_beams, n_head], allowed the same, totals [prompts * num_beams]. The candidates are given in
     the order of their slots.
     """
-    log_probs = logits.double().log_softmax(-1)
-    if log_probs.isnan().any():
-        raise RuntimeError("the log-probabilities of a step are NaN: the weights are damaged")
-    log_probs = log_probs.masked_fill(~allowed, -math.inf) + log_probs.new_tensor(totals)[:, None]
-    flat, n = log_probs.view(-1, num_beams * logits.shape[1]), logits.shape[1]
+    log_probs, n = logits.double().log_softmax(-1), logits.shape[1]
+    damaged = log_probs.isnan().any(-1)
+    log_probs = log_probs.masked_fill(~allowed, -math.inf) + upload(totals, logits.device, torch.float64)[:, None]
+    flat = log_probs.view(-1, num_beams * n)
     last = flat.topk(num_beams).values[:, -1:]  # its indices are not used: they leave open who wins a tie
     above, equal = flat > last, flat == last
     taken = above | equal & (equal.cumsum(-1) <= num_beams - above.sum(-1, keepdim=True))
-    index = taken.nonzero()[:, 1].view(-1, num_beams)
-    return (index // n).tolist(), (index % n).tolist(), flat.gather(-1, index).tolist()
+    numbers = torch.arange(1, num_beams + 1, device=logits.device).expand(len(flat), -1).contiguous()
+    index = torch.searchsorted(taken.cumsum(-1), numbers).clamp(max=flat.shape[1] - 1)  # `nonzero` would wait
+    fetched = torch.stack([index.double(), flat.gather(-1, index), damaged.view(-1, num_beams).double()])
+    found, sums, bad = fetched.tolist()  # the one time that the device is waited for
+    if any(map(any, bad)):
+        raise RuntimeError(NOT_FINITE)
+    return [[int(i) // n for i in row] for row in found], [[int(i) % n for i in row] for row in found], sums
 
 
 class _Cached:
@@ -231,7 +236,7 @@ class _Cached:
     def step(self, searches: Sequence[_Search]) -> Tensor:
         """Logits [rows, n_head] for the next unit of every slot."""
         written = [beam.written for search in searches for beam in search.beams]
-        return self.decoder.step(range(len(written)), written)
+        return self.decoder.step(range(len(written)), written, check=False)
 
     def go_on(self, rows: Sequence[int], ended: Sequence[Block | None]) -> None:
         """Keep these rows in this order; then read the blocks that have ended in them."""

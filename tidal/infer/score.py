@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
 from tidal.infer.decoder import Decoder, evaluating
@@ -80,16 +81,19 @@ def unit_log_probs(model: TidalTransformer, passages: Sequence[Passage], table: 
     device = model.unit_embedding.weight.device
     sizes = [int(table.n_tokens(p.blocks).sum()) for p in passages]
     waiting = sorted(range(len(passages)), key=sizes.__getitem__)
-    found: dict[int, npt.NDArray[np.float64]] = {}
+    order: list[int] = []
+    found: list[Tensor] = []  # fetched together: after each batch the host would wait for the device
     with evaluating(model):
         while waiting:
             n = max(1, batch_tokens // sizes[waiting[-1]])
             some, waiting = waiting[-n:], waiting[:-n]
             batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
-            log_probs = model.log_probs(batch.to(device)).double().cpu().numpy()
-            n_units = [int(table.n_targets(passages[i].blocks[passages[i].supervised]).sum()) for i in some]
-            found |= zip(some, np.split(log_probs, np.cumsum(n_units)[:-1]), strict=True)
-    return [found[i] for i in range(len(passages))]
+            found.append(model.log_probs(batch.to(device)).double())
+            order += some
+    n_units = [int(table.n_targets(passages[i].blocks[passages[i].supervised]).sum()) for i in order]
+    pieces = np.split(torch.cat(found).cpu().numpy(), np.cumsum(n_units)[:-1]) if found else []
+    of_passage = dict(zip(order, pieces, strict=True))
+    return [of_passage[i] for i in range(len(passages))]
 
 
 @torch.inference_mode()
@@ -99,10 +103,11 @@ def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], ta
 
     NaN where there are no bytes. An upper bound: only the one segmentation that `split` gives is counted.
     """
-    nats, n_units, n_bytes = 0.0, 0, 0
+    device = model.unit_embedding.weight.device
+    nats, n_units, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     with evaluating(model):
         for first in range(0, len(rows), rows_per_batch):
             batch = pack(rows[first : first + rows_per_batch], table, steps=model.config.shape.steps)
-            nats -= model.log_probs(batch.to(model.unit_embedding.weight.device)).double().sum().item()
+            nats -= model.log_probs(batch.to(device)).double().sum()
             n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
-    return nats / math.log(2) / n_bytes if n_bytes else math.nan, n_units, n_bytes
+    return nats.item() / math.log(2) / n_bytes if n_bytes else math.nan, n_units, n_bytes

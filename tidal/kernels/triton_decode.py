@@ -220,7 +220,8 @@ def _(q, *_):
 def on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """kv_rows for these rows: copied to the device once for all layers of a step, without waiting for it."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+        here = torch.tensor(rows, dtype=torch.int32)
+        return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 def rows_of_tile(n_rows: int, dtype: torch.dtype) -> int:
