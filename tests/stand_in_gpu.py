@@ -86,8 +86,8 @@ class OnGpu(Tensor):
 
 def note_wait(whether: bool) -> None:
     if whether:
-        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OURS)]
-        inner = [frame for frame in frames if frame.filename != __file__][-1]
+        frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+        inner = ([frame for frame in frames if frame.filename.startswith(OURS)] or frames)[-1]
         OnGpu.waits.append(f"{inner.filename.removeprefix(HERE)}:{inner.lineno} {inner.line}")
 
 
