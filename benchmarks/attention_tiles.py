@@ -132,12 +132,13 @@ def candidates(
     kernel: str, in_use: Tile | Launch, others: Sequence[Tile | Launch] | None = None
 ) -> list[Tile | Launch]:
     """The tile in use, then those of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the
-    others. For decoding, 64 or 128 keys and two to eight programs a multiprocessor."""
+    others; with three or four stages, since with two nothing is copied ahead. For decoding, 64 or 128 keys and two to
+    eight programs a multiprocessor."""
     if kernel == "decode" and others is None:
-        others = [Launch(*fields) for fields in itertools.product((64, 128), (4, 8), (2, 3, 4), (2, 4, 8))]
+        others = [Launch(*fields) for fields in itertools.product((64, 128), (4, 8), (3, 4), (2, 4, 8))]
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
     if others is None:
-        others = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (2, 3))]
+        others = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (3, 4))]
     return list(dict.fromkeys([in_use, *others]))
 
 

@@ -49,7 +49,7 @@ step race 235 "$python" -m benchmarks.attention --rivals flex flash-attention-2 
 step decoding 90 "$python" -m benchmarks.decoding --device cuda --cuda-graphs --precision bf16 --batch 1 8 64 \
     --context 1024 256 4096 --budget-s 65 --repeats 3 --text "$out/english.txt" --out "$out/decoding.json"
 
-step tiles 105 "$python" -m benchmarks.attention_tiles --kernels dkdv forward dq decode --repeats 5 --budget-s 70 \
+step tiles 105 "$python" -m benchmarks.attention_tiles --kernels forward dkdv dq decode --repeats 5 --budget-s 70 \
     --out "$out/tiles.json"
 
 exit "$failed"

@@ -6,7 +6,8 @@ Every kernel is compiled as it would be launched (tidal/kernels/aot.py), once fo
 dimension; a "!" marks one that spills or wants more shared memory than a block may have. The last column counts the
 machine instructions that a thread issues for each of its scores, in the loops over tiles that are shifted, full, and
 partial with the mask of one range and of both (docs/kernels.md), as the kernel has them; "blocks" is how many a
-multiprocessor holds at a time. Ends in one JSON line.
+multiprocessor holds at a time; "ahead" how many copies of the next tiles may be under way while one is computed, in the
+loop that has the fewest (0: none). Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from tidal.kernels.aot import KernelSpec, Resources, kernel_specs, resources, score_loops
+from tidal.kernels.aot import KernelSpec, Resources, copies_ahead, kernel_specs, resources, score_loops
 
 ARCHITECTURES = (80, 90, 100)
 """compute capabilities (× 10) that are tried: A100, H100 and H200, B200"""
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     print(f"{'arch':<6} {'dtype':<9} {'D':>3}  {'kernel':<16} {'tile':>8} {'warps':>5} {'stages':>6}"
-          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8} {'blocks':>6}  a score")  # fmt: skip
+          f" {'registers':>9} {'spills':>7} {'shared':>9} {'of limit':>8} {'blocks':>6} {'ahead':>5}"
+          "  a score")  # fmt: skip
     kernels: list[dict[str, Any]] = []
     for arch in args.archs:
         for dtype in args.dtypes:
@@ -54,18 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     except ValueError as reason:  # the interpreter is on
                         parser.error(str(reason))
                     per_score = instructions_per_score(spec, found.cubin)
+                    ahead = min(copies_ahead(found.ttgir)) if per_score else None
                     share = found.shared / SHARED_LIMIT[arch]
                     blocks = resident_blocks(spec.num_warps, found, arch)
                     mark = "  !" if found.spills or share > 1 else ""
                     print(f"sm_{arch:<3} {dtype:<9} {head_dim:>3}  {spec.name:<16} {spec.tile:>8} {spec.num_warps:>5}"
                           f" {spec.num_stages:>6} {found.registers:>9} {found.spills:>5} B {found.shared:>7} B"
-                          f" {share:>8.0%} {blocks:>6}  {' '.join(f'{x:.1f}' for x in per_score)}{mark}",
-                          flush=True)  # fmt: skip
+                          f" {share:>8.0%} {blocks:>6} {'' if ahead is None else ahead:>5} "
+                          f" {' '.join(f'{x:.1f}' for x in per_score)}{mark}", flush=True)  # fmt: skip
                     kernels.append({
                         "arch": arch, "dtype": dtype, "head_dim": head_dim, "kernel": spec.name, "tile": spec.tile,
                         "warps": spec.num_warps, "stages": spec.num_stages, "registers": found.registers,
                         "spill_bytes": found.spills, "shared_bytes": found.shared, "shared_limit": SHARED_LIMIT[arch],
-                        "resident_blocks": blocks, "instructions_per_score": per_score,
+                        "resident_blocks": blocks, "copies_ahead": ahead, "instructions_per_score": per_score,
                     })  # fmt: skip
     spilling = sum(k["spill_bytes"] > 0 for k in kernels)
     too_large = sum(k["shared_bytes"] > k["shared_limit"] for k in kernels)

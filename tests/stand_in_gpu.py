@@ -6,7 +6,8 @@
 
 What a machine without a GPU otherwise hides shows: operands left on the other device, values that are asked for in the
 middle of a step, code that only runs where `device.type` is "cuda". Nothing is said of CUDA's own kernels, streams or
-speed. Triton's kernels run in its interpreter.
+speed, nor of what happens inside operators of ours: they are handed the tensors of the CPU, and Triton's kernels run in
+its interpreter.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ HERE = f"{Path(__file__).parent.parent}/"
 OURS = tuple(f"{HERE}{folder}/" for folder in ("benchmarks", "tests", "tidal"))
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
+"""are replaced, since `Places` does not see what a function of torch calls"""
 COPIES = {"copy_", "_to_copy"}
 """operations whose operands may be on two devices"""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 """take indices from the CPU, too, and send them"""
-SHAPED_BY_VALUES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"}
+ASKED = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""of operations for whose values or shapes the host waits"""
 
 
 class OnGpu(Tensor):
@@ -42,7 +45,7 @@ class OnGpu(Tensor):
 
     held: Tensor
     waits: ClassVar[list[str]] = []
-    """lines that made the host wait, of Tidal or of a test"""
+    """lines that made the host wait: the innermost of this repository, else of who called"""
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
@@ -67,16 +70,18 @@ class OnGpu(Tensor):
         name = func._schema.name.rpartition("::")[2]
         elsewhere = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not isinstance(x, OnGpu)]
         if name in COPIES:
-            note_wait(bool(elsewhere) and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            note_wait(bool(elsewhere) and not (non_blocking and all(pinned(x) for x in elsewhere)))
             elsewhere = []
         elif name in INDEXING:
             indices = [x for x in args[1] if x is not None]
             note_wait(any(not isinstance(x, OnGpu) or x.dtype == torch.bool for x in indices))
             elsewhere = [x for x in elsewhere if all(x is not index for index in indices)]
-        if any(x.dim() or torch.Tag.pointwise not in func.tags for x in elsewhere):
+        if any(x.dim() or torch.Tag.pointwise not in func.tags or (x is args[0] and func._schema.is_mutable)
+               for x in elsewhere):  # fmt: skip
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found at least two devices,"
                                f" cuda:0 and cpu! On the CPU: {[list(x.shape) for x in elsewhere]}")  # fmt: skip
-        note_wait(name in SHAPED_BY_VALUES or (name == "repeat_interleave" and kwargs.get("output_size") is None))
+        note_wait(name not in INDEXING and not ASKED.isdisjoint(func.tags) and kwargs.get("output_size") is None)
         bare_args, bare = tree_map_only(OnGpu, lambda x: x.held, (args, kwargs))
         out = func(*bare_args, **bare)
         if name == "copy_" and not isinstance(args[0], OnGpu):
@@ -91,11 +96,15 @@ def note_wait(whether: bool) -> None:
         OnGpu.waits.append(f"{inner.filename.removeprefix(HERE)}:{inner.lineno} {inner.line}")
 
 
+def pinned(x: Tensor) -> bool:
+    return getattr(x, "pinned", False)
+
+
 def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> Tensor:
     """A copy on the other device."""
-    if torch.is_grad_enabled() and x.requires_grad and not x.is_leaf:
+    if torch.is_grad_enabled() and x.requires_grad:
         raise NotImplementedError("gradients from one device to the other")
-    note_wait(not (non_blocking and getattr(x, "pinned", False)))
+    note_wait(not (non_blocking and pinned(x)))
     copy = (x.held if isinstance(x, OnGpu) else x.detach()).to(dtype or x.dtype, copy=True)
     return OnGpu(copy) if device.type == "cuda" else copy
 

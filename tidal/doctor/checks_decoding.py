@@ -29,9 +29,9 @@ from tidal.doctor.registry import (
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
 from tidal.doctor.texts import BUILT_IN
-from tidal.infer.beam import beam_search
+from tidal.infer.beam import Hypothesis, beam_search
 from tidal.infer.decoder import Decoder
-from tidal.infer.engine import generate
+from tidal.infer.engine import Completion, generate
 from tidal.infer.score import score
 from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
@@ -193,21 +193,20 @@ def _generated(patient: Patient, meter: Meter) -> None:
         done = generate(model, patient.tokenizer, prompts, temperature=temperature, seed=7,
                         max_new_units=16 if patient.quick else 48)  # fmt: skip
         for one in done:
-            blocks = [None] if one.stop_reason == "eos" else []
-            log_probs = _trained_log_probs(model, patient, one.prompt, [*one.blocks, *blocks])
+            log_probs = _trained_log_probs(model, patient, one)
             meter.same("generated text", one.completion, "".join(one.blocks), Where(one.text), ("text", "blocks"))
             meter.close("log-probabilities of generated text", log_probs, np.array(one.log_probs), EXACT,
                         Where(one.text), (TRAINED, "generation"))  # fmt: skip
 
 
 @torch.inference_mode()
-def _trained_log_probs(model: TidalTransformer, patient: Patient, prompt: str, blocks: list[str | None]) -> Tensor:
-    """One training pass over a prompt and blocks; None is the end of the document."""
-    before = patient.tokenizer.split(prompt) if prompt else []
-    indices = patient.table.indices([*before, *(block for block in blocks if block is not None)])
-    ends = [EOS_BLOCK] * (None in blocks)
-    one = Passage(np.array([BOS_BLOCK, *indices, *ends], np.int32), 1 + len(before))
-    return model.log_probs(pack([[one]], patient.table, steps=model.config.shape.steps))
+def _trained_log_probs(model: TidalTransformer, patient: Patient, one: Completion | Hypothesis) -> Tensor:
+    """One training pass over what was generated."""
+    before = patient.tokenizer.split(one.prompt)
+    indices = patient.table.indices([*before, *one.blocks])
+    ends = [EOS_BLOCK] * (one.stop_reason == "eos")
+    whole = Passage(np.array([BOS_BLOCK, *indices, *ends], np.int32), 1 + len(before))
+    return model.log_probs(pack([[whole]], patient.table, steps=model.config.shape.steps))
 
 
 @torch.inference_mode()
@@ -263,8 +262,7 @@ def beams(patient: Patient, meter: Meter) -> None:
             meter.same("different hypotheses", len(mine), len({(*h.blocks, h.stop_reason) for h in mine}), here,
                        ("given", "different"))  # fmt: skip
             for hypothesis in mine:
-                ends = [None] if hypothesis.stop_reason == "eos" else []
-                trained = _trained_log_probs(model, patient, prompt, [*hypothesis.blocks, *ends]).sum()
+                trained = _trained_log_probs(model, patient, hypothesis).sum()
                 meter.close("log-probabilities", trained, np.array(hypothesis.log_prob), EXACT, Where(hypothesis.text),
                             (TRAINED, "beam search"))  # fmt: skip
 

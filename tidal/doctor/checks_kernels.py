@@ -124,18 +124,15 @@ def deterministic(patient: Patient, meter: Meter) -> None:
     with torch.inference_mode():
         once, again = model.log_probs(batch), model.log_probs(batch)
     meter.same("log-probabilities", once, again, partial(patient.where, document), sides)
+    modes: list[bool] = []
+    handle = model.writer[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train()
     try:
-        model.train()
         meter.close("log-probabilities in training mode", once, model.log_probs(batch), EXACT,
                     partial(patient.where, document), ("evaluation", TRAINED))  # fmt: skip
         meter.close("the loss in training mode", -once.sum(), model(batch).units, EXACT * max(1, len(once)),
                     Where(document.text), ("evaluation", TRAINED))  # fmt: skip
-    finally:
-        model.eval()
-    model.train()
-    modes: list[bool] = []
-    handle = model.writer[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    try:
+        modes.clear()
         outputs: list[list[object]] = []
         for n in range(2):
             torch.manual_seed(n)  # nobody's business

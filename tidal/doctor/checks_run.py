@@ -56,9 +56,10 @@ def _samples(patient: Patient) -> list[Document]:
     return chosen
 
 
-def _written(patient: Patient, documents: Sequence[Document]) -> list[Completion]:
-    """Sampled from the model as it is; twice the room of the true completion."""
+def _written(patient: Patient) -> list[Completion]:
+    """Sampled from the model as it is, for the prompts of `_samples`; twice the room of the true completions."""
     if "_written" not in patient.__dict__:
+        documents = _samples(patient)
         longest = max(len(patient.oracle.script(patient.tokenizer.split(d.completion), True)) for d in documents)
         patient.__dict__["_written"] = generate(
             patient.model, patient.tokenizer, [d.prompt for d in documents], temperature=1.0, seed=1,
@@ -74,7 +75,7 @@ def substance(patient: Patient, meter: Meter) -> None:
     Each is compared with the same share of the true completions, and not judged where most of these are such.
     """
     documents = _samples(patient)
-    done = _written(patient, documents)
+    done = _written(patient)
     shares = {
         "empty": ([not c.completion.strip() for c in done], [not d.completion.strip() for d in patient.samples]),
         "ended at once": ([c.stop_reason == "eos" and not c.blocks for c in done],
@@ -214,9 +215,8 @@ def free_running(patient: Patient, meter: Meter) -> None:
     many n-grams with the data.
     """
     documents = _samples(patient)
-    done = [c for c in _written(patient, documents) if c.completion]
-    if not done:
-        meter.holds(False, "nothing was written")
+    done = [c for c in _written(patient) if c.completion]
+    meter.holds(bool(done), "nothing was written")
     samples = [Document(c.prompt, c.completion, c.stop_reason == "eos") for c in done]
     own, true = (_bits_per_byte(patient, some) for some in (samples, documents))
     meter.note(f"bits per byte: samples {own:.3g}, held out {true:.3g}")
@@ -224,7 +224,7 @@ def free_running(patient: Patient, meter: Meter) -> None:
     meter.at_most("bits per byte of samples, against held-out text,", own, DRIFT * true + DRIFT_BITS, here)
     meter.at_most("bits per byte of held-out text, against samples,", true, DRIFT * own + DRIFT_BITS, here,
                   "what was trained on is learnt by heart, or in training the targets leak")  # fmt: skip
-    _compare_n_grams(documents, [c.completion for c in _written(patient, documents)], meter, here)
+    _compare_n_grams(documents, [c.completion for c in _written(patient)], meter, here)
 
 
 def _compare_n_grams(documents: Sequence[Document], written: Sequence[str], meter: Meter, here: Where) -> None:

@@ -15,7 +15,7 @@ from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
 from tidal.doctor.batches import in_any_batch, trimmed
 from tidal.doctor.feeding import compare_batch, features, fed_in, written_blocks
-from tidal.doctor.oracle import place_encodings
+from tidal.doctor.oracle import Layout, place_encodings
 from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
@@ -32,8 +32,9 @@ PIECE = 8
 PREPARED = "prepared"
 
 
-def _compare(patient: Patient, meter: Meter, document: Document, fed: dict[str, Tensor], side: str) -> None:
-    for name, wanted in features(patient.layout(document)).items():
+def _compare(patient: Patient, meter: Meter, document: Document, layout: Layout, fed: dict[str, Tensor],
+             side: str) -> None:  # fmt: skip
+    for name, wanted in features(layout).items():
         if name in fed:
             at = patient.where_read if name.startswith("reader") else patient.where
             meter.same(name, wanted.flatten(), fed[name].flatten(), partial(at, document), (ORACLE, side),
@@ -56,16 +57,17 @@ def coordinates(patient: Patient, meter: Meter) -> None:
     for document in patient.documents:
         layout, other = patient.layout(document), patient.layout(longest)
         count = len(layout.tokens), len(layout.steps)
-        _compare(patient, meter, document, fed_in(patient.pack([[document]]), 0, (0, 0), count), TRAINED)
+        _compare(patient, meter, document, layout, fed_in(patient.pack([[document]]), 0, (0, 0), count), TRAINED)
         padded = patient.pack([[document], [longest, document]])
-        _compare(patient, meter, document, fed_in(padded, 0, (0, 0), count), "training, padded")
+        _compare(patient, meter, document, layout, fed_in(padded, 0, (0, 0), count), "training, padded")
         behind = len(other.tokens), len(other.steps)
-        _compare(patient, meter, document, fed_in(padded, 1, behind, count), "training, behind another document")
+        _compare(patient, meter, document, layout, fed_in(padded, 1, behind, count),
+                 "training, behind another document")  # fmt: skip
         tape = Tape(patient.exact)
         patient.decode(tape.model, [document])
         fed = tape.row()
         fed.pop("context", None)  # a state here, not an index
-        _compare(patient, meter, document, fed, DECODED)
+        _compare(patient, meter, document, layout, fed, DECODED)
         _prefixes(patient, meter, document)
         if shape.place_jitter:
             moved = pack([[patient.passage(document, shape.place_jitter)]], patient.table,
@@ -90,8 +92,7 @@ def _prefixes(patient: Patient, meter: Meter, document: Document) -> None:
         n_steps = sum(step.block <= last for step in layout.steps)
         short = dataclasses.replace(layout, tokens=layout.tokens[:n_tokens], steps=layout.steps[:n_steps])
         fed = fed_in(batch, 0, (0, 0), (n_tokens, n_steps))
-        for name, wanted in features(short).items():
-            meter.same(name, wanted.flatten(), fed[name].flatten(), Where(document.text), (ORACLE, "training, cut off"))
+        _compare(patient, meter, document, short, fed, "training, cut off")
         meter.close("log-probabilities before another future", patient.packed(document)[:n_steps],
                     patient.exact.log_probs(batch), EXACT, partial(patient.where, document),
                     ("whole", "cut off"))  # fmt: skip
@@ -112,23 +113,19 @@ def supervision(patient: Patient, meter: Meter) -> None:
         meter.same("supervised units", n, int((batch.targets >= 0).sum()), here, sides)
         meter.same("counted units", n, batch.n_units, here, sides)
         meter.same("counted bytes", len(document.completion.encode()), batch.n_bytes, here, sides)
-        for block in dict.fromkeys(step.block for step in layout.steps):
-            steps = [s for s, step in enumerate(layout.steps) if step.block == block]
-            wanted = [layout.steps[s].target for s in steps]
-            got = batch.targets[0, steps[0] : steps[-1] + 1]
-            meter.same("targets of a block", wanted, got, patient.where(document, steps[0]), sides)
+        targets = [step.target for step in layout.steps]
+        meter.same("targets", targets, batch.targets[0, :n], partial(patient.where, document), sides)
         asked = [NOTHING] * len(layout.tokens)
-        for block in dict.fromkeys(step.block for step in layout.steps):
+        for block, n_before in dict.fromkeys((step.block, step.n_memory) for step in layout.steps):
             read = [tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)]
-            asked[sum(token.block < block for token in layout.tokens) - 1] = read[-1]
+            asked[n_before - 1] = read[-1]
         meter.same("auxiliary targets", asked, batch.aux_targets[0],
                    partial(patient.where_read, document), sides)  # fmt: skip
         with torch.inference_mode():
             losses = patient.exact(batch)
             states, written = patient.exact.states(batch)
             logits = patient.exact.head(written[0, :n])[:, : tokenizer.n_writable]
-        targets = torch.tensor([step.target for step in layout.steps])
-        nats = -logits.log_softmax(-1).gather(1, targets[:, None]).sum() if n else torch.zeros(())
+        nats = -logits.log_softmax(-1).gather(1, torch.tensor(targets)[:, None]).sum() if n else torch.zeros(())
         meter.same("units in the loss", n, losses.n_units, here, sides)
         meter.close("losses", nats, losses.units, EXACT * max(1, n), here, sides)
         at = [i for i, token in enumerate(asked) if token != NOTHING]

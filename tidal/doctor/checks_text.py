@@ -58,7 +58,7 @@ def turned_round(patient: Patient, meter: Meter) -> None:
     are the real ones.
     """
     tokenizer, tells = patient.tokenizer, False
-    for text in HOSTILE:
+    for text in (*HOSTILE, *(document.completion for document in patient.documents)):
         for block in tokenizer.split(text):
             units, back = patient.oracle.spell(block)[::-1], tokenizer.unreverse(tokenizer.write_units(block))
             meter.same("units as written", units, tokenizer.write_units(block), Where(text, block),
@@ -78,11 +78,7 @@ def turned_round(patient: Patient, meter: Meter) -> None:
         for wanted, got in zip(blocks, [*done.blocks, *[""] * len(blocks)], strict=False):
             meter.same("blocks", wanted, got, Where(document.text, wanted), ("text", DECODED))
         meter.same("completions", document.completion, done.completion, Where(document.text), ("text", DECODED))
-        for block in blocks:
-            units = patient.oracle.spell(block)
-            meter.same("units as written", units[::-1], tokenizer.write_units(block), Where(document.text, block),
-                       (ORACLE, "tokenizer"))  # fmt: skip
-            tells |= units != units[::-1]
+        tells |= any((units := patient.oracle.spell(block)) != units[::-1] for block in blocks)
     meter.holds(tells, "all blocks of the texts are palindromes, which read the same both ways; give other texts")
 
 

@@ -139,8 +139,7 @@ class Patient:
         return Where(document.text, block or "<bos>", token)
 
     def _layout(self, document: Document) -> Layout:
-        return self.oracle.lay_out(self.tokenizer.split(document.prompt) if document.prompt else [],
-                                   self.tokenizer.split(document.completion) if document.completion else [],
+        return self.oracle.lay_out(self.tokenizer.split(document.prompt), self.tokenizer.split(document.completion),
                                    document.ends)  # fmt: skip
 
     @torch.inference_mode()

@@ -108,7 +108,7 @@ def of_run(trainer: Mapping[str, Any]) -> tuple[list[Document], str]:
 def _cut(tokenizer: MixedTokenizer, text: str, units: int, from_end: bool = False) -> tuple[str, bool]:
     """The blocks of one end of a text that come to at most `units` units (at least one block); whether it is all."""
     longest = text[-40 * units :] if from_end else text[: 40 * units]
-    blocks = tokenizer.split(longest) if longest else []
+    blocks = tokenizer.split(longest)
     kept: list[str] = []
     for block in reversed(blocks) if from_end else blocks:
         units -= len(tokenizer.write_units(block)) + 1

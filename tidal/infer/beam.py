@@ -215,8 +215,7 @@ def _take(logits: Tensor, allowed: Tensor, totals: Sequence[float],
     last = flat.topk(num_beams).values[:, -1:]  # its indices are not used: they leave open who wins a tie
     above, equal = flat > last, flat == last
     taken = above | equal & (equal.cumsum(-1) <= num_beams - above.sum(-1, keepdim=True))
-    numbers = torch.arange(1, num_beams + 1, device=logits.device).expand(len(flat), -1).contiguous()
-    index = torch.searchsorted(taken.cumsum(-1), numbers).clamp(max=flat.shape[1] - 1)  # `nonzero` would wait
+    index = taken.nonzero_static(size=len(flat) * num_beams, fill_value=0)[:, 1].view(-1, num_beams)
     fetched = torch.stack([index.double(), flat.gather(-1, index), damaged.view(-1, num_beams).double()])
     found, sums, bad = fetched.tolist()  # the one time that the device is waited for
     if any(map(any, bad)):

@@ -60,6 +60,8 @@ class Resources:
     shared: int
     """bytes of shared memory per block"""
     cubin: bytes = field(repr=False)
+    ttgir: str = field(default="", repr=False)
+    """Triton's own code for GPUs, in which copies are scheduled"""
 
 
 def kernel_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
@@ -140,7 +142,7 @@ def plan_specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tupl
 
 def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:
     """The decode kernels for groups of four heads, with one query and with 64; "whole" where the keys are not split, so
-    that the results go into the caller's tensor in its dtype."""
+    that the results go into the caller's tensor in its dtype. Those are without `kv_rows`, as most steps are."""
     name = TRITON_NAMES[dtype]
     pointers = {"q": name, "k": name, "v": name, "ranges": "i32", "q_position": "fp32", "k_position": "fp32",
                 "slopes": "fp32", "kv_rows": "i32", "out": "fp32", "lse": "fp32"}  # fmt: skip
@@ -151,10 +153,12 @@ def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:
     for n_rows, whole in itertools.product((4, 256), (False, True)):
         tile_m = triton_decode.rows_of_tile(n_rows, dtype)
         tile_n, num_warps, num_stages, _ = triton_decode.launch_of(tile_m, head_dim, dtype)
-        constants = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
+        constants: dict[str, Any] = {"GROUP": 4, "HEAD_DIM": head_dim, "TILE_M": tile_m, "TILE_N": tile_n}
         pointers["out"] = name if whole else "fp32"
+        if whole:
+            constants["kv_rows"] = None
         types = {**{p: f"*{t}" for p, t in pointers.items()}, **numbers, **dict.fromkeys(constants, "constexpr")}
-        aligned = (*pointers, *strides[:-1])
+        aligned = tuple(x for x in (*pointers, *strides[:-1]) if x not in constants)
         label = f"decode {n_rows} {'whole' if whole else 'rows'}"
         listed.append(KernelSpec(label, triton_decode.partial_kernel, types, constants, num_warps, num_stages,
                                  f"{tile_m}×{tile_n}", aligned))  # fmt: skip
@@ -188,7 +192,31 @@ def resources(spec: KernelSpec, arch: int) -> Resources:
     cubin: bytes = compiled.asm["cubin"]
     usage = disassemble(cubin, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(read(usage, f"{name}:(\\d+)")) for name in ("REG", "STACK", "LOCAL"))
-    return Resources(registers, stack + local, compiled.metadata.shared, cubin)
+    return Resources(registers, stack + local, compiled.metadata.shared, cubin, compiled.asm["ttgir"])
+
+
+def copies_ahead(ttgir: str) -> list[int]:
+    """How many copies to shared memory may still be under way when a turn of each loop over scores begins.
+
+    0: the loop asks for a tile and waits for it at once, so that no multiplication hides the memory's latency. Triton
+    copies ahead only with three stages or more, and only what is found by an index that the same turn does not load.
+    """
+    open_loops: list[tuple[int, list[int], list[str]]] = []  # indent, numbers of its waits, its lines
+    found = []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            open_loops.append((indent, [], []))
+        elif open_loops:
+            start, waits, lines = open_loops[-1]
+            lines.append(line)
+            if wait := re.search(r"ttg\.async_wait .*num = (\d+)", line):
+                waits.append(int(wait[1]))
+            if indent == start and line.lstrip().startswith("}"):
+                open_loops.pop()
+                if any("exp2" in x for x in lines):
+                    found.append(waits[0] if waits else 0)
+    return found
 
 
 def score_loops(cubin: bytes) -> list[int]:

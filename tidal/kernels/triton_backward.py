@@ -229,32 +229,47 @@ def dkdv_kernel(
     added = (dq + batch * stride_dqb + head * stride_dqh, stride_dql, scale)
     state = (tl.zeros([N, D], dtype=tl.float32), tl.zeros([N, D], dtype=tl.float32))
 
+    # Lists of tiles, each read one turn ahead: what is loaded by an index that the same turn loads is not prefetched.
+    # Of an empty list the first entry is read, too; there is always room for one.
     column = columns + slot * (2 * n_query_tiles + HEAD)
     n_full, last = tl.load(column + 1), column + HEAD + n_query_tiles - 1
     if FAST:
         shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
-        for i in range(0, tl.where(shifts, n_full, 0)):
+        n_shifted, tile = tl.where(shifts, n_full, 0), tl.load(last)
+        for i in range(0, n_shifted):
+            following = tl.load(last - tl.minimum(i + 1, n_shifted - 1))
             state = dkdv_tile(
-                state, tl.load(last - i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, origin,
+                state, tile, k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, origin,
                 scale_in, slope, M, D, 0, True, FAST, ATOMIC,
             )  # fmt: skip
+            tile = following
         n_full = tl.where(shifts, 0, n_full)
+    tile = tl.load(last)
     for i in range(0, n_full):
+        following = tl.load(last - tl.minimum(i + 1, n_full - 1))
         state = dkdv_tile(
-            state, tl.load(last - i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, 0.0, scale_in, slope,
+            state, tile, k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, 0.0, scale_in, slope,
             M, D, 0, False, FAST, ATOMIC,
         )  # fmt: skip
-    for i in range(0, tl.load(column)):
-        entry = tl.load(column + HEAD + i)
+        tile = following
+    n_single, entries = tl.load(column), column + HEAD
+    entry = tl.load(entries)
+    for i in range(0, n_single):
+        following = tl.load(entries + tl.minimum(i + 1, n_single - 1))
         state = dkdv_tile(
             state, entry >> 1, k_nd, v_nd, queries, added, entry & 1, key_n1, k_position_n1, 0.0, scale_in, slope,
             M, D, 1, False, FAST, ATOMIC,
         )  # fmt: skip
-    for i in range(0, tl.load(column + 3)):
+        entry = following
+    n_both, entries = tl.load(column + 3), column + HEAD + n_query_tiles
+    tile = tl.load(entries)
+    for i in range(0, n_both):
+        following = tl.load(entries + tl.minimum(i + 1, n_both - 1))
         state = dkdv_tile(
-            state, tl.load(column + HEAD + n_query_tiles + i), k_nd, v_nd, queries, added, 0, key_n1, k_position_n1,
-            0.0, scale_in, slope, M, D, 2, False, FAST, ATOMIC,
+            state, tile, k_nd, v_nd, queries, added, 0, key_n1, k_position_n1, 0.0, scale_in, slope,
+            M, D, 2, False, FAST, ATOMIC,
         )  # fmt: skip
+        tile = following
     offset = batch * stride_ob + head * stride_oh
     store_rows(dk + offset, first, stride_ol, n_keys - first, state[0] * scale, N, D)
     store_rows(dv + offset, first, stride_ol, n_keys - first, state[1], N, D)
