@@ -34,7 +34,7 @@ settings.register_profile(
 settings.load_profile("tidal")
 
 LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_aot", "test_triton_attention",
-           "test_mutants", "test_commands", "test_own_text", "test_triton_planted_bugs", "test_engine",
+           "test_mutants", "test_stand_in_gpu", "test_commands", "test_own_text", "test_triton_planted_bugs", "test_engine",
            "test_triton_operator", "test_resume", "test_recorded", "test_laws", "test_continue", "test_workers",
            "test_beam", "test_faults", "test_prepare_command", "test_watch")  # fmt: skip
 """Files that take about half a minute or more, longest first, and the one that would come last: a process that began
