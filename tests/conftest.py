@@ -34,14 +34,14 @@ settings.register_profile(
 settings.load_profile("tidal")
 
 LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_aot", "test_triton_attention",
-           "test_mutants", "test_stand_in_gpu", "test_commands", "test_own_text", "test_triton_planted_bugs", "test_engine",
-           "test_triton_operator", "test_resume", "test_recorded", "test_laws", "test_continue", "test_workers",
-           "test_beam", "test_faults", "test_prepare_command", "test_watch")  # fmt: skip
+           "test_mutants", "test_stand_in_gpu", "test_commands", "test_own_text", "test_triton_planted_bugs",
+           "test_engine", "test_triton_operator", "test_resume", "test_recorded", "test_laws", "test_continue",
+           "test_workers", "test_beam", "test_faults", "test_prepare_command", "test_watch")  # fmt: skip
 """Files that take about half a minute or more, longest first, and the one that would come last: a process that began
 it then would be the only one at work."""
 
 if importlib.util.find_spec("triton") is None:  # off Linux on x86-64; tests/kernels/conftest.py has the others
-    collect_ignore = ["test_kernel_benchmarks.py", "test_tile_benchmark.py"]
+    collect_ignore = ["test_kernel_benchmarks.py", "test_stand_in_gpu.py", "test_tile_benchmark.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
