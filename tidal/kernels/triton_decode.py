@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidal.device import upload
 from tidal.kernels.triton_tiles import LOG2E, dot
 
 MOST_QUERIES = 64
@@ -220,8 +221,7 @@ def _(q, *_):
 def on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """kv_rows for these rows: copied to the device once for all layers of a step, without waiting for it."""
     with torch.inference_mode(False):
-        here = torch.tensor(rows, dtype=torch.int32)
-        return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
+        return upload(rows, device, torch.int32)
 
 
 def rows_of_tile(n_rows: int, dtype: torch.dtype) -> int:
