@@ -17,7 +17,7 @@ from triton_cases import DEVICE, STRUCTURES, exact, fused, poisoned, structured,
 from tidal.kernels import TilePlan, triton_attention
 from tidal.kernels.reference import visible_keys
 from tidal.kernels.triton_plan import HEAD, interval_plan
-from tidal.kernels.triton_tiles import slot_and_head
+from tidal.kernels.triton_tiles import work_of
 
 EMPTY, FIRST, SECOND, BOTH, FULL = range(5)
 """what is done with a tile: nothing, the mask of range 0, of range 1, of both, no mask"""
@@ -158,17 +158,21 @@ def test_more_tiles_than_one_step_looks_at() -> None:
 
 
 @triton.jit
-def launch_order_kernel(order: Any, found: Any, n_heads: Any) -> None:
-    slot, head = slot_and_head(order, n_heads)
-    tl.store(found + 2 * tl.program_id(0), head)
-    tl.store(found + 2 * tl.program_id(0) + 1, slot)
+def launch_order_kernel(order: Any, found: Any) -> None:
+    slot, batch, head, first = work_of(order, 2, 16)
+    n = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)  # GPUs start the programs in this order
+    tl.store(found + 4 * n, head)
+    tl.store(found + 4 * n + 1, slot)
+    tl.store(found + 4 * n + 2, batch)
+    tl.store(found + 4 * n + 3, first)
 
 
 def test_programs_start_head_by_head_and_longest_first() -> None:
     order, n_heads = torch.tensor([3, 0, 2, 1, 4], dtype=torch.int32, device=DEVICE), 3
-    found = torch.full((n_heads * len(order), 2), -1, device=DEVICE)
-    launch_order_kernel[(len(found),)](order, found, n_heads)
-    assert found.tolist() == [list(x) for x in itertools.product(range(n_heads), order.tolist())]
+    found = torch.full((n_heads * len(order), 4), -1, device=DEVICE)
+    launch_order_kernel[(len(order), n_heads)](order, found)
+    expected = itertools.product(range(n_heads), order.tolist())
+    assert found.tolist() == [[head, slot, slot // 2, slot % 2 * 16] for head, slot in expected]
 
 
 def test_one_plan_for_many_layers() -> None:

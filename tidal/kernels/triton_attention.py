@@ -50,18 +50,18 @@ class Config(NamedTuple):
 
 TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     # (bytes per element, head dimension, architecture): forward, dq, dq_slopes, dkdv, dkdv_atomic
-    (2, 32, 80): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 8, 2)),
-    (2, 32, 90): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
-    (2, 32, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
-    (2, 64, 80): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 32, 80): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    (2, 32, 90): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    (2, 32, 100): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3)),
+    (2, 64, 80): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (32, 128, 8, 3)),
     (2, 64, 90): ((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
-    (2, 64, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 128, 8, 3), (32, 128, 8, 3)),
-    (2, 128, 80): ((128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 8, 3)),
-    (2, 128, 90): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (16, 128, 8, 3)),
-    (2, 128, 100): ((128, 32, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 128, 8, 3), (64, 64, 8, 3)),
-    (4, 32, 80): ((64, 32, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2)),
+    (2, 64, 100): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 128, 80): ((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 3)),
+    (2, 128, 90): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (32, 128, 8, 3)),
+    (2, 128, 100): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
+    (4, 32, 80): ((64, 32, 8, 1), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     (4, 64, 80): ((64, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    (4, 128, 80): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    (4, 128, 80): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1)),
 }
 """No spills; the next tile is on its way while one is computed, for which Triton needs three stages; of what is left
 the fewest instructions a score. As compiled ahead of time (`python -m benchmarks.kernel_resources`); not yet timed on a
@@ -215,7 +215,7 @@ def attend_fused(
     (n_batch, n_heads, n_queries, _), (n_kv_heads, n_keys) = q.shape, k.shape[1:3]
     n_tiles = rows.shape[1]
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        triton_forward.forward_kernel[(n_batch * n_tiles * n_heads,)](
+        triton_forward.forward_kernel[(n_batch * n_tiles, n_heads)](
             q, k, v, out, lse, ranges.contiguous(), q_position.contiguous(), k_position.contiguous(),
             slopes.float().contiguous(), rows, order, *strides(q, k, v, out),
             n_heads, n_heads // n_kv_heads, n_queries, n_keys, n_tiles, scale, **constants(q, Tile(*tiles[:4])),
@@ -250,16 +250,16 @@ def attend_fused_backward(
     dq_sum = heads_last(q, torch.float32).zero_() if atomic else dq
     tile_q, tile_k = Tile(*tiles[4:8]), Tile(*tiles[8:12])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        triton_backward.delta_kernel[(-(-n_queries // DELTA.m), n_heads, n_batch)](
+        triton_backward.delta_kernel[(n_batch * -(-n_queries // DELTA.m), n_heads)](
             out, dout, delta, *strides(out, dout), n_heads, n_queries, M=DELTA.m, D=head_dim, num_warps=DELTA.warps
         )
         if not atomic:
-            triton_backward.dq_kernel[(n_batch * n_query_tiles * n_heads,)](
+            triton_backward.dq_kernel[(n_batch * n_query_tiles, n_heads)](
                 q, k, v, dout, lse, delta, dq, partial, ranges, q_position, k_position, slopes_float, rows, rows_order,
                 *strides(q, k, v, dout, dq), n_heads, group, n_queries, n_keys, n_query_tiles, scale,
                 SLOPES=need_slopes, **constants(q, tile_q),
             )  # fmt: skip
-        triton_backward.dkdv_kernel[(n_batch * n_key_tiles * n_heads,)](
+        triton_backward.dkdv_kernel[(n_batch * n_key_tiles, n_heads)](
             q, k, v, dout, lse, delta, dk_part, dv_part, dq_sum, ranges, q_position, k_position, slopes_float, columns,
             columns_order, *strides(q, k, v, dout, dk_part, dq_sum), n_heads, group, n_queries, n_keys, n_key_tiles,
             (columns.shape[2] - HEAD.value) // 2, scale, ATOMIC=atomic, **constants(q, tile_k),

@@ -19,10 +19,11 @@ from tidal.kernels.triton_tiles import (
     may_shift,
     one_range,
     partial_tiles,
+    row_numbers,
     score_of,
     segment_tile,
-    slot_and_head,
     store_rows,
+    work_of,
 )
 
 
@@ -32,7 +33,8 @@ def delta_kernel(
     M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """delta = Σ_d dout · out, float32 [B, H, Lq], for one tile of queries, head and batch row."""
-    first, head, batch = tl.program_id(0) * M, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    slot, head, n_tiles = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.cdiv(n_queries, M)
+    batch, first = slot // n_tiles, (slot % n_tiles * M).to(tl.int32)
     n_left = n_queries - first
     out_md = load_rows(out + batch * stride_ob + head * stride_oh, first, stride_ol, n_left, M, D, True)
     dout_md = load_rows(dout + batch * stride_gb + head * stride_gh, first, stride_gl, n_left, M, D, True)
@@ -58,7 +60,7 @@ def dq_tile(
     key = first + tl.arange(0, N)
     k_nd = load_rows(k, first, stride_kl, n_keys - first, N, D, MASKED)
     v_nd = load_rows(v, first, stride_vl, n_keys - first, N, D, MASKED)
-    k_position_n = tl.load(k_position + key, mask=key < n_keys, other=0.0) if MASKED else tl.load(k_position + key)
+    k_position_n = load_some(k_position, first, n_keys - first, 0.0, N, MASKED)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
         q_position, k_position_n[None, :], key[None, :], bounds, origin, scale, slope, RANGES, SHIFTED,
@@ -88,8 +90,7 @@ def dq_kernel(
     q, dout and dq [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse and delta float32 [B, H, Lq]. If SLOPES, also the tile's
     part of the slopes' gradient, dslopes float32 [B · n_tiles, H].
     """
-    slot, head = slot_and_head(order, n_heads)
-    batch, first = slot // n_tiles, slot % n_tiles * M
+    slot, batch, head, first = work_of(order, n_tiles, M)
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     inside = local < n_left
     row = rows + slot * ROW
@@ -166,10 +167,10 @@ def dkdv_tile(
     dk, dv = state
     q, stride_ql, dout, stride_gl, lse, delta, q_position, ranges, n_queries, n_keys = queries
     first = tile * M
-    local, n_left = tl.arange(0, M), n_queries - first
+    local, n_left = row_numbers(M), n_queries - first
     q_md = load_rows(q, first, stride_ql, n_left, M, D, MASKED)
-    q_position_m = load_some(q_position + first, local, n_left, 0.0, MASKED)
-    lse_m = load_some(lse + first, local, n_left, float("inf"), MASKED)
+    q_position_m = load_some(q_position, first, n_left, 0.0, M, MASKED)
+    lse_m = load_some(lse, first, n_left, float("inf"), M, MASKED)
     bounds = 0
     if RANGES == 1:
         bounds = load_range(ranges + first.to(tl.int64) * 4 + second * 2, local, n_left, n_keys, 0)
@@ -187,7 +188,7 @@ def dkdv_tile(
     dout_md = load_rows(dout, first, stride_gl, n_left, M, D, MASKED)
     dv = dot(weight.to(dout_md.dtype), dout_md, dv)
     dweight = dot(v_nd, tl.trans(dout_md))
-    dscore = weight * (dweight - load_some(delta + first, local, n_left, 0.0, MASKED)[None, :])
+    dscore = weight * (dweight - load_some(delta, first, n_left, 0.0, M, MASKED)[None, :])
     dscore = dscore.to(q_md.dtype)
     if ATOMIC:
         dq, stride_dql, factor = added
@@ -210,8 +211,7 @@ def dkdv_kernel(
     to dq, float32 [B, H, Lq, D], which must begin as zeros. That takes five products a tile instead of seven, but
     programs come in any order, so the last bits differ from run to run.
     """
-    slot, head = slot_and_head(order, n_heads)
-    batch, first = slot // n_tiles, slot % n_tiles * N
+    slot, batch, head, first = work_of(order, n_tiles, N)
     key, n_left = first.to(tl.int32) + tl.arange(0, N), (n_keys - first).to(tl.int32)
     slope, scale_in = in_base(tl.load(slopes + head), FAST), in_base(scale, FAST)
     k += batch * stride_kb + head // group * stride_kh
@@ -270,6 +270,7 @@ def dkdv_kernel(
             M, D, 2, False, FAST, ATOMIC,
         )  # fmt: skip
         tile = following
+    _, batch, head, first = work_of(order, n_tiles, N, True)
     offset = batch * stride_ob + head * stride_oh
     store_rows(dk + offset, first, stride_ol, n_keys - first, state[0] * scale, N, D)
     store_rows(dv + offset, first, stride_ol, n_keys - first, state[1], N, D)

@@ -14,14 +14,15 @@ from tidal.kernels.triton_tiles import (
     in_base,
     load_ranges,
     load_rows,
+    load_some,
     logarithm,
     may_shift,
     one_range,
     partial_tiles,
     score_of,
     segment_tile,
-    slot_and_head,
     store_rows,
+    work_of,
 )
 
 
@@ -41,7 +42,7 @@ def forward_tile(
     first = tile * N
     key = first + tl.arange(0, N)
     k_nd = load_rows(k, first, stride_kl, n_keys - first, N, D, MASKED)
-    k_position_n = tl.load(k_position + key, mask=key < n_keys, other=0.0) if MASKED else tl.load(k_position + key)
+    k_position_n = load_some(k_position, first, n_keys - first, 0.0, N, MASKED)
     score = score_of(
         dot(q_md, tl.trans(k_nd)),
         q_position, k_position_n[None, :], key[None, :], bounds, origin, scale, slope, RANGES, SHIFTED,
@@ -69,8 +70,7 @@ def forward_kernel(
 
     q and out [B, H, Lq, D], k and v [B, Hkv, Lk, D], lse float32 [B, H, Lq]; rows and order are of the plan.
     """
-    slot, head = slot_and_head(order, n_heads)
-    batch, first = slot // n_tiles, slot % n_tiles * M
+    slot, batch, head, first = work_of(order, n_tiles, M)
     local, n_left = tl.arange(0, M), (n_queries - first).to(tl.int32)
     row = rows + slot * ROW
     q_position += batch * n_queries + first

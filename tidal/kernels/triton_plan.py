@@ -50,8 +50,8 @@ def rows_kernel(
 
     rows int32 [B, Tq, ROW], q_low float32 [B, Tq], work int32 [B, Tq].
     """
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    slot = batch * tl.num_programs(0) + tile
+    slot, n_tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n_queries, TILE_Q)
+    batch, tile = slot // n_tiles, (slot % n_tiles).to(tl.int32)
     # The last tile is filled up with copies of the last query, which change nothing.
     query = batch * n_queries + tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q), n_queries - 1)
     low = tl.min(tl.load(q_position + query), 0)
@@ -132,8 +132,8 @@ def columns_kernel(
 
     rows int32 [B, Tq, ROW], q_low float32 [B, Tq]; columns int32 [B, Tk, HEAD + 2 Tq], work int32 [B, Tk].
     """
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    slot = batch * tl.num_programs(0) + tile
+    slot, n_tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n_keys, TILE_K)
+    batch, tile = slot // n_tiles, (slot % n_tiles).to(tl.int32)
     key = tile * TILE_K + tl.arange(0, TILE_K)
     high = tl.max(tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=float("-inf")), 0)
     column = columns + slot * (2 * n_query_tiles + HEAD)
@@ -213,14 +213,14 @@ def interval_plan(
     ranges, q_position, k_position = ranges.contiguous(), q_position.contiguous(), k_position.contiguous()
     sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
     with torch.cuda.device_of(ranges):  # type: ignore[no-untyped-call]
-        rows_kernel[(n_query_tiles, n_batch)](
+        rows_kernel[(n_batch * n_query_tiles,)](
             ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles, **sizes
         )
         table = rows
         if transpose:
             table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + 2 * n_query_tiles)
             work = ranges.new_empty(n_batch * n_key_tiles)
-            columns_kernel[(n_key_tiles, n_batch)](
+            columns_kernel[(n_batch * n_key_tiles,)](
                 rows, q_low, k_position, table, work, n_queries, n_keys, n_query_tiles, **sizes
             )
         order = torch.empty_like(work)

@@ -78,17 +78,18 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def slot_and_head(order, n_heads):
-    """What this program works on: an entry of the plan's order, as int64, and a head.
+def work_of(order, n_tiles, SIZE: tl.constexpr, AGAIN: tl.constexpr = False):
+    """What this program works on: an entry of the plan's order, and its batch row, its head and its first row in there;
+    all int64. If AGAIN, it is read from memory once more, so that no registers keep it through the loops.
 
     One head after another, each from its longest tiles on, so that programs which run at the same time read the same
     keys and values (in dkdv queries), and find them in the L2 cache. Batch rows are mixed: one head of all rows still
     fits there (16 MB of keys and values for 32,768 tokens at D 128), and fewer long tiles are left for the end than if
     rows, too, came one after another.
     """
-    n_slots = tl.num_programs(0) // n_heads
-    slot = tl.load(order + tl.program_id(0) % n_slots)
-    return slot.to(tl.int64), (tl.program_id(0) // n_slots).to(tl.int64)
+    slot = tl.load(order + tl.program_id(0), volatile=AGAIN)
+    batch, first = slot // n_tiles, slot % n_tiles * SIZE
+    return slot.to(tl.int64), batch.to(tl.int64), tl.program_id(1).to(tl.int64), first.to(tl.int64)
 
 
 @triton.jit
@@ -140,11 +141,23 @@ def load_rows(pointer, first, stride, n_left, N: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def load_some(pointer, local, n_left, other, MASKED: tl.constexpr):
-    """Load one number a row: [N]. If MASKED, those from n_left on are `other`."""
+def row_numbers(N: tl.constexpr):
+    """0 … N − 1, for loading one number a row inside of a loop.
+
+    As tl.arange, but nothing that Triton could work out anew in another layout. It would else (up to 3.6) move the load
+    into the layout of the scores, in which a thread copies all the numbers that it will need, up to 32 of them four
+    bytes each, for every row, and every warp does so. Like this a thread copies one.
+    """
+    return tl.cumsum(tl.full([N], 1, tl.int32), 0) - 1
+
+
+@triton.jit
+def load_some(pointer, first, n_left, other, N: tl.constexpr, MASKED: tl.constexpr):
+    """Load one number a row, of the rows first … first + N: [N]. If MASKED, those from n_left on are `other`."""
+    local = row_numbers(N)
     if MASKED:
-        return tl.load(pointer + local, mask=local < n_left, other=other)
-    return tl.load(pointer + local)
+        return tl.load(pointer + (first + local), mask=local < n_left, other=other)
+    return tl.load(pointer + (first + local))
 
 
 @triton.jit
