@@ -149,9 +149,9 @@ class Layer(nn.Module):
     def forward(self, x_bld: Tensor, view: View, rotary_blr: Tensor | None = None) -> Tensor:
         if self.attends:
             h = self.norm_attention(x_bld)
-            q_bhld = self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
+            q_blhd = self.norm_query(self.query(h).to(h.dtype).unflatten(-1, (self.n_heads, self.d_head)))
             k_bhkd, v_bhkd = view.extend(*self.keys_values(h, rotary_blr))
-            q_bhld = rotate(self.norm_query(q_bhld), rotary_blr).to(v_bhkd.dtype)
+            q_bhld = rotate(q_blhd.transpose(1, 2), rotary_blr).to(v_bhkd.dtype)
             a_bhld = view.attend(q_bhld, k_bhkd, v_bhkd, self.slopes)
             x_bld = x_bld + self.out(a_bhld.transpose(1, 2).flatten(2))
         mlp_bld: Tensor = self.mlp(self.norm_mlp(x_bld))

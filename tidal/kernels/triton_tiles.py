@@ -214,7 +214,8 @@ def score_of(
     """
     if SHIFTED:
         return product * scale + tl.fma(k_position, slope, -origin)
-    score = product * scale - slope * tl.abs(q_position - k_position)
+    # fused by hand: what a compiler fuses may differ between the passes, and so would the rounding
+    score = tl.fma(product, scale, -slope * tl.abs(q_position - k_position))
     if RANGES == 1:
         start, end = bounds
         score = tl.where((key >= start) & (key < end), score, float("-inf"))
