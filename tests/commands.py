@@ -69,12 +69,14 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Pa
 
 
 def living() -> dict[int, int]:
-    """The ids of the living processes, and of those that started them. From /proc."""
+    """The ids of the living processes, and of those that started them. From /proc. Where the first thread has ended (Z)
+    and others have not, their files are still open."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
+            state, parent, *more = stat.read_text().rpartition(")")[2].split()
+            n_threads = int(more[15])
+            if state != "Z" or n_threads > 1:
                 found[int(stat.parent.name)] = int(parent)
     return found
 
