@@ -136,13 +136,14 @@ def test_no_memory_for_the_model_is_no_misfit(tmp_path: Path, monkeypatch: pytes
         load(folder)
 
 
-def test_loading_and_generating_import_no_compiler(tmp_path: Path) -> None:
-    """torch._dynamo, which tensors without memory fetch for some operations, takes longer to import than torch."""
-    folder = write(tmp_path / "run", *tiny("english", "memory", torch.float32))
+@pytest.mark.parametrize("shape", ["memory", "none"])
+def test_loading_and_generating_import_no_compiler(shape: str, tmp_path: Path) -> None:
+    """torch._dynamo, which tensors without memory and operators may fetch, takes longer to import than torch."""
+    folder = write(tmp_path / "run", *tiny("english", shape, torch.float32))
     program = f"""if True:
         import sys, tidal
         model, tokenizer = tidal.load({str(folder)!r})
-        tidal.generate(model, tokenizer, ["the"], max_new_units=9)
+        tidal.generate(model, tokenizer, ["the light " * 90], max_new_units=9)
         sys.exit("torch._dynamo" in sys.modules)"""
     subprocess.run([sys.executable, "-c", program], check=True)
 

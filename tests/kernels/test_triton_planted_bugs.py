@@ -24,10 +24,12 @@ number = itertools.count()
 
 BUGS: dict[str, tuple[str, str, str, str]] = {
     # name: (module, mask that shows it, what stands there, what is planted)
-    "wrong sign of ALiBi": ("tiles", "causal", "- slope * tl.abs(q_position", "+ slope * tl.abs(q_position"),
+    "wrong sign of ALiBi": ("tiles", "causal", "scale, -slope * tl.abs(", "scale, slope * tl.abs("),
     "signed distance": ("tiles", "random", "tl.abs(q_position - k_position)", "(q_position - k_position)"),
     "end of a range inclusive": ("tiles", "random", "(key < end_1)", "(key <= end_1)"),
     "start of a range off by one": ("tiles", "streams", "(key >= start) &", "(key > start) &"),
+    "row numbers from one on": ("tiles", "causal", "tl.int32), 0) - 1", "tl.int32), 0)"),
+    "results of the wrong tile": ("tiles", "causal", "n_tiles * SIZE", "n_tiles * (0 if AGAIN else SIZE)"),
     "second range ignored": ("tiles", "touching", "| ((key >= start_1) & (key < end_1))", ""),
     "the other run's range": ("forward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i < 0)"),
     "the other run's range in dq": (
@@ -77,7 +79,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             source = source.replace(
                 "from tidal.kernels import triton_backward, triton_decode, triton_forward",
                 f"from tidal.kernels import triton_decode\nfrom {package} import triton_backward, triton_forward",
-            ).replace('custom_op("tidal::', f'custom_op("{package}::')
+            ).replace('operator("tidal::', f'operator("{package}::')
             (tmp_path / package / f"triton_{name}.py").write_text(source)
         monkeypatch.syspath_prepend(str(tmp_path))
         attention = importlib.import_module(f"{package}.triton_attention")

@@ -111,7 +111,7 @@ def _defined(inputs: list[Tensor], ranges: Tensor, at_q: Tensor, at_k: Tensor) -
 
 
 def _gradients(out: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
-    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent)]
+    return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), inputs)]
 
 
 @check(18, "the same twice", "dropout or training mode is left on, or something is random that should not be")

@@ -6,6 +6,7 @@ reference.py  dense and readable, the oracle
 cpu.py        tiled, memory linear in the number of tokens
 cpu_rows.py   rows of a cache one by one, where they lie
 triton_*.py   fused kernels: forward, backward, decoding, and the plan on the device
+operators.py  what torch sees of them
 aot.py        compiles them without a GPU
 picture.py    python -m tidal.kernels.picture draws who sees whom, tile by tile
 

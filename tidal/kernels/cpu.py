@@ -17,6 +17,7 @@ z = b·g, m = r·q rows of one batched matrix product.
 import torch
 from torch import Tensor
 
+from tidal.kernels.operators import operator, without_gradient
 from tidal.kernels.plan import TilePlan
 
 softmax_backward = torch.ops.aten._softmax_backward_data.default  # weight · (dweight − Σ weight · dweight), fused
@@ -212,7 +213,7 @@ class Tiles:
         return weight_zmk, distance
 
 
-@torch.library.custom_op("tidal::interval_attention_cpu", mutates_args=())
+@operator("tidal::interval_attention_cpu")
 def attend_tiled(
     q: Tensor,
     k: Tensor,
@@ -238,7 +239,7 @@ def attend_tiled(
     return out
 
 
-@torch.library.custom_op("tidal::interval_attention_cpu_backward", mutates_args=())
+@operator("tidal::interval_attention_cpu_backward")
 def attend_tiled_backward(
     dout: Tensor,
     q: Tensor,
@@ -287,10 +288,10 @@ def attend_tiled_backward(
     return dq, dk, dv, dslopes_gr.view(-1).to(slopes.dtype)
 
 
-attend_tiled.register_fake(lambda q, *_: q.new_empty(q.shape))
-attend_tiled_backward.register_fake(
-    lambda _dout, q, k, v, _ranges, _qp, _kp, slopes, *_: tuple(x.new_empty(x.shape) for x in (q, k, v, slopes))
-)
+torch.library.register_fake(attend_tiled, lambda q, *_: q.new_empty(q.shape))
+torch.library.register_fake(attend_tiled_backward, lambda _dout, q, k, v, _ranges, _qp, _kp, slopes, *_: tuple(
+    x.new_empty(x.shape) for x in (q, k, v, slopes)
+))  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -304,4 +305,5 @@ def _backward(ctx, dout):  # type: ignore[no-untyped-def]
     return dq, dk, dv, None, None, None, (dslopes if need_slopes else None), None, None, None
 
 
-attend_tiled.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(attend_tiled, _backward, setup_context=_setup_context)
+without_gradient(attend_tiled_backward)

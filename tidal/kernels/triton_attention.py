@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tidal.kernels import triton_backward, triton_decode, triton_forward
+from tidal.kernels.operators import operator, without_gradient
 from tidal.kernels.plan import TilePlan
 from tidal.kernels.triton_plan import HEAD, tables
 from tidal.kernels.triton_tiles import DTYPES, HEAD_DIMS, INTERPRETED
@@ -191,7 +192,7 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-@torch.library.custom_op("tidal::interval_attention_triton", mutates_args=())
+@operator("tidal::interval_attention_triton")
 def attend_fused(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
     rows: Tensor, order: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int], atomic: bool,
@@ -223,7 +224,7 @@ def attend_fused(
     return out, lse
 
 
-@torch.library.custom_op("tidal::interval_attention_triton_backward", mutates_args=())
+@operator("tidal::interval_attention_triton_backward")
 def attend_fused_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor,
     slopes: Tensor, out: Tensor, lse: Tensor, backward_plan: Sequence[Tensor], scale: float, tiles: Sequence[int],
@@ -275,15 +276,12 @@ def attend_fused_backward(
     return dq, dk, dv, dslopes
 
 
-@attend_fused.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@attend_fused_backward.register_fake
-def _(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _r: Tensor, _qp: Tensor, _kp: Tensor, slopes: Tensor,
-      *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return heads_last(q), heads_last(k), heads_last(v), torch.zeros_like(slopes)
+torch.library.register_fake(attend_fused, lambda q, *_: (
+    heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+))  # fmt: skip
+torch.library.register_fake(attend_fused_backward, lambda _dout, q, k, v, _ranges, _qp, _kp, slopes, *_: (
+    heads_last(q), heads_last(k), heads_last(v), torch.zeros_like(slopes)
+))  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -301,4 +299,5 @@ def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
     return dq, dk, dv, None, None, None, dslopes, None, None, [None] * len(backward_plan), None, None, None
 
 
-attend_fused.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(attend_fused, _backward, setup_context=_setup_context)
+without_gradient(attend_fused_backward)

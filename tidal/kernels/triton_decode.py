@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidal.device import upload
+from tidal.kernels.operators import operator, without_gradient
 from tidal.kernels.triton_tiles import LOG2E, dot
 
 MOST_QUERIES = 64
@@ -174,7 +175,7 @@ def merge_kernel(part, lse, out, n_rows, n_splits, HEAD_DIM: tl.constexpr, CHUNK
 # ------------------------------------------------------------------------------------------ launching
 
 
-@torch.library.custom_op("tidal::interval_attention_decode", mutates_args=())
+@operator("tidal::interval_attention_decode")
 def decode(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes: Tensor,
            scale: float, kv_rows: Tensor | None = None, launch: Sequence[int] | None = None) -> Tensor:  # fmt: skip
     """Interval attention without gradients, for up to MOST_QUERIES queries in a dtype and head dimension of the others.
@@ -212,9 +213,12 @@ def decode(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, 
     return out
 
 
-@decode.register_fake
+@torch.library.register_fake(decode)
 def _(q, *_):
     return q.new_empty(q.shape)
+
+
+without_gradient(decode)
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidal.kernels.operators import operator
 from tidal.kernels.plan import TilePlan
 
 ROW = tl.constexpr(16)
@@ -187,7 +188,7 @@ def order_kernel(work, order, n):
     tl.store(order + place, i, mask=i < n)
 
 
-@torch.library.custom_op("tidal::interval_plan", mutates_args=())
+@operator("tidal::interval_plan")
 def interval_plan(
     ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:
@@ -228,7 +229,7 @@ def interval_plan(
     return table, order
 
 
-@interval_plan.register_fake
+@torch.library.register_fake(interval_plan)
 def _(
     ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
 ) -> tuple[Tensor, Tensor]:

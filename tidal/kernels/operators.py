@@ -1,0 +1,38 @@
+"""Operators: what torch, its compiler and its autograd see as one node.
+
+As torch.library.custom_op, but for one thing: that one imports torch's compiler when an operator is first called, which
+takes longer than all of torch, and which nobody needs who does not compile.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch._ops import OpOverload
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Decorate a function of annotated arguments, which changes none of them, as the operator `name` on any device.
+
+    What it gives is called like the function, and needs `torch.library.register_fake` and either
+    `torch.library.register_autograd` or :func:`without_gradient`.
+    """
+
+    def define(function: Callable[..., Any]) -> OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        namespace, own = name.split("::")
+        found: OpOverload = getattr(getattr(torch.ops, namespace), own).default
+        return found
+
+    return define
+
+
+def without_gradient(operator: OpOverload) -> None:
+    """Refuse to differentiate it: by itself, torch would take its gradient for zero."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise NotImplementedError(f"{operator} cannot be differentiated")
+
+    torch.library.register_autograd(operator, refuse)
