@@ -51,6 +51,8 @@ def test_shares_by_hand() -> None:
     figures = count_degenerate(done)
     assert figures["endless"] == sum(c.stop_reason == "length" for c in done) / 9
     assert figures["blocks"] == sum(len(c.blocks) for c in done) / 9
+    ended = [c.blocks for c in done if c.stop_reason == "eos"]
+    assert figures["ended_at_once"] == sum(not blocks for blocks in ended) / 9 < len(ended) / 9
     distinct = sum(len(set(c.blocks)) for c in done) / sum(len(c.blocks) for c in done)
     assert figures["distinct_blocks"] == distinct
     assert set(count_degenerate([]).values()) == {0.0}

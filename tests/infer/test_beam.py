@@ -25,6 +25,7 @@ from tests.infer.beams import (
 from tests.laws import EXACT, assert_close
 from tests.strategies import SHAPES, TOKENIZERS, short_text, tiny, tiny_copy, tokenizers
 from tidal.infer import __main__ as command
+from tidal.infer import beam
 from tidal.infer.beam import Hypothesis, beam_search
 from tidal.infer.decoder import Decoder
 
@@ -144,6 +145,10 @@ def test_it_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         beam_search(model, tokenizers()["bytes"], ["the"])
     assert beam_search(model, tokenizer, []) == []
+    one_of_two = torch.zeros(2, 5)
+    one_of_two[1, 3] = math.nan
+    with pytest.raises(RuntimeError, match="damaged"):
+        beam._take(one_of_two, torch.ones(2, 5, dtype=torch.bool), [0.0, 0.0], 2)
     damaged, _ = tiny_copy("english", "memory")
     with torch.no_grad():
         damaged.unit_embedding.weight[5] = math.nan

@@ -68,6 +68,13 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         gradients = [torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    ranges, *positions, slopes = others
+    plan = TilePlan.build(ranges, k.shape[2])
+    for moved in (1.0, 3.0):  # what a plan remembers is of these positions, too
+        at = [position * moved for position in positions]
+        wanted = interval_attention(q, *cache[:, rows], ranges, *at, slopes, backend="reference")
+        found = interval_attention(q, *cache, ranges, *at, slopes, backend=name, rows=rows, plan=plan)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for wrong in ([0, 1], [0, 1, 5], [0, 1, -1]):
         with pytest.raises(ValueError, match=r"rows must name 3 of the 5 rows of k.*got"):
             interval_attention(q, *cache, *others, rows=wrong)

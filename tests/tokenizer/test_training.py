@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tidal.tokenizer import MixedTokenizer
+from tidal.tokenizer.training import may_be_unit
 
 from . import laws
 from .strategies import HOSTILE
@@ -20,6 +21,12 @@ SCRIPT = """
 from tests.tokenizer import laws
 print(laws.tokenizer("mixed").fingerprint)
 """
+
+
+def test_what_may_be_a_unit() -> None:
+    """No control characters, no marks of sentencepiece (space, unknown, invalid), no surrogates, no plane from 4 on."""
+    assert not [char for char in "\0\x1f\x7f\u2581\u2585\ufffd\ud800\udfff\U00040000" if may_be_unit(char)]
+    assert all(map(may_be_unit, "a ~\u2580\u2582\ud7ff\ue000\ufffc\U0003ffff"))
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
