@@ -20,19 +20,7 @@ import torch
 
 from benchmarks import faults, forgeries
 from tests.commands import ROOT, SMALL
-from tests.train.runs import (
-    EVERY,
-    SETTINGS,
-    STEPS,
-    Hooked,
-    apart,
-    gradient,
-    model_for,
-    quick,
-    results,
-    unequal,
-    whole,
-)
+from tests.train.runs import EVERY, SETTINGS, STEPS, Hooked, apart, gradient, quick, results, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.model import Losses, TidalTransformer
@@ -200,24 +188,6 @@ def test_parts_give_the_same_gradient(parts: int) -> None:
     assert len({int(n) for n in (Hooked().batch(0).targets >= 0).sum(1)}) > 1  # rows differ in length
     assert apart(wanted, found) < 1e-13
     assert its == pytest.approx(figures, rel=1e-12)
-
-
-def test_a_gradient_by_hand() -> None:
-    """Of the mean over units, and of `aux_weight` of that over the blocks that were asked about."""
-    settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, clip=1e9, accumulate=2))
-    found, figures = gradient(settings, step=0)
-    recipe = Hooked(settings)
-    model, batches = model_for(settings, recipe.tokenizer).double(), [recipe.batch(i) for i in range(2)]
-    sums = [model(batch) for batch in batches]
-    units, asked = sum(s.n_units for s in sums), sum(s.n_aux for s in sums)
-    loss = sum(s.units for s in sums) / units + settings.optim.aux_weight * sum(s.aux for s in sums) / asked
-    wanted = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    assert apart(found, [g for g in wanted if g is not None]) < 1e-13
-    nats = sum(s.units.item() for s in sums)
-    assert figures["loss"] == pytest.approx(nats / units, rel=1e-12)
-    n_bytes = sum(b.n_bytes for b in batches)
-    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-12)
-    assert len({units, asked, n_bytes}) == 3
 
 
 def test_planted_bug_parts_that_weigh_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

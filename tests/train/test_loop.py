@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.train.runs import CPU, apart, train_step
+from tests.train.runs import CPU, Hooked, apart, gradient, train_step
 from tidal import checkpoint
 from tidal.blocks import BlockTable, Passage, passage
 from tidal.cli import UserError
@@ -220,6 +220,24 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert apart(gradients([texts[:2], texts[2:]], 2), together) < 1e-12
     assert apart(gradients([[text] for text in texts], 4), together) < 1e-12
     assert apart(gradients([texts[:2]], 1), together) > 1e-3
+
+
+def test_a_gradient_by_hand() -> None:
+    """Of the mean over units, and of `aux_weight` of that over the blocks that were asked about."""
+    settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, clip=1e9, accumulate=2))
+    found, figures = gradient(settings, step=0)
+    recipe = Hooked(settings)
+    model, batches = model_for(settings, recipe.tokenizer).double(), [recipe.batch(i) for i in range(2)]
+    sums = [model(batch) for batch in batches]
+    units, asked = sum(s.n_units for s in sums), sum(s.n_aux for s in sums)
+    loss = sum(s.units for s in sums) / units + settings.optim.aux_weight * sum(s.aux for s in sums) / asked
+    wanted = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    assert apart(found, [g for g in wanted if g is not None]) < 1e-13
+    nats = sum(s.units.item() for s in sums)
+    assert figures["loss"] == pytest.approx(nats / units, rel=1e-12)
+    n_bytes = sum(b.n_bytes for b in batches)
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-12)
+    assert len({units, asked, n_bytes}) == 3
 
 
 # ------------------------------------------------------------------------------------------ optimizer
