@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     """Decorate a function of annotated arguments, which changes none of them, as the operator `name` on any device.
 
-    What it gives is called like the function, and needs `torch.library.register_fake` and either
-    `torch.library.register_autograd` or :func:`without_gradient`.
+    What it gives is called like the function, and needs `torch.library.register_fake` and, unless its results are
+    integers, either `torch.library.register_autograd` or :func:`without_gradient`.
     """
 
     def define(function: Callable[..., Any]) -> OpOverload:
