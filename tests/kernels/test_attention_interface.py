@@ -50,6 +50,16 @@ def test_one_plan_for_many_layers() -> None:
     out_and_gradients(case, "cpu", plan)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """And not taken for zero."""
+    case = make_case(0)
+    plan = TilePlan.build(case.ranges, case.k.shape[2])
+    out = torch.ops.tidal.interval_attention_cpu(*case.inputs(), plan.slices, 64, 0.5)
+    [first] = torch.autograd.grad(out.square().sum(), case.q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"backward.* cannot be differentiated"):
+        torch.autograd.grad(first.square().sum(), case.q)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu, in place", "cpu", "triton"])
 @pytest.mark.parametrize("queries", [1, 13])
 def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
