@@ -50,6 +50,15 @@ def test_one_plan_for_many_layers() -> None:
     out_and_gradients(case, "cpu", plan)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_autocast_changes_nothing(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "DENSE_LIMIT", 2**60 if dense else -1)
+    inputs = [x.detach() for x in make_case(0, dtype=torch.float32).inputs()]
+    wanted = interval_attention(*inputs, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert interval_attention(*inputs, backend="cpu").equal(wanted)
+
+
 def test_a_second_derivative_is_refused() -> None:
     """And not taken for zero."""
     case = make_case(0)
