@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from tests.strategies import tiny, tiny_copy, tokenizers
@@ -115,3 +116,9 @@ def test_refuses() -> None:
         boundary_gap(model, tokenizer, ["night", "a"])
     with pytest.raises(ValueError, match="trained with tokenizer"):
         boundary_gap(model, tokenizers()["digits"], TEXTS)
+
+
+def test_log_probs_are_float64() -> None:
+    model, tokenizer = tiny("english", "memory", torch.float32)
+    table = BlockTable(tokenizer)
+    assert unit_log_probs(model, [passage(table, "", "the")], table)[0].dtype == np.float64

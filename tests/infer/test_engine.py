@@ -332,3 +332,15 @@ def test_garbage_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Grammar, "_finishes", in_bytes_too)
     with pytest.raises(AssertionError, match="is not the spelling"):
         fuzz.main()
+
+
+def test_a_stop_string_may_begin_the_text() -> None:
+    """It ends the text at once, though nothing as long was written before."""
+    model, tokenizer = tiny_copy("english", "memory")
+    model.head_mask[tokenizer.eos_id] = -math.inf
+    for seed in range(3):
+        how: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_new_units": 40}
+        free = generate(model, tokenizer, ["the cat"], **how)[0]
+        stopped = generate(model, tokenizer, ["the cat"], stop=[free.blocks[0]], **how)[0]
+        assert (stopped.blocks, stopped.stop_reason) == ([], "stop_string")
+        assert stopped.units == free.unit_names.index("<eob>") + 1, "another block was written"

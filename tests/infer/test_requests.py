@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.infer.test_engine import PROMPTS, same
-from tests.strategies import tiny, tiny_copy
+from tests.strategies import tiny, tiny_copy, tokenizers
 from tidal.infer import engine as module
 from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
@@ -311,7 +311,7 @@ def test_memory_cut_short_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_read_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the bound, rows are read alone; texts do not change."""
     model, tokenizer = tiny("english", "memory")
-    prompts = ["the cat sat on the mat " * n for n in (1, 1, 2, 2, 2, 2, 8, 9)]
+    prompts = ["the cat sat on the mat " * n for n in (9, 2, 1, 2, 8, 2, 1, 2)]
     how: dict[str, Any] = {"temperature": 1.0, "max_new_units": 20}
     wanted = generate(model, tokenizer, prompts, **how)
     passes, read = list[tuple[int, int]](), Decoder.read
@@ -341,3 +341,8 @@ def test_a_prompt_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     generate(*tiny("english", "memory"), ["the cat sat"] * 12, temperature=1.0, max_new_units=20, batch_size=4)
     assert len(first) == 12
     assert set(first) == {first[0]} != {1}
+
+
+def test_another_tokenizer_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(tiny("english", "memory")[0], tokenizers()["bytes"])

@@ -144,3 +144,8 @@ def test_seeds() -> None:
     assert blocks(1) == blocks(1)
     assert blocks(1) != blocks(2)
     assert len({tuple(b) for b in blocks(1)}) > 2, "prompts alike, samples not"
+
+
+def test_min_p_is_a_share_of_the_likeliest() -> None:
+    logits, allowed = np.array([5.0, 4.0, 1.0]), np.ones(3, np.bool_)
+    assert draw(logits, allowed, Sampling(1.0, min_p=0.3), [0.0, np.nextafter(1.0, 0.0)]) == [0, 1]

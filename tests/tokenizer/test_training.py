@@ -113,3 +113,11 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 def test_one_string_is_not_an_iterable_of_texts() -> None:
     with pytest.raises(TypeError, match="not one string"):
         MixedTokenizer.train("text")
+
+
+@pytest.mark.parametrize("n", range(28, 38))
+def test_the_head_has_room_for_any_alphabet(n: int) -> None:
+    """Of 381 to 390 units: 384 is a multiple of 64."""
+    tokenizer = MixedTokenizer.train(["".join(chr(0x4E00 + i) for i in range(n))], 600)
+    assert tokenizer.n_writable == 353 + n
+    laws.check_layout(tokenizer)

@@ -344,3 +344,12 @@ def test_the_benchmark_notices_what_it_is_for(tmp_path: Path, monkeypatch: pytes
         accepted = forgeries.forged(tmp_path, last)["accepted"]
     assert {"name that climbs out", "link to a file outside", "link to a folder outside"} <= set(accepted)
     assert "pickle as weights" not in accepted
+
+
+def test_what_was_not_validated_is_not_the_best(tmp_path: Path) -> None:
+    def hook(what: str, step: int) -> None:
+        if what == "validate" and step > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    train(SETTINGS, Hooked(hook=hook), tmp_path)
+    assert (tmp_path / "best").read_text() == "step-000003\n"

@@ -21,7 +21,7 @@ from tests.train.runs import SETTINGS, Hooked, unequal, whole
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.train import disk, loop
-from tidal.train.disk import append, check_space, keep_lines, locked, retry_while_full
+from tidal.train.disk import append, check_space, check_writable, keep_lines, locked, retry_while_full
 from tidal.train.loop import Run, train
 from tidal.train.stop import Stop, Stopped
 
@@ -147,3 +147,16 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         raise AssertionError("locked twice")
     with locked(tmp_path):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_again_every_five_minutes(tmp_path: Path, clock: list[float],
+                                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    retry_while_full(mock.Mock(side_effect=[FULL] * 130 + [None]), tmp_path, Stop())
+    assert sum(clock) == 650
+    assert capsys.readouterr().err.count("THE DISK IS FULL") == 3
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="may not be written to"):
+        check_writable(tmp_path / "run")

@@ -38,7 +38,7 @@ from tidal.train.optim import Optimizer
 from tidal.train.recipes.addition import AdditionRecipe
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.records import Metrics
-from tidal.train.resume import Saved, look_in, may_continue
+from tidal.train.resume import Saved, check_unchanged, look_in, may_continue
 from tidal.train.stop import Stop, Stopped
 
 TWICE = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, accumulate=2))
@@ -313,3 +313,17 @@ def test_batches_that_draw_from_the_process_are_noticed(tmp_path: Path) -> None:
     wanted = whole(tmp_path / "whole", make=Noisy)
     assert unequal(whole(tmp_path / "again", make=Noisy), wanted) == []
     assert "weights" in unequal(stopped_and_continued(tmp_path / "stopped", "batch", 4, make=Noisy), wanted)
+
+
+def test_a_run_that_has_gone_meanwhile(undisturbed: Run, tmp_path: Path) -> None:
+    found = look_in(undisturbed[0])
+    assert "it holds no checkpoint now" in refused(check_unchanged, tmp_path, found)
+
+
+def test_latest_goes_back_at_once(undisturbed: Run, tmp_path: Path) -> None:
+    """What it names must not be what is undone."""
+    out = shutil.copytree(undisturbed[0], tmp_path / "run")
+    run = loop.Run(SETTINGS, Hooked(), out, Stop())
+    run.open(found := look_in(checkpoint.checkpoints(out)[0]))
+    run.close()
+    assert (out / "latest").read_text() == f"{found.folder.name}\n" != "step-000009\n"
