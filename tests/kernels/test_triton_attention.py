@@ -261,12 +261,15 @@ def test_offsets_beyond_32_bits() -> None:
         assert torch.equal(value, wanted[name]), name
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_more_batch_rows_than_the_smaller_limit_of_a_grid() -> None:
-    """A launch may have 2^31 − 1 programs along its first axis, 65,535 along the others."""
+    """A launch may have 2^31 − 1 programs along its first axis, 65,535 along the others. (The interpreter: any number,
+    so that a few rows do.)"""
+    n_rows = 5 if DEVICE == "cpu" else 66_000
     case = triton_case(14, "causal", torch.bfloat16, 1, 1, 1, q_tiles=0.1, k_tiles=0.1, head_dim=32)
     wanted = fused(case)
-    many = Case(*(x if x is case.slopes else x.expand(66_000, *x.shape[1:]).clone() for x in vars(case).values()))
+    many = Case(*(x if x is case.slopes else x.expand(n_rows, *x.shape[1:]).clone() for x in vars(case).values()))
     for name, value in fused(many).items():
-        assert name == "slopes" or torch.equal(value, wanted[name].expand_as(value)), name
+        if name == "dslopes":
+            torch.testing.assert_close(value, n_rows * wanted[name], rtol=1e-3, atol=0)
+        else:
+            assert torch.equal(value, wanted[name].expand_as(value)), name

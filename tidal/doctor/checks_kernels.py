@@ -111,6 +111,7 @@ def _defined(inputs: list[Tensor], ranges: Tensor, at_q: Tensor, at_k: Tensor) -
 
 
 def _gradients(out: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    # a product, since torch imports sympy to look at the shape of a cotangent
     return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), inputs)]
 
 
