@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+import torch._dynamo  # noqa: F401  which remembers torch's functions when it is imported: not while some of them are replaced
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -46,12 +47,14 @@ def set_threads(d_model: int, asked: int = 0) -> None:
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers, lists of them or a tensor, as a tensor on the device, sent without waiting for it.
+    """Numbers, lists of them (of one shape; of floating point ones say the dtype) or a tensor, as a tensor on the
+    device, sent without waiting for it.
 
     A copy from pageable memory makes the host wait for all that the GPU has been given to do; one from pinned memory
     joins the queue.
     """
-    here = torch.as_tensor(values, dtype=dtype)
+    array = values if isinstance(values, Tensor) else np.asarray(values)  # torch takes five times as long to read lists
+    here = torch.as_tensor(array, dtype=dtype)
     if device.type == "cuda" and here.is_cpu:
         return here.pin_memory().to(device, non_blocking=True)
     return here.to(device)

@@ -18,7 +18,8 @@ from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 
 KeysValues = tuple[Tensor, Tensor]
 
-FEW_ROWS = 128
+FEW_ROWS = 256
+FEWER_ROWS = 8
 LARGE = 2**16  # elements of a weight that is not expected to lie in a core's own cache
 
 
@@ -67,9 +68,23 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cpu and x.dtype == torch.float32 and weight.numel() >= LARGE and not torch.is_grad_enabled():
         n_rows = x.numel() // x.shape[-1]
         if 1 < n_rows <= FEW_ROWS:
-            y = torch.mm(weight, x.reshape(n_rows, -1).t()).t().view(*x.shape[:-1], len(weight))
+            rows = x.reshape(n_rows, -1)
+            if n_rows <= FEWER_ROWS:  # what comes from another such product lies the other way round
+                rows = rows.contiguous()
+            y = torch.mm(weight, rows.t()).t().view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+def filled(n_rows: int) -> int:
+    """The number of rows, from this one on, with which a weight is multiplied soonest on a CPU.
+
+    MKL multiplies 16 rows at a time, and those that are left in eights, fours, twos and ones, each of which takes about
+    as long as the others and a third of what 16 do: 15 rows cost twice as much as 16 (docs/decoding.md).
+    """
+    if n_rows <= 6:
+        return 4 if n_rows == 3 else n_rows
+    return n_rows + -n_rows % 8
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tidal.device import upload
 from tidal.infer import recorded
 from tidal.infer.sampling import NOT_FINITE
 from tidal.kernels import TilePlan
-from tidal.layers import KeysValues, View
+from tidal.layers import KeysValues, View, filled
 from tidal.model import TidalTransformer
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
@@ -26,7 +26,7 @@ from tidal.tokenizer import Block, MixedTokenizer
 class RaggedView(View):
     """Rows of different lengths, one after the other in one row without padding; only attention spreads them.
 
-        layers      a b c d e f       what a layer does to each token by itself, it does to these
+        layers      a b c d e f 0 0   what a layer does to each token by itself, it does to these, filled up with zeros
         attention   a b ·             where    (0, 0) (0, 1) (1, 0) (2, 0) (2, 1) (2, 2)
                     c · ·
                     d e f
@@ -36,12 +36,13 @@ class RaggedView(View):
     """Row and column of each token, int64 [tokens]."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        """Of queries [1, H, tokens, D]."""
+        """Of queries [1, H, tokens and zeros, D]."""
         n_rows, width = self.q_position.shape
         spread = q.new_zeros(n_rows, q.shape[1], width, q.shape[3])
         row, column = self.where
-        spread[row, :, column] = q[0].transpose(0, 1)
-        return super().attend(spread, k, v, slopes)[row, :, column].transpose(0, 1)[None]
+        spread[row, :, column] = q[0, :, : len(row)].transpose(0, 1)
+        out = super().attend(spread, k, v, slopes)[row, :, column]
+        return F.pad(out, (0, 0, 0, 0, 0, q.shape[2] - len(row))).transpose(0, 1)[None]
 
 
 @contextlib.contextmanager
@@ -67,9 +68,9 @@ class KeyValueCache:
         self.data = torch.zeros(size, dtype=weight.dtype, device=weight.device)
 
     def put(self, at: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
-        """Store k, v [r, H, L, D] at row and slot indices [r·L]."""
+        """Store k, v [r, H, L, D] at row and slot indices [r·L], or [n] for the first n of them."""
         for side, new in zip(self.data, (k, v), strict=True):
-            side[at[0], :, at[1]] = new.transpose(1, 2).flatten(0, 1)
+            side[at[0], :, at[1]] = new.transpose(1, 2).flatten(0, 1)[: len(at[0])]
 
     def get(self, end: int) -> KeysValues:
         """Keys and values [B, H, end, D] of all rows, not copied."""
@@ -193,43 +194,55 @@ class Decoder:
 
     def _append(self, rows: Sequence[int], news: list[list[ReaderToken]]) -> None:
         lengths, ends = [len(new) for new in news], [self.builders[r].n_read for r in rows]
-        width, end = max(lengths), max(ends)
+        width, end, n = max(lengths), max(ends), sum(lengths)
         self._reserve(end)
+        lines = self._lines(rows, width)
         # columns: row, slot, line and column in this pass, id, place; what it sees, and an empty range
         data = upload([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
-                       for line, (r, end_r, new) in enumerate(zip(rows, ends, news, strict=True))
+                       for r, line, end_r, new in zip(rows, map(lines.index, rows), ends, news, strict=True)
                        for i, t in enumerate(new)], self.device)  # fmt: skip
         row, slot, line, column, ids, places = data[:, :6].unbind(1)
         position = upload([t.position for new in news for t in new], self.device, torch.float32)
         self.positions[row, self.n_block + slot] = position
-        ranges = data.new_zeros(len(rows), width, 2, 2, dtype=torch.int32)
+        ranges = data.new_zeros(len(lines), width, 2, 2, dtype=torch.int32)
         ranges[line, column] = data[:, 6:].to(torch.int32).view(-1, 2, 2)
-        q_position = position.new_zeros(len(rows), width)
+        q_position = position.new_zeros(len(lines), width)
         q_position[line, column] = position
-        some = self._some(rows)
+        some = self._some(lines)
         here = slice(None) if some is None else upload(some, self.device)
         k_position = self.positions[here, self.n_block : self.n_block + end]
         plan = TilePlan.build(ranges, end)  # remembers distances and mask for all layers
-        ragged = min(lengths) < width
+        ragged = n < len(lines) * width or list(rows) != list(lines)
 
         def view(cache: KeyValueCache) -> View:
             def extend(k: Tensor, v: Tensor) -> KeysValues:
                 cache.put((row, slot), k, v)
                 return cache.get(end)
 
-            seen = ranges, q_position, k_position, extend, plan, rows
+            seen = ranges, q_position, k_position, extend, plan, lines
             return RaggedView(*seen, where=(line, column)) if ragged else View(*seen)
 
-        ids, places = (x.view((1, -1) if ragged else (len(rows), width)) for x in (ids, places))
+        if ragged:
+            ids, places = (F.pad(x, (0, filled(n) - n))[None] for x in (ids, places))
+        else:
+            ids, places = (x.view(len(rows), width) for x in (ids, places))
         lasts = [i - 1 for i, new in zip(itertools.accumulate(lengths), news, strict=True) if new]
+        n_grown = len(lasts)
+        lasts += lasts[:1] * (filled(n_grown) - n_grown)
         last_of = upload(lasts, self.device, torch.int64)  # before the pass: an upload behind it would wait for its end
         states = self.model.read(ids, places, [view(c) for c in self.reader_caches])
         if self.model.has_memory:
             self.writer_caches[0].put((row, self.n_block + slot), *self.model.memory(states, places))
-        last, grown = states.flatten(0, 1)[last_of], row[last_of]
-        self.context[grown] = self.model.context(last)
+        last, grown = states.flatten(0, 1)[last_of], row[last_of[:n_grown]]
+        self.context[grown] = self.model.context(last)[:n_grown]
         if self.model.foretold:
-            self.sums[grown] = self.model.foretold.sums(self.model.foretell(last))
+            self.sums[grown] = self.model.foretold.sums(self.model.foretell(last)[:n_grown])
+
+    def _lines(self, rows: Sequence[int], width: int) -> Sequence[int]:
+        """Which rows of the caches attention goes over, where these read up to `width` tokens each: all, if at least
+        half of them read a block. The others then see nothing; to put the keys of those together would take longer."""
+        n_rows = len(self.builders)
+        return range(n_rows) if width <= self.n_block and n_rows <= 2 * len(rows) else rows
 
     def step(self, rows: Sequence[int], written: Sequence[Sequence[int]], *, check: bool = True) -> Tensor:
         """Logits [rows, n_head] for the unit that follows those `written` so far in each row's block.
@@ -240,7 +253,10 @@ class Decoder:
         if unread := sorted(self._unread.intersection(rows)):
             self.read(unread, [[]] * len(unread))
         steps = [self.builders[r].step(w) for r, w in zip(rows, written, strict=True)]
-        n, some = self.n_block, self._some(rows)
+        n, n_rows = self.n_block, len(rows)
+        if self.steps_some and (more := filled(n_rows) - n_rows):  # the first once more, for quicker products
+            rows, written, steps = ([*x, *[x[0]] * more] for x in (rows, written, steps))
+        some = self._some(rows)
         data = upload(
             [[(r, len(w), s.id, s.place, s.node, *s.suffixes, *s.recalled,
                s.sees_reader[0] + n, s.sees_reader[1] + n, *s.sees_writer, *s.sees_writer, 0, 0)]
@@ -254,7 +270,7 @@ class Decoder:
             logits = self.recording(data, q_position, context)
         else:
             logits = self._write(some, n + max(s.sees_reader[1] for s in steps), data, q_position, context)
-        return self._checked(logits, len(rows), check)
+        return self._checked(logits, len(rows), check)[:n_rows]
 
     def _write(self, some: list[int] | None, memory_end: int, data: Tensor, q_position: Tensor,
                context: Tensor) -> Tensor:  # fmt: skip

@@ -7,13 +7,12 @@
 Shape letters as in cpu.py.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tidal.kernels.cpu import blind_queries, dense_geometry, one_tile
+from tidal.kernels.cpu import blind_queries, dense_geometry
 from tidal.kernels.plan import TilePlan
 
 LIMIT = 2**17
@@ -43,10 +42,9 @@ def row_ends(ranges: Tensor, n_keys: int) -> Tensor:
     return ranges[..., 1].amax(dim=(1, 2)).clamp(1, n_keys)
 
 
-def query_ends(ranges: Tensor, n_keys: int) -> Tensor:
+def query_ends(blind_bq: Tensor) -> Tensor:
     """int64 [B]: the end of the last query of a row that sees a key; those of shorter rows are padding behind it."""
-    sighted_bq = blind_queries(ranges, n_keys).logical_not()
-    return (sighted_bq * torch.arange(1, ranges.shape[1] + 1)).amax(1)
+    return (blind_bq.logical_not() * torch.arange(1, blind_bq.shape[1] + 1)).amax(1)
 
 
 def attend_rows(
@@ -62,36 +60,50 @@ def attend_rows(
     *,
     rows: Sequence[int],
 ) -> Tensor:
-    """A tile for each row of the batch, of its queries up to the last one that sees anything, over the keys of its row
-    of k and v up to the last one that is seen.
+    """Attention of each row of the batch by itself: of its queries up to the last one that sees anything, over the keys
+    of its row of k and v up to the last one that is seen.
 
     Nothing of these is copied, and a row does not pay for others that are longer.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    geometries = rows_geometry(ranges, q_position, k_position, dtype, plan)
-    scaled, slopes, out = q.to(dtype) * scale, slopes.to(dtype), q.new_zeros(q.shape)
-    for i, (row, geometry) in enumerate(zip(rows, geometries, strict=True)):
-        n_queries, end = geometry[0].shape[-2:]
-        k_row, v_row = (x[row : row + 1, :, :end].to(dtype) for x in (k, v))
-        out[i, :, :n_queries] = one_tile(scaled[i : i + 1, :, :n_queries], k_row, v_row, slopes, *geometry)[0]
-    return out
+    n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    sighted, biases = rows_bias(ranges, q_position, k_position, slopes.to(dtype).view(n_kv_heads, -1, 1, 1), plan)
+    out, queries = q.new_zeros(q.shape), (q.to(dtype) * scale).unbind()
+    keys, values = k.transpose(2, 3).unbind(), v.unbind()  # one call: a row then takes as long as its two products
+    for i, (row, q_hqd, bias_gmk) in enumerate(zip(rows, queries, biases, strict=True)):
+        n_queries, n_keys = bias_gmk.shape[1] * n_kv_heads // n_heads, bias_gmk.shape[2]
+        if not n_queries:
+            continue
+        q_gmd = q_hqd[:, :n_queries].reshape(n_kv_heads, -1, head_dim)
+        weight_gmk = torch.baddbmm(bias_gmk, q_gmd, keys[row][:, :, :n_keys].to(dtype)).softmax(dim=-1)
+        out_gmd = torch.bmm(weight_gmk, values[row][:, :n_keys].to(dtype))
+        out[i, :, :n_queries] = out_gmd.view(n_heads, n_queries, head_dim)
+    return out * sighted if sighted.numel() else out
 
 
-def rows_geometry(
-    ranges: Tensor, q_position: Tensor, k_position: Tensor, dtype: torch.dtype, plan: TilePlan | None
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`dense_geometry` of each row by itself, of its queries over its keys; kept in the plan for the next layer."""
-    key = f"rows {dtype} {torch.is_inference_mode_enabled()}"
+def rows_bias(
+    ranges: Tensor, q_position: Tensor, k_position: Tensor, slopes_gr11: Tensor, plan: TilePlan | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`sighted` [B, 1, Lq, 1] as `dense_geometry` has it, empty if padding alone is blind; and of each row the bias
+    [Hkv, G·q, k] of its queries over its keys. Kept in the plan for the next layer, whose slopes are the same as a
+    rule.
+    """
+    key = f"rows {torch.is_inference_mode_enabled()}"
     if plan is not None and key in plan.memo:
-        q_seen, k_seen, *kept = plan.memo[key]
-        if q_seen is q_position and k_seen is k_position:
-            return list(zip(kept[::3], kept[1::3], kept[2::3], strict=True))
-    n_keys = k_position.shape[1]
-    sizes = zip(query_ends(ranges, n_keys).tolist(), row_ends(ranges, n_keys).tolist(), strict=True)
-    geometries = [
-        dense_geometry(ranges[i : i + 1, :n], q_position[i : i + 1, :n], k_position[i : i + 1, :end], dtype, None)
-        for i, (n, end) in enumerate(sizes)
-    ]
-    if plan is not None:
-        plan.memo[key] = (q_position, k_position, *itertools.chain.from_iterable(geometries))
-    return geometries
+        q_seen, k_seen, slopes_seen, sighted, *kept = plan.memo[key]
+        if q_seen is q_position and k_seen is k_position and torch.equal(slopes_seen, slopes_gr11):
+            return sighted, tuple(kept)
+    n_keys, dtype = k_position.shape[1], slopes_gr11.dtype
+    blind_bq = blind_queries(ranges, n_keys)
+    n_queries = query_ends(blind_bq)
+    sighted = slopes_gr11.new_empty(0)
+    if bool((blind_bq.sum(1) + n_queries > blind_bq.shape[1]).any()):
+        sighted = blind_bq.logical_not()[:, None, :, None].to(dtype)
+    biases = []
+    for i, (n, end) in enumerate(zip(n_queries.tolist(), row_ends(ranges, n_keys).tolist(), strict=True)):
+        here = ranges[i : i + 1, :n], q_position[i : i + 1, :n], k_position[i : i + 1, :end]
+        distance, mask, _ = dense_geometry(*here, dtype, None)
+        biases.append(torch.addcmul(mask[0], distance[0], slopes_gr11, value=-1).view(len(slopes_gr11), -1, end))
+    if plan is not None and not slopes_gr11.requires_grad:
+        plan.memo[key] = (q_position, k_position, slopes_gr11, sighted, *biases)
+    return sighted, tuple(biases)
