@@ -15,6 +15,7 @@ from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Engine, generate
 from tidal.infer.sampling import Sampling
 from tidal.infer.score import score
+from tidal.kernels import cpu_rows
 from tidal.recall import Recollection
 
 shapes = pytest.mark.parametrize("shape", SHAPES)
@@ -48,6 +49,28 @@ def test_rows_that_stay_are_not_copied(shape: str) -> None:
             assert torch.equal(now, before[rows])
         assert [b.n_read for b in decoder.builders] == [builders[row].n_read for row in rows]
         assert len({id(builder.recollection) for builder in decoder.builders}) == 4
+
+
+@shapes
+@pytest.mark.parametrize("in_place", [0, 2**60])
+@pytest.mark.parametrize("rows", [[2, 0, 3, 1], [3, 1], [2]], ids=str)
+@torch.inference_mode()
+def test_rows_are_read_in_any_order(rows: list[int], in_place: int, shape: str,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """All, half or one of them, of one length or of several: as each alone."""
+    monkeypatch.setattr(cpu_rows, "IN_PLACE", in_place)
+    model, tokenizer = tiny("english", shape)
+    begun = [[tokenizer.encode_block(b) for b in tokenizer.split(t)] for t in ("the light", "a", "", "the land and")]
+    for texts in ([" dog"] * 4, [" dog", " light", " the", " xyz xy"]):
+        blocks = [[tokenizer.encode_block(text) for text in tokenizer.split(it)] for it in texts]
+        decoder = Decoder(model, tokenizer, 4, room=64)
+        decoder.read(range(4), begun)
+        decoder.read(rows, [blocks[row] for row in rows])
+        found = decoder.step(range(4), [[]] * 4)
+        for row in range(4):
+            alone = Decoder(model, tokenizer, 1)
+            alone.read([0], [begun[row] + (blocks[row] if row in rows else [])])
+            torch.testing.assert_close(found[row], alone.step([0], [[]])[0], rtol=0, atol=1e-9)
 
 
 @shapes

@@ -87,10 +87,10 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         gradients = [torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
-    ranges, *positions, slopes = others
-    plan = TilePlan.build(ranges, k.shape[2])
-    for moved in (1.0, 3.0):  # what a plan remembers is of these positions, too
-        at = [position * moved for position in positions]
+    ranges, *positions, slopes = (x.detach() for x in others)
+    plan, at = TilePlan.build(ranges, k.shape[2]), positions
+    for moved, steeper in ((1, 1), (1, 2), (3, 2)):  # what a plan remembers is of these positions and slopes, too
+        at, slopes = at if moved == 1 else [position * moved for position in positions], slopes * steeper
         wanted = interval_attention(q, *cache[:, rows], ranges, *at, slopes, backend="reference")
         found = interval_attention(q, *cache, ranges, *at, slopes, backend=name, rows=rows, plan=plan)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
