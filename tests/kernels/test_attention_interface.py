@@ -247,5 +247,5 @@ def test_a_row_ends_at_its_own_end(queries: int, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
         alike = torch.full_like(ranges[:, :, 0, 1], 400)
         ranges[:, :, 0, 1] = alike
-        assert not cpu_rows.in_place(q, k, ranges, range(4)), "one product serves rows that are as long as each other"
-        assert cpu_rows.in_place(q, k, ranges, [0, 2, 1, 3]), "unless they would be copied"
+        assert not cpu_rows.in_place(q, k, ranges, range(4), None), "one product serves rows as long as each other"
+        assert cpu_rows.in_place(q, k, ranges, [0, 2, 1, 3], None), "unless they would be copied"

@@ -138,7 +138,7 @@ def interval_attention(
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
-        if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows):
+        if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows, plan):
             attend = functools.partial(cpu_rows.attend_rows, rows=rows)
         elif cpu_rows.all_in_order(rows, k):
             pass

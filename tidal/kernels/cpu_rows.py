@@ -23,13 +23,18 @@ SEEN = 0.75
 """share of the keys that rows see, each up to its last, below which all of them are attended to one by one"""
 
 
-def in_place(q: Tensor, k: Tensor, ranges: Tensor, rows: Sequence[int]) -> bool:
+def in_place(q: Tensor, k: Tensor, ranges: Tensor, rows: Sequence[int], plan: TilePlan | None) -> bool:
     """Whether to attend to rows of a cache one by one: few queries, and many keys that would be copied or seen by
-    none."""
+    none. The plan remembers the answer for the next layer."""
     n_keys = k.shape[2]
     if q.shape[2] * n_keys > LIMIT or k[0].numel() < IN_PLACE:
         return False
-    return not all_in_order(rows, k) or int(row_ends(ranges, n_keys).sum()) < SEEN * len(rows) * n_keys
+    if not all_in_order(rows, k):
+        return True
+    memo = {} if plan is None else plan.memo
+    if "in place" not in memo:
+        memo["in place"] = (row_ends(ranges, n_keys).sum() < SEEN * len(rows) * n_keys,)
+    return bool(memo["in place"][0])
 
 
 def all_in_order(rows: Sequence[int], k: Tensor) -> bool:
