@@ -19,7 +19,7 @@ from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 KeysValues = tuple[Tensor, Tensor]
 
 FEW_ROWS = 256
-FEWER_ROWS = 8
+FEWER_ROWS = 8  # which are turned first, if they lie the other way round, as what another such product gives does
 LARGE = 2**16  # elements of a weight that is not expected to lie in a core's own cache
 
 
@@ -69,7 +69,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         n_rows = x.numel() // x.shape[-1]
         if 1 < n_rows <= FEW_ROWS:
             rows = x.reshape(n_rows, -1)
-            if n_rows <= FEWER_ROWS:  # what comes from another such product lies the other way round
+            if n_rows <= FEWER_ROWS:
                 rows = rows.contiguous()
             y = torch.mm(weight, rows.t()).t().view(*x.shape[:-1], len(weight))
             return y if bias is None else y + bias

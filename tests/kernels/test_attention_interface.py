@@ -87,6 +87,8 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         gradients = [torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+        halves = interval_attention(q.bfloat16(), *cache.bfloat16(), *others, backend=name, rows=rows)
+        torch.testing.assert_close(halves, wanted.bfloat16(), rtol=0.05, atol=0.05)
     ranges, *positions, slopes = (x.detach() for x in others)
     plan, at = TilePlan.build(ranges, k.shape[2]), positions
     for moved, steeper in ((1, 1), (1, 2), (3, 2)):  # what a plan remembers is of these positions and slopes, too

@@ -83,7 +83,7 @@ def attend_rows(
         weight_gmk = torch.baddbmm(bias_gmk, q_gmd, keys[row][:, :, :n_keys].to(dtype)).softmax(dim=-1)
         out_gmd = torch.bmm(weight_gmk, values[row][:, :n_keys].to(dtype))
         out[i, :, :n_queries] = out_gmd.view(n_heads, n_queries, head_dim)
-    return out * sighted if sighted.numel() else out
+    return out * sighted.to(q.dtype) if sighted.numel() else out
 
 
 def rows_bias(
@@ -93,7 +93,7 @@ def rows_bias(
     [Hkv, G·q, k] of its queries over its keys. Kept in the plan for the next layer, whose slopes are the same as a
     rule.
     """
-    key = f"rows {torch.is_inference_mode_enabled()}"
+    key = f"rows {slopes_gr11.dtype} {torch.is_inference_mode_enabled()}"
     if plan is not None and key in plan.memo:
         q_seen, k_seen, slopes_seen, sighted, *kept = plan.memo[key]
         if q_seen is q_position and k_seen is k_position and torch.equal(slopes_seen, slopes_gr11):
