@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from benchmarks.clock import cuda_is_lost
 from tidal.kernels import TilePlan, alibi_slopes, interval_attention
 from tidal.kernels.reference import visible_keys
 
@@ -318,5 +319,12 @@ def ready(p: Problem, rivals: Sequence[str], backend: str, *, backward: bool = T
 
 
 def said(reason: BaseException) -> str:
-    """The first line of an error."""
-    return f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+    """The first line of an error.
+
+    Raises:
+        SystemExit: CUDA is of no more use to this process, and all that came next would fail in the same way.
+    """
+    first = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]
+    if cuda_is_lost(reason):
+        raise SystemExit(f"CUDA has failed, and nothing more can be measured: {first}") from reason
+    return first

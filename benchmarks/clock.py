@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,12 @@ import torch
 CYCLES_PER_MS = 2_000_000
 """of a GPU at its highest frequency"""
 LONGEST_SLEEP_MS = 50.0
+
+
+def cuda_is_lost(error: BaseException) -> bool:
+    """Whether CUDA answers whatever this process asks of it from now on with the same error."""
+    lost = "illegal memory access|illegal instruction|misaligned address|unspecified launch failure|assert triggered"
+    return re.search(lost, str(error)) is not None
 
 
 class Clock:

@@ -258,6 +258,8 @@ class Led:
         self.choose(logits, allowed, settings, generators, *rest)
         if not self.start:
             self.begin()
+            if logits.is_cuda:  # prompts that are still being read are not part of it
+                torch.cuda.synchronize()
             self.start = time.perf_counter()
         return [next(self.units[id(g)], self.end) for g in generators]  # a row that has ended goes on with <eos>
 

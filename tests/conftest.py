@@ -50,6 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                                  [*LONGEST, item.path.stem].index(item.path.stem)))  # fmt: skip
 
 
+def pytest_exception_interact(call: pytest.CallInfo[None]) -> None:
+    """End a process of pytest-xdist to which CUDA is lost, for another to take its place: every later test that uses
+    the GPU would fail. What failed has been reported by now."""
+    error = call.excinfo and call.excinfo.value
+    if error and "PYTEST_XDIST_WORKER" in os.environ:
+        if importlib.import_module("benchmarks.clock").cuda_is_lost(error):
+            os._exit(1)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run in it, to be copied before it is changed. It has learnt nothing: blocks end at the cap."""

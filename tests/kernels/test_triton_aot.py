@@ -30,6 +30,8 @@ for dtype, head_dim, arch, kernels, tile in json.loads(sys.argv[1]):
         triton_attention.configuration = lambda *_: triton_attention.Config(*[triton_attention.Tile(*tile)] * 5)
     for spec in kernel_specs(getattr(torch, dtype), head_dim, arch):
         if not kernels or spec.name in kernels:
+            loose = [p.name for p in spec.kernel.params if spec.types[p.name] == "i32" and not p.do_not_specialize]
+            assert not {*loose} - {*spec.aligned}, (spec.name, loose)  # 1 and multiples of 16 would be compiled anew
             found = resources(spec, arch)
             ahead = copies_ahead(found.ttgir)
             print(json.dumps([arch, spec.name, spec.tile, found.registers, found.spills, found.shared, ahead]))
@@ -69,7 +71,8 @@ def assert_copies_ahead(found: list[Found]) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes a GPU's time for what needs none; -m slow compiles all")
 def test_training_at_the_default_head_dimension() -> None:
     """And the measurements themselves: 128 × 128 in four warps is known to spill, two stages not to copy ahead."""
-    kernels = {arch: [*ATTENTION, *(PLAN if arch == 90 else ())] for arch in ARCHITECTURES}
+    once = [*PLAN, "decode 4 rows", "decode merge"]
+    kernels = {arch: [*ATTENTION, *(once if arch == 90 else ())] for arch in ARCHITECTURES}
     requests = [("bfloat16", 32, arch, names, []) for arch, names in kernels.items()]
     *found, too_large, late = compiled(*requests, ("bfloat16", 64, 90, ["forward"], [128, 128, 4, 3]),
                                        ("bfloat16", 32, 90, ["dkdv"], [32, 64, 4, 2]))  # fmt: skip
@@ -81,6 +84,18 @@ def test_training_at_the_default_head_dimension() -> None:
     assert_copies_ahead([one for one in found if one[0] == 90])
     with pytest.raises(AssertionError, match=r"dkdv 32×64 waits for what it has just asked for on sm_90: \[0, 0"):
         assert_copies_ahead([late])
+
+
+def test_the_kernel_of_a_test() -> None:
+    """Triton's compiler refuses more than its interpreter does."""
+    program = (
+        "from test_triton_plan import launch_order_kernel as kernel\n"
+        "from tidal.kernels.aot import KernelSpec, resources\n"
+        "resources(KernelSpec('order', kernel, {'order': '*i32', 'found': '*i64'}, {}, 4, 3), 90)"
+    )
+    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/kernels'}"}
+    done = run([sys.executable, "-c", program], ROOT, env=environment)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.slow

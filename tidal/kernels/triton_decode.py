@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tidal.device import upload
 from tidal.kernels.operators import operator, without_gradient
-from tidal.kernels.triton_tiles import LOG2E, dot
+from tidal.kernels.triton_tiles import LOG2E, dot, load_some
 
 MOST_QUERIES = 64
 """queries per row and head that this kernel takes; more of them are not decoding but reading"""
@@ -50,8 +50,9 @@ class Launch(NamedTuple):
     length, and the longest may start last"""
 
 
-UNSPECIALIZED = ("n_queries", "n_keys", "n_splits")
-"""vary from step to step: a kernel must not be compiled anew for those that are 1 or multiples of 16"""
+UNSPECIALIZED = ("n_queries", "n_keys", "n_splits", "n_kv_heads", "n_rows", "stride_pb")
+"""vary from step to step, or when a cache grows: a kernel must not be compiled anew for those that are 1 or multiples
+of 16"""
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -105,7 +106,7 @@ def partial_kernel(
         there_n = key_n < n_keys
         k_tile = tl.load(k_nd + first_key.to(tl.int64) * stride_kn, mask=there_n[:, None], other=0.0)
         v_tile = tl.load(v_nd + first_key.to(tl.int64) * stride_vn, mask=there_n[:, None], other=0.0)
-        k_position_n = tl.load(k_position + batch * stride_pb + key_n, mask=there_n, other=0.0)
+        k_position_n = load_some(k_position + batch * stride_pb, first_key, n_keys - first_key, 0.0, TILE_N, True)
 
         score_mn = dot(q_md, tl.trans(k_tile)) * scale_log2e
         score_mn -= slope_m[:, None] * tl.abs(q_position_m[:, None] - k_position_n[None, :])
