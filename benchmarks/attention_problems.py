@@ -174,15 +174,11 @@ def tidal(p: Problem, backend: str) -> Attend:
 
 def build_plan(p: Problem, backend: str) -> None:
     """All that forward and backward need of the ranges: once a batch, for all layers and heads."""
-    TilePlan.build(p.ranges, p.k.shape[2])
+    plan = TilePlan.build(p.ranges, p.k.shape[2])
     if backend == "triton":
-        from tidal.kernels import triton_attention as ours
-        from tidal.kernels.triton_plan import interval_plan
+        from tidal.kernels import triton_attention
 
-        config = ours.configuration(p.q.dtype, p.q.shape[-1], ours.architecture(p.q.device))
-        kernels = ((config.forward, False), (config.dq, False), (config.dkdv, True))
-        for m, n, transpose in dict.fromkeys((tile.m, tile.n, transpose) for tile, transpose in kernels):
-            interval_plan(p.ranges, p.q_position, p.k_position, m, n, transpose)
+        triton_attention.prepare(plan, p.ranges, p.q_position, p.k_position, p.q.dtype, p.q.shape[3])
 
 
 def flex_attention(p: Problem, mode: str | None = None) -> Attend:

@@ -15,7 +15,7 @@ from triton_cases import DEVICE, STRUCTURES, exact, fused, poisoned, structured,
 
 from tidal.kernels import TilePlan, triton_attention
 from tidal.kernels.reference import visible_keys
-from tidal.kernels.triton_plan import HEAD, interval_plan
+from tidal.kernels.triton_plan import HEAD, MERGED, N_BOTH, N_FULL, N_SINGLE, PARTIAL, PAST, ROW, interval_plan
 from tidal.kernels.triton_tiles import work_of
 
 EMPTY, FIRST, SECOND, BOTH, FULL = range(5)
@@ -28,8 +28,8 @@ def states_of_rows(rows: Tensor, n_key_tiles: int, short: bool = False) -> Tenso
     called full."""
     states = torch.zeros(*rows.shape[:2], n_key_tiles, dtype=torch.int64)
     for b, t in torch.cartesian_prod(*map(torch.arange, rows.shape[:2])).tolist():
-        bounds = rows[b, t, :12].view(6, 2).tolist()
-        kinds = [BOTH] * 4 if rows[b, t, 13] else [FIRST, FIRST, SECOND, SECOND]
+        bounds = rows[b, t, PARTIAL.value : ROW.value].view(6, 2).tolist()
+        kinds = [BOTH] * 4 if rows[b, t, MERGED.value] else [FIRST, FIRST, SECOND, SECOND]
         full = [kinds[0], kinds[2]] if short and t == rows.shape[1] - 1 else [FULL, FULL]
         for state, (start, end) in zip(kinds + full, bounds, strict=True):
             assert 0 <= start <= end <= n_key_tiles or start == end
@@ -43,11 +43,12 @@ def states_of_columns(columns: Tensor) -> Tensor:
     n_batch, n_key_tiles, n_query_tiles = *columns.shape[:2], (columns.shape[2] - HEAD.value) // 2
     states = torch.zeros(n_batch, n_query_tiles, n_key_tiles, dtype=torch.int64)
     for b, t in torch.cartesian_prod(torch.arange(n_batch), torch.arange(n_key_tiles)).tolist():
-        n_single, n_full, _, n_both = columns[b, t, : HEAD.value].tolist()
+        n_single, n_full, n_both = (int(columns[b, t, at.value]) for at in (N_SINGLE, N_FULL, N_BOTH))
         entries, both = columns[b, t, HEAD.value :].view(2, -1).tolist()
         visited = [(x // 2, FIRST + x % 2) for x in entries[:n_single]] + [(x, BOTH) for x in both[:n_both]]
         visited += [(x, FULL) for x in entries[n_query_tiles - n_full :]]
         assert len({x for x, _ in visited}) == len(visited), "a tile is visited twice"
+        assert not any([*entries[n_single : n_query_tiles - n_full], *both[n_both:]]), "something is left over"
         for tile, state in visited:
             states[b, tile, t] = state
     return states
@@ -65,8 +66,9 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
     n_keys = k_position.shape[1]
     on_device = [x.to(DEVICE) for x in (ranges, q_position, k_position)]
     with poisoned():
-        rows, rows_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, False))
-        columns, columns_order = (x.cpu() for x in interval_plan(*on_device, tile_q, tile_k, True))
+        rows, rows_order, columns, columns_order = (
+            x.cpu() for x in interval_plan(*on_device, [tile_q, tile_k, 0, tile_q, tile_k, 1])
+        )
     states = states_of_rows(rows, -(-n_keys // tile_k))
     # The last queries are loaded under a mask where they fill no tile.
     by_columns = states_of_rows(rows, -(-n_keys // tile_k), short=len(q_position[0]) % tile_q > 0)
@@ -87,8 +89,8 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
 
     ahead = (k_position[:, None, :] > q_position[:, :, None]).float()
     mixed = tiled(ahead, 0.0, tile_q, tile_k).amax(-1) > 0
-    assert torch.equal(rows[..., 12] == 1, ~(mixed & (states == FULL)).any(2))
-    assert torch.equal(columns[..., 2] == 1, ~(mixed & (by_columns == FULL)).any(1))
+    assert torch.equal(rows[..., PAST.value] == 1, ~(mixed & (states == FULL)).any(2))
+    assert torch.equal(columns[..., PAST.value] == 1, ~(mixed & (by_columns == FULL)).any(1))
     for order, work in ((rows_order, (states > 0).sum(2)), (columns_order, (states > 0).sum(1))):
         wanted = work.flatten().argsort(descending=True, stable=True)
         assert torch.equal(order.long(), wanted), "not the longest first"
@@ -122,6 +124,19 @@ def test_plan_of_two_runs(data: st.DataObject) -> None:
     check_plan(ranges, torch.arange(10.0)[None], torch.arange(41.0)[None], 16, 4)
 
 
+def test_plans_made_at_once_are_those_made_alone() -> None:
+    """Of two and three shapes of tiles, and of one, whose launches have one or two parts."""
+    g = torch.Generator().manual_seed(0)
+    geometry = [x.to(DEVICE) for x in structured("packed", 3, 300, 70, g)]
+    wanted = [(16, 8, 0), (4, 8, 1), (8, 16, 0), (16, 8, 1)]
+    for n in (1, 2, 3, 4):
+        alone = [x for one in wanted[:n] for x in interval_plan(*geometry, one)]
+        with poisoned():
+            together = interval_plan(*geometry, [x for one in wanted[:n] for x in one])
+        assert len(together) == len(alone) == 2 * n
+        assert all(map(torch.equal, together, alone))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
@@ -136,7 +151,7 @@ def test_runs_are_merged_only_where_they_share_a_tile(
 ) -> None:
     ranges = torch.tensor([first, second], dtype=torch.int32).expand(1, 8, 2, 2)
     on_device = [x.to(DEVICE) for x in (ranges, torch.zeros(1, 8), torch.zeros(1, 24))]
-    assert states_of_rows(interval_plan(*on_device, 8, 8, False)[0].cpu(), 3).tolist() == [[wanted]]
+    assert states_of_rows(interval_plan(*on_device, [8, 8, 0])[0].cpu(), 3).tolist() == [[wanted]]
 
 
 def test_empty_ranges_may_start_anywhere() -> None:
@@ -181,7 +196,7 @@ def test_one_plan_for_many_layers() -> None:
         triton_attention.prepare(plan, case.ranges, case.q_position, case.k_position, case.q.dtype, case.q.shape[-1])
     first = fused(case, plan)
     remembered = {key: value[2] for key, value in plan.memo.items() if key.startswith("triton")}
-    assert len(remembered) == 2  # rows, which forward and dq share in the interpreter, and columns
+    assert len(remembered) == 2  # rows alone, and all that is needed to learn
     for name, value in fused(case, plan).items():
         assert torch.equal(value, first[name])
     assert all(plan.memo[key][2] is value for key, value in remembered.items())

@@ -73,10 +73,7 @@ def kernel_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpe
         arch: compute capability × 10, such as 90.
     """
     config = triton_attention.configuration(dtype, head_dim, arch)
-    sizes = {name: (tile.m, tile.n) for name, tile in config._asdict().items()}
-    columns = {size for name, size in sizes.items() if name.startswith("dkdv")}
-    return [*attention_specs(dtype, head_dim, arch), *plan_specs(sizes.values(), columns),
-            *decode_specs(dtype, head_dim)]  # fmt: skip
+    return [*attention_specs(dtype, head_dim, arch), *plan_specs(config), *decode_specs(dtype, head_dim)]
 
 
 def attention_specs(dtype: torch.dtype, head_dim: int, arch: int) -> list[KernelSpec]:
@@ -120,24 +117,27 @@ def argument_type(argument: str, kernel: str, dtype: str) -> str:
     return "fp32" if argument == "scale" else "*fp32"
 
 
-def plan_specs(row_tiles: Iterable[tuple[int, int]], column_tiles: Iterable[tuple[int, int]]) -> list[KernelSpec]:
-    """The kernels that plan for these (tile_q, tile_k): those of rows, of columns, which need the rows, too, and of the
-    order."""
-    row_tiles, column_tiles = set(row_tiles), set(column_tiles)
+def plan_specs(config: triton_attention.Config) -> list[KernelSpec]:
+    """The kernels that plan for these tiles, whatever is learned: rows of one shape or of two, columns, the order."""
+    wanted = [triton_attention.needed(config.forward, config.dq, config.dkdv, learning=False)]
+    for atomic, slopes in ((False, False), (False, True), (True, False)):
+        backward = triton_attention.backward_tiles(config, atomic, slopes)
+        wanted.append(triton_attention.needed(config.forward, *backward, learning=True))
+    rows = {pair for tables in wanted for pair in triton_plan.in_pairs(triton_plan.sizes_of_rows(tables))}
+    columns = {(tile_q, tile_k) for tables in wanted for tile_q, tile_k, transpose in tables if transpose}
+    launches: list[tuple[str, Any, tuple[int, ...]]] = [
+        *(("rows twice" if more else "rows", triton_plan.rows_kernel, (*one, *(more or one))) for one, more in rows),
+        *(("columns", triton_plan.columns_kernel, size) for size in columns),
+    ]
     found = []
-    for name, kernel, tiles in (
-        ("rows", triton_plan.rows_kernel, row_tiles | column_tiles),
-        ("columns", triton_plan.columns_kernel, column_tiles),
-    ):
-        for tile_q, tile_k in sorted(tiles):
-            sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
-            types = {x: "*fp32" if x in ("q_position", "k_position", "q_low") else "*i32" for x in kernel.arg_names}
-            types |= {x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS}
-            types |= dict.fromkeys(sizes, "constexpr")
-            pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
-            found.append(KernelSpec(name, kernel, types, sizes, 4, 3, f"{tile_q}×{tile_k}", pointers))
-    order = {"work": "*i32", "order": "*i32", "n": "i32"}
-    return [*found, KernelSpec("order", triton_plan.order_kernel, order, {}, 4, 3, aligned=("work", "order"))]
+    for name, kernel, sizes in (*sorted(launches, key=lambda x: (x[0], x[2])), ("order", triton_plan.order_kernel, ())):
+        constants = dict(zip((x for x in kernel.arg_names if x.isupper()), sizes, strict=True))
+        types = {x: "*fp32" if x in ("q_position", "k_position") else "*i32" for x in kernel.arg_names}
+        types |= {**{x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS}, **dict.fromkeys(constants, "constexpr")}
+        pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
+        tile = "×".join(map(str, sizes[:2]))
+        found.append(KernelSpec(name, kernel, types, constants, 4, 3, tile, pointers))
+    return found
 
 
 def decode_specs(dtype: torch.dtype, head_dim: int) -> list[KernelSpec]:

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from tidal.kernels.triton_plan import HEAD, ROW
+from tidal.kernels.triton_plan import HEAD, N_BOTH, N_FULL, N_SINGLE, PAST, ROW
 from tidal.kernels.triton_tiles import (
     LENGTHS,
     add_rows,
@@ -112,7 +112,7 @@ def dq_kernel(
     n_full, segments = full_tiles(row)
     if FAST and not SLOPES:  # the slopes' gradient needs distances anyway
         q_position_m = tl.load(q_position + local, mask=inside, other=0.0)
-        shifts, origin = may_shift(q_position_m, inside, tl.load(row + 12), slope)
+        shifts, origin = may_shift(q_position_m, inside, tl.load(row + PAST), slope)
         lse_shifted = lse_m1 + tl.fma(q_position_m, slope, -origin)[:, None]
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
@@ -232,9 +232,9 @@ def dkdv_kernel(
     # Lists of tiles, each read one turn ahead: what is loaded by an index that the same turn loads is not prefetched.
     # Of an empty list the first entry is read, too; there is always room for one.
     column = columns + slot * (2 * n_query_tiles + HEAD)
-    n_full, last = tl.load(column + 1), column + HEAD + n_query_tiles - 1
+    n_full, last = tl.load(column + N_FULL), column + HEAD + n_query_tiles - 1
     if FAST:
-        shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + 2), slope)
+        shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + PAST), slope)
         n_shifted, tile = tl.where(shifts, n_full, 0), tl.load(last)
         for i in range(0, n_shifted):
             following = tl.load(last - tl.minimum(i + 1, n_shifted - 1))
@@ -252,7 +252,7 @@ def dkdv_kernel(
             M, D, 0, False, FAST, ATOMIC,
         )  # fmt: skip
         tile = following
-    n_single, entries = tl.load(column), column + HEAD
+    n_single, entries = tl.load(column + N_SINGLE), column + HEAD
     entry = tl.load(entries)
     for i in range(0, n_single):
         following = tl.load(entries + tl.minimum(i + 1, n_single - 1))
@@ -261,7 +261,7 @@ def dkdv_kernel(
             M, D, 1, False, FAST, ATOMIC,
         )  # fmt: skip
         entry = following
-    n_both, entries = tl.load(column + 3), column + HEAD + n_query_tiles
+    n_both, entries = tl.load(column + N_BOTH), column + HEAD + n_query_tiles
     tile = tl.load(entries)
     for i in range(0, n_both):
         following = tl.load(entries + tl.minimum(i + 1, n_both - 1))

@@ -17,10 +17,14 @@
 
 Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
 no absolute value (tidal/kernels/triton_tiles.py). Memory is O((Lq / tile) · (Lk / tile)), time O((Lq / tile) · Lk), and
-nothing waits for the device.
+nothing waits for the device. What is planned at once, for forward and backward, takes three launches: all rows, all
+columns, and the order of both.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 import triton
@@ -30,29 +34,43 @@ from torch import Tensor
 from tidal.kernels.operators import operator
 from tidal.kernels.plan import TilePlan
 
-ROW = tl.constexpr(16)
-"""int32 numbers per tile of queries: (start, end) of 4 partial segments and of 2 full ones, flag, whether runs are
-merged, 2 unused"""
-HEAD = tl.constexpr(4)
-"""int32 numbers before the lists of a tile of keys: how many need one range, how many are full, flag, how many need
-both ranges"""
+WORK, PAST = tl.constexpr(0), tl.constexpr(1)
+"""where a row or column has the number of its tiles, and its flag"""
+MERGED, LOWEST, PARTIAL, FULL, ROW = (tl.constexpr(x) for x in (2, 3, 4, 12, 16))
+"""int32 numbers of a tile of queries: whether its runs are merged, the bits of the lowest position, (start, end) of 4
+partial segments and of 2 full ones; how many numbers there are"""
+N_SINGLE, N_FULL, N_BOTH, HEAD = (tl.constexpr(x) for x in (2, 3, 4, 5))
+"""int32 numbers of a tile of keys: how many query tiles need one range, no mask, both ranges; where its lists begin"""
+Item = TypeVar("Item")
 CHUNK, KEYS = tl.constexpr(64), tl.constexpr(4096)
 """how many tiles, and how many positions of keys, a planning kernel looks at in one step"""
-LENGTHS = ("n_queries", "n_keys", "n_query_tiles", "n_key_tiles")
+LENGTHS = ("n_programs", "n_queries", "n_keys", "n_query_tiles", "n", "n_numbers", "n_more", "n_more_numbers")
 """arguments for whose values no kernel is compiled anew"""
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def rows_kernel(
-    ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    ranges, q_position, k_position, rows, more, n_programs, n_queries, n_keys,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MORE_Q: tl.constexpr, MORE_K: tl.constexpr,
 ):  # fmt: skip
-    """Plan one tile of queries of a batch row: what to visit, the lowest position, and the number of tiles.
+    """Plan tiles of queries: the first n_programs programs for one shape of tiles, those behind them for another.
 
-    rows int32 [B, Tq, ROW], q_low float32 [B, Tq], work int32 [B, Tq].
+    rows and more int32 [B, Tq, ROW].
     """
-    slot, n_tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n_queries, TILE_Q)
-    batch, tile = slot // n_tiles, (slot % n_tiles).to(tl.int32)
+    program = tl.program_id(0)
+    if program < n_programs:
+        plan_row(ranges, q_position, k_position, rows, program, n_queries, n_keys, TILE_Q, TILE_K)
+    else:
+        plan_row(ranges, q_position, k_position, more, program - n_programs, n_queries, n_keys, MORE_Q, MORE_K)
+
+
+@triton.jit
+def plan_row(
+    ranges, q_position, k_position, rows, slot, n_queries, n_keys, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
+):  # fmt: skip
+    """Plan one tile of queries of a batch row, number `slot` of all."""
+    n_tiles, n_key_tiles = tl.cdiv(n_queries, TILE_Q), tl.cdiv(n_keys, TILE_K)
+    batch, tile = (slot // n_tiles).to(tl.int64), slot % n_tiles
     # The last tile is filled up with copies of the last query, which change nothing.
     query = batch * n_queries + tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q), n_queries - 1)
     low = tl.min(tl.load(q_position + query), 0)
@@ -74,19 +92,19 @@ def rows_kernel(
     b_0 = tl.where(meet, tl.maximum(b_0, b_1), b_0)
     a_1, b_1 = tl.where(meet, end, a_1), tl.where(meet, end, b_1)
 
-    row = rows + slot * ROW
-    tiles = put(row, lo_0, a_0)
-    tiles += put(row + 2, b_0, tl.where(merged, a_1, hi_0))
-    tiles += put(row + 4, tl.where(merged, b_1, lo_1), tl.where(merged, end, a_1))
-    tiles += put(row + 6, b_1, tl.where(merged, b_1, hi_1))
-    tiles += put(row + 8, a_0, b_0) + put(row + 10, a_1, b_1)
+    row = rows + slot.to(tl.int64) * ROW
+    tiles = put(row + PARTIAL, lo_0, a_0)
+    tiles += put(row + PARTIAL + 2, b_0, tl.where(merged, a_1, hi_0))
+    tiles += put(row + PARTIAL + 4, tl.where(merged, b_1, lo_1), tl.where(merged, end, a_1))
+    tiles += put(row + PARTIAL + 6, b_1, tl.where(merged, b_1, hi_1))
+    tiles += put(row + FULL, a_0, b_0) + put(row + FULL + 2, a_1, b_1)
 
     k_position += batch * n_keys
     high = tl.maximum(highest(k_position, a_0 * TILE_K, b_0 * TILE_K), highest(k_position, a_1 * TILE_K, b_1 * TILE_K))
-    put(row + 12, (high <= low).to(tl.int32), merged.to(tl.int32))
-    put(row + 14, 0, 0)
-    tl.store(q_low + slot, low)
-    tl.store(work + slot, tiles)
+    tl.store(row + WORK, tiles)
+    tl.store(row + PAST, (high <= low).to(tl.int32))
+    tl.store(row + MERGED, merged.to(tl.int32))
+    tl.store(row + LOWEST, low.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -126,43 +144,56 @@ def put(pointer, start, end):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def columns_kernel(
-    rows, q_low, k_position, columns, work, n_queries, n_keys, n_query_tiles,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    rows, k_position, columns, n_queries, n_keys, n_query_tiles, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
 ):  # fmt: skip
-    """List the query tiles that visit one tile of keys of a batch row, as their rows say.
+    """List the query tiles that visit one tile of keys of a batch row, as their rows say; zeros in what is left over.
 
-    rows int32 [B, Tq, ROW], q_low float32 [B, Tq]; columns int32 [B, Tk, HEAD + 2 Tq], work int32 [B, Tk].
+    rows int32 [B, Tq, ROW], columns int32 [B, Tk, HEAD + 2 Tq].
     """
     slot, n_tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n_keys, TILE_K)
     batch, tile = slot // n_tiles, (slot % n_tiles).to(tl.int32)
     key = tile * TILE_K + tl.arange(0, TILE_K)
     high = tl.max(tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=float("-inf")), 0)
     column = columns + slot * (2 * n_query_tiles + HEAD)
+    single_list, both_list = column + HEAD, column + HEAD + n_query_tiles
     n_single, n_both, n_full, n_ahead = 0, 0, 0, 0
     for first in range(0, n_query_tiles, CHUNK):
         t = first + tl.arange(0, CHUNK)
         inside = t < n_query_tiles
         row = rows + (batch * n_query_tiles + t) * ROW
-        short, merged = (t + 1) * TILE_Q > n_queries, tl.load(row + 13, mask=inside, other=0) != 0
-        full_0, full_1 = within(row + 8, tile, inside), within(row + 10, tile, inside)
-        first_range = within(row, tile, inside) | within(row + 2, tile, inside) | (full_0 & short)
-        second_range = within(row + 4, tile, inside) | within(row + 6, tile, inside) | (full_1 & short)
+        short, merged = (t + 1) * TILE_Q > n_queries, tl.load(row + MERGED, mask=inside, other=0) != 0
+        part = row + PARTIAL
+        full_0, full_1 = within(row + FULL, tile, inside), within(row + FULL + 2, tile, inside)
+        first_range = within(part, tile, inside) | within(part + 2, tile, inside) | (full_0 & short)
+        second_range = within(part + 4, tile, inside) | within(part + 6, tile, inside) | (full_1 & short)
         single = (first_range | second_range) & ~merged
         both = (first_range | second_range) & merged
         full = (full_0 | full_1) & ~short
-        low = tl.load(q_low + batch * n_query_tiles + t, mask=inside, other=0.0)
+        low = tl.load(row + LOWEST, mask=inside, other=0).to(tl.float32, bitcast=True)
         n_ahead += tl.sum((full & (low < high)).to(tl.int32), 0)
         # cumsum counts from 1
         entry = 2 * t + second_range.to(tl.int32)
-        tl.store(column + HEAD + n_single + tl.cumsum(single.to(tl.int32), 0) - 1, entry, mask=single)
-        tl.store(column + HEAD + n_query_tiles - n_full - tl.cumsum(full.to(tl.int32), 0), t, mask=full)
-        tl.store(column + HEAD + n_query_tiles + n_both + tl.cumsum(both.to(tl.int32), 0) - 1, t, mask=both)
+        tl.store(single_list + n_single + tl.cumsum(single.to(tl.int32), 0) - 1, entry, mask=single)
+        tl.store(both_list - n_full - tl.cumsum(full.to(tl.int32), 0), t, mask=full)
+        tl.store(both_list + n_both + tl.cumsum(both.to(tl.int32), 0) - 1, t, mask=both)
         n_single += tl.sum(single.to(tl.int32), 0)
         n_both += tl.sum(both.to(tl.int32), 0)
         n_full += tl.sum(full.to(tl.int32), 0)
-    put(column, n_single, n_full)
-    put(column + 2, tl.where(n_ahead == 0, 1, 0), n_both)
-    tl.store(work + slot, n_single + n_both + n_full)
+    clear(single_list, n_single, n_query_tiles - n_full)
+    clear(both_list, n_both, n_query_tiles)
+    tl.store(column + WORK, n_single + n_both + n_full)
+    tl.store(column + PAST, tl.where(n_ahead == 0, 1, 0))
+    tl.store(column + N_SINGLE, n_single)
+    tl.store(column + N_FULL, n_full)
+    tl.store(column + N_BOTH, n_both)
+
+
+@triton.jit
+def clear(pointer, start, end):
+    """Store zeros in pointer[start:end]."""
+    for first in range(start, end, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        tl.store(pointer + i, tl.zeros([CHUNK], tl.int32), mask=i < end)
 
 
 @triton.jit
@@ -172,71 +203,107 @@ def within(segment, tile, inside):
     return (start <= tile) & (tile < tl.load(segment + 1, mask=inside, other=0))
 
 
-@triton.jit(do_not_specialize=("n",))
-def order_kernel(work, order, n):
-    """Put CHUNK indices at their places among all: the longest first, those with as much work as they come.
+@triton.jit(do_not_specialize=LENGTHS)
+def order_kernel(table, order, more, more_order, n, n_numbers, n_more, n_more_numbers):
+    """Put CHUNK indices of rows or columns at their places among all: the longest first, those with as much work as
+    they come. The first programs do so for one table [n, n_numbers], those behind them for another.
 
-    work and order int32 [n]. Each is compared with every other one, of which there are few, in one launch.
+    order int32 [n]. Each is compared with every other one, of which there are few, in one launch.
     """
-    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    mine = tl.load(work + i, mask=i < n, other=0)[:, None]
+    program, n_programs = tl.program_id(0), tl.cdiv(n, CHUNK)
+    if program < n_programs:
+        put_in_order(table, order, program, n, n_numbers)
+    else:
+        put_in_order(more, more_order, program - n_programs, n_more, n_more_numbers)
+
+
+@triton.jit
+def put_in_order(table, order, chunk, n, n_numbers):
+    """The places of one chunk."""
+    work = table + WORK
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    mine = tl.load(work + i.to(tl.int64) * n_numbers, mask=i < n, other=0)[:, None]
     place = tl.zeros([CHUNK], dtype=tl.int32)
     for first in range(0, n, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        other = tl.load(work + j, mask=j < n, other=-1)[None, :]
+        other = tl.load(work + j.to(tl.int64) * n_numbers, mask=j < n, other=-1)[None, :]
         place += tl.sum(((other > mine) | ((other == mine) & (j[None, :] < i[:, None]))).to(tl.int32), 1)
     tl.store(order + place, i, mask=i < n)
 
 
 @operator("tidal::interval_plan")
-def interval_plan(
-    ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
-) -> tuple[Tensor, Tensor]:
-    """The plan of a batch for kernels with tiles of tile_q queries and tile_k keys.
+def interval_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tiles: Sequence[int]) -> list[Tensor]:
+    """What a batch's plan says to kernels with such tiles.
 
     Args:
         ranges: int32 [B, Lq, 2, 2]; ends beyond the keys are cut.
         q_position: float32 [B, Lq].
         k_position: float32 [B, Lk].
-        tile_q: queries per tile, a power of two.
-        tile_k: keys per tile, a power of two.
-        transpose: columns instead of rows.
+        tiles: tile_q, tile_k, transpose, one after the other for each table wanted, no two alike: tiles of tile_q
+            queries and tile_k keys, both powers of two; columns instead of rows where transpose is not 0.
 
     Returns:
+        Two tensors for each table wanted:
         table: int32, rows [B, Tq, ROW] or columns [B, Tk, HEAD + 2 Tq].
         order: int32 [B·Tq] or [B·Tk], the indices of the rows or columns (b · T + t), longest first.
     """
-    (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
-    n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
-    rows = ranges.new_empty(n_batch, n_query_tiles, ROW.value)
-    q_low = q_position.new_empty(n_batch, n_query_tiles)
-    work = ranges.new_empty(n_batch * n_query_tiles)
+    n_batch, n_queries, n_keys, wanted = *q_position.shape, k_position.shape[1], _by_three(tiles)
     ranges, q_position, k_position = ranges.contiguous(), q_position.contiguous(), k_position.contiguous()
-    sizes = {"TILE_Q": tile_q, "TILE_K": tile_k}
+    found = _uninitialised(ranges, n_keys, wanted)
+    rows = {(tile_q, tile_k): ranges.new_empty(n_batch, -(-n_queries // tile_q), ROW.value)
+            for tile_q, tile_k, transpose in wanted if transpose}  # fmt: skip
+    rows |= {tuple(size): table for (*size, transpose), table in zip(wanted, found[::2], strict=True) if not transpose}
     with torch.cuda.device_of(ranges):  # type: ignore[no-untyped-call]
-        rows_kernel[(n_batch * n_query_tiles,)](
-            ranges, q_position, k_position, rows, q_low, work, n_queries, n_keys, n_key_tiles, **sizes
-        )
-        table = rows
-        if transpose:
-            table = ranges.new_zeros(n_batch, n_key_tiles, HEAD.value + 2 * n_query_tiles)
-            work = ranges.new_empty(n_batch * n_key_tiles)
-            columns_kernel[(n_batch * n_key_tiles,)](
-                rows, q_low, k_position, table, work, n_queries, n_keys, n_query_tiles, **sizes
+        for first, second in in_pairs(sizes_of_rows(wanted)):
+            n, n_more = (n_batch * rows[size].shape[1] if size else 0 for size in (first, second))
+            more = second or first
+            rows_kernel[(n + n_more,)](
+                ranges, q_position, k_position, rows[first], rows[more], n, n_queries, n_keys,
+                TILE_Q=first[0], TILE_K=first[1], MORE_Q=more[0], MORE_K=more[1],
+            )  # fmt: skip
+        for (tile_q, tile_k, transpose), table in zip(wanted, found[::2], strict=True):
+            if transpose:
+                its_rows = rows[tile_q, tile_k]
+                columns_kernel[(n_batch * table.shape[1],)](
+                    its_rows, k_position, table, n_queries, n_keys, its_rows.shape[1], TILE_Q=tile_q, TILE_K=tile_k
+                )
+        for first, second in in_pairs(list(zip(found[::2], found[1::2], strict=True))):
+            (table, order), (more, more_order) = first, second or first
+            n_chunks = sum(-(-one[1].numel() // CHUNK.value) for one in (first, second) if one)
+            order_kernel[(n_chunks,)](
+                table, order, more, more_order, order.numel(), table.shape[2], more_order.numel(), more.shape[2]
             )
-        order = torch.empty_like(work)
-        order_kernel[(-(-work.numel() // CHUNK.value),)](work, order, work.numel())
-    return table, order
+    return found
 
 
-@torch.library.register_fake(interval_plan)
-def _(
-    ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int, transpose: bool
-) -> tuple[Tensor, Tensor]:
-    (n_batch, n_queries), n_keys = q_position.shape, k_position.shape[1]
-    n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
-    n_tiles, width = (n_key_tiles, HEAD.value + 2 * n_query_tiles) if transpose else (n_query_tiles, ROW.value)
-    return ranges.new_empty(n_batch, n_tiles, width), ranges.new_empty(n_batch * n_tiles)
+torch.library.register_fake(interval_plan, lambda ranges, _, k_position, tiles: (
+    _uninitialised(ranges, k_position.shape[1], _by_three(tiles))
+))  # fmt: skip
+
+
+def _by_three(tiles: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(tiles[::3], tiles[1::3], tiles[2::3], strict=True))
+
+
+def _uninitialised(ranges: Tensor, n_keys: int, wanted: list[tuple[int, int, int]]) -> list[Tensor]:
+    """What :func:`interval_plan` returns."""
+    n_batch, n_queries = ranges.shape[:2]
+    found = []
+    for tile_q, tile_k, transpose in wanted:
+        n_query_tiles, n_key_tiles = -(-n_queries // tile_q), -(-n_keys // tile_k)
+        n_tiles, n_numbers = (n_key_tiles, HEAD.value + 2 * n_query_tiles) if transpose else (n_query_tiles, ROW.value)
+        found += [ranges.new_empty(n_batch, n_tiles, n_numbers), ranges.new_empty(n_batch * n_tiles)]
+    return found
+
+
+def sizes_of_rows(wanted: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(tile_q, tile_k) of all rows that are planned: columns are made of rows, too."""
+    return list(dict.fromkeys((tile_q, tile_k) for tile_q, tile_k, _ in wanted))
+
+
+def in_pairs(items: list[Item]) -> list[tuple[Item, Item | None]]:
+    """Two at a time, as they are launched; the last may be alone."""
+    return list(zip_longest(items[::2], items[1::2]))
 
 
 def tables(
@@ -247,15 +314,14 @@ def tables(
     A compiled graph reads what a plan remembers, but adds nothing to it: equal calls are one in the graph.
     """
     memo = plan.memo if plan is not None else {}
-    compiling = torch.compiler.is_compiling()
-    new: dict[str, tuple[Tensor, ...]] = {} if compiling else memo
-    found: list[Tensor] = []
-    for tile_q, tile_k, transpose in wanted:
-        key = f"triton {tile_q} {tile_k} {transpose}"
-        known = new.get(key) or memo.get(key)
-        if known is None or known[0] is not q_position or known[1] is not k_position:
-            with nullcontext() if compiling else torch.inference_mode(False):  # else no later layer could learn with it
-                table, order = interval_plan(ranges, q_position, k_position, tile_q, tile_k, transpose)
-            known = new[key] = (q_position, k_position, table, order)
-        found += known[2:]
-    return found
+    different = list(dict.fromkeys(wanted))
+    tiles = [int(x) for one in different for x in one]
+    key = f"triton {tiles}"
+    known = memo.get(key)
+    if known is None or known[0] is not q_position or known[1] is not k_position:
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else torch.inference_mode(False):  # else no later layer could learn with it
+            known = (q_position, k_position, *interval_plan(ranges, q_position, k_position, tiles))
+        if not compiling:
+            memo[key] = known
+    return [x for one in wanted for x in known[2 + 2 * different.index(one) :][:2]]

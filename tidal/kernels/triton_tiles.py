@@ -36,6 +36,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tidal.kernels.triton_plan import FULL, MERGED, PARTIAL
+
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -94,26 +96,27 @@ def work_of(order, n_tiles, SIZE: tl.constexpr, AGAIN: tl.constexpr = False):
 
 @triton.jit
 def partial_tiles(row):
-    """Read the tiles that need the mask from a row of the plan (ROW numbers, triton_plan.py).
+    """Read the tiles that need the mask from a row of the plan (triton_plan.py).
 
     Returns how many there are, how many of these need one range only, which is all or none, and their four segments in
     the form that `segment_tile` takes.
     """
-    a_0, a_1, a_2, a_3 = tl.load(row), tl.load(row + 2), tl.load(row + 4), tl.load(row + 6)
-    n_0 = tl.load(row + 1) - a_0
-    n_1 = n_0 + tl.load(row + 3) - a_1
-    n_2 = n_1 + tl.load(row + 5) - a_2
-    n_3 = n_2 + tl.load(row + 7) - a_3
-    n_single = tl.where(tl.load(row + 13) != 0, 0, n_3)
+    part = row + PARTIAL
+    a_0, a_1, a_2, a_3 = tl.load(part), tl.load(part + 2), tl.load(part + 4), tl.load(part + 6)
+    n_0 = tl.load(part + 1) - a_0
+    n_1 = n_0 + tl.load(part + 3) - a_1
+    n_2 = n_1 + tl.load(part + 5) - a_2
+    n_3 = n_2 + tl.load(part + 7) - a_3
+    n_single = tl.where(tl.load(row + MERGED) != 0, 0, n_3)
     return n_3, n_single, (n_0, n_1, n_2, a_0, a_1 - n_0, a_2 - n_1, a_3 - n_2)
 
 
 @triton.jit
 def full_tiles(row):
     """Read the tiles that need no mask from a row of the plan: how many, and their two segments as in partial_tiles."""
-    a_0, a_1 = tl.load(row + 8), tl.load(row + 10)
-    n_0 = tl.load(row + 9) - a_0
-    n_1 = n_0 + tl.load(row + 11) - a_1
+    a_0, a_1 = tl.load(row + FULL), tl.load(row + FULL + 2)
+    n_0 = tl.load(row + FULL + 1) - a_0
+    n_1 = n_0 + tl.load(row + FULL + 3) - a_1
     return n_1, (n_0, n_1, n_1, a_0, a_1 - n_0, 0, 0)
 
 
