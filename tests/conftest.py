@@ -53,10 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_exception_interact(call: pytest.CallInfo[None]) -> None:
     """End a process of pytest-xdist to which CUDA is lost, for another to take its place: every later test that uses
     the GPU would fail. What failed has been reported by now."""
-    error = call.excinfo and call.excinfo.value
-    if error and "PYTEST_XDIST_WORKER" in os.environ:
-        if importlib.import_module("benchmarks.clock").cuda_is_lost(error):
-            os._exit(1)
+    cuda_is_lost = importlib.import_module("benchmarks.clock").cuda_is_lost
+    if "PYTEST_XDIST_WORKER" in os.environ and call.excinfo and cuda_is_lost(call.excinfo.value):
+        os._exit(1)
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ def test_slices_of_a_cache_are_read_in_place(monkeypatch: pytest.MonkeyPatch) ->
     cache, k_position = torch.full((2, 2, 2, 128, 32), 1e30, device=DEVICE), torch.full((2, 128), 1e30, device=DEVICE)
     cache[0, :, :, :90], cache[1, :, :, :90] = case.k.detach(), case.v.detach()
     k_position[:, :90] = case.k_position
-    q = case.q.detach().to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2)  # as the model's projections lie in memory
+    q = case.q.detach().to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2)  # as projections lie in memory
     positions = case.q_position, k_position[:, :90]
     sliced = Case(q, *cache[:, :, :, :90].unbind(0), case.ranges, *positions, case.slopes, case.weight)
     contiguous = Tensor.contiguous

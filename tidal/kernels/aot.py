@@ -12,7 +12,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def plan_specs(config: triton_attention.Config) -> list[KernelSpec]:
     for name, kernel, sizes in (*sorted(launches, key=lambda x: (x[0], x[2])), ("order", triton_plan.order_kernel, ())):
         constants = dict(zip((x for x in kernel.arg_names if x.isupper()), sizes, strict=True))
         types = {x: "*fp32" if x in ("q_position", "k_position") else "*i32" for x in kernel.arg_names}
-        types |= {**{x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS}, **dict.fromkeys(constants, "constexpr")}
+        types |= {x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS} | dict.fromkeys(constants, "constexpr")
         pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
         tile = "×".join(map(str, sizes[:2]))
         found.append(KernelSpec(name, kernel, types, constants, 4, 3, tile, pointers))

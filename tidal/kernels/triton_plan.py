@@ -250,16 +250,17 @@ def interval_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tiles:
     n_batch, n_queries, n_keys, wanted = *q_position.shape, k_position.shape[1], _by_three(tiles)
     ranges, q_position, k_position = ranges.contiguous(), q_position.contiguous(), k_position.contiguous()
     found = _uninitialised(ranges, n_keys, wanted)
-    rows = {(tile_q, tile_k): ranges.new_empty(n_batch, -(-n_queries // tile_q), ROW.value)
-            for tile_q, tile_k, transpose in wanted if transpose}  # fmt: skip
-    rows |= {tuple(size): table for (*size, transpose), table in zip(wanted, found[::2], strict=True) if not transpose}
+    rows = {one[:2]: table for one, table in zip(wanted, found[::2], strict=True) if not one[2]}
+    for size in sizes_of_rows(wanted):
+        if size not in rows:  # for columns to be made of
+            rows[size] = ranges.new_empty(n_batch, -(-n_queries // size[0]), ROW.value)
     with torch.cuda.device_of(ranges):  # type: ignore[no-untyped-call]
-        for first, second in in_pairs(sizes_of_rows(wanted)):
-            n, n_more = (n_batch * rows[size].shape[1] if size else 0 for size in (first, second))
-            more = second or first
+        for size, more in in_pairs(sizes_of_rows(wanted)):
+            n, n_more = (n_batch * rows[one].shape[1] if one else 0 for one in (size, more))
+            more = more or size
             rows_kernel[(n + n_more,)](
-                ranges, q_position, k_position, rows[first], rows[more], n, n_queries, n_keys,
-                TILE_Q=first[0], TILE_K=first[1], MORE_Q=more[0], MORE_K=more[1],
+                ranges, q_position, k_position, rows[size], rows[more], n, n_queries, n_keys,
+                TILE_Q=size[0], TILE_K=size[1], MORE_Q=more[0], MORE_K=more[1],
             )  # fmt: skip
         for (tile_q, tile_k, transpose), table in zip(wanted, found[::2], strict=True):
             if transpose:
@@ -268,10 +269,10 @@ def interval_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tiles:
                     its_rows, k_position, table, n_queries, n_keys, its_rows.shape[1], TILE_Q=tile_q, TILE_K=tile_k
                 )
         for first, second in in_pairs(list(zip(found[::2], found[1::2], strict=True))):
-            (table, order), (more, more_order) = first, second or first
+            (table, order), (other, other_order) = first, second or first
             n_chunks = sum(-(-one[1].numel() // CHUNK.value) for one in (first, second) if one)
             order_kernel[(n_chunks,)](
-                table, order, more, more_order, order.numel(), table.shape[2], more_order.numel(), more.shape[2]
+                table, order, other, other_order, order.numel(), table.shape[2], other_order.numel(), other.shape[2]
             )
     return found
 
