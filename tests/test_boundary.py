@@ -30,7 +30,10 @@ def test_pairs_by_hand() -> None:
         (6, 3, 0, 9),  # as near to 3 as to 9: the left one, and one block before it
         (7, 9, 3, 13),
         (8, 9, 3, 13),
+        (10, 9, 3, 13),  # the other f|ox: just enough is left
     }
+    pairs = cut_pairs(tokenizer, ["a within"], count=99, context_chars=5, continuation_chars=1)
+    assert {p.inside for p in pairs} == {2, 3, 4}, "nothing comes after the boundary nearest to the others"
 
 
 def test_pairs_keep_their_promises() -> None:

@@ -9,6 +9,8 @@ import torch
 from tests.strategies import tokenizers
 from tidal.config import Shape, TidalConfig
 from tidal.foretold import Foretold
+from tidal.infer.engine import generate
+from tidal.model import TidalTransformer
 from tidal.tokenizer import NO_NODE, ROOT, Spelling
 
 SHAPE = Shape(d_model=8, n_heads=1, n_kv_heads=1, foretell=True)
@@ -34,6 +36,13 @@ def test_both_forms_tell_the_same(language: str, dtype: torch.dtype, tolerance: 
     one, other = both_ways(tokenizer.spelling, tokenizer.vocab_size, tokenizer.n_head, dtype)
     assert one.shape == other.shape
     torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_spelling_it_says_what_is_missing() -> None:
+    tokenizer = tokenizers()["english"]
+    model = TidalTransformer(TidalTransformer.of(tokenizer, SHAPE).config)
+    with pytest.raises(RuntimeError, match="make it with the spelling of its tokenizer"):
+        generate(model, tokenizer, ["the"])
 
 
 def test_a_node_with_more_children_than_the_root() -> None:

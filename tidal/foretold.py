@@ -55,7 +55,9 @@ class Foretold(nn.Module):
 
     @property
     def n_sums(self) -> tuple[int, int]:
-        """K and 1 + T of `sums`."""
+        """K and 1 + T of `sums`. Raises RuntimeError without a spelling."""
+        if self.spelling is None:
+            raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
         return 1 + (self.embedding.weight.dtype == torch.float64), 1 + self.order.shape[0]
 
     @torch.no_grad()
@@ -64,11 +66,10 @@ class Foretold(nn.Module):
 
         K is 1; in float64 it is 2, the second being what the roundings of the first have left out (Dekker 1971).
         """
-        if self.spelling is None:
-            raise RuntimeError("this model foretells: make it with the spelling of its tokenizer")
+        n_kinds, _ = self.n_sums
         p_nt = F.pad(next_nv.index_select(1, self.order).exp_(), (1, 0))
         sums_nt = p_nt.cumsum(-1, dtype=torch.float64)
-        if self.n_sums[0] == 1:
+        if n_kinds == 1:
             return sums_nt[:, None]
         rest_nt = p_nt - F.pad(sums_nt.diff(), (1, 0))
         return torch.stack([sums_nt, rest_nt.cumsum(-1)], 1)

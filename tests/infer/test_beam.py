@@ -134,7 +134,9 @@ def test_it_says_what_is_wrong() -> None:
         ({"num_beams": 2, "wanted": 3}, "wanted is 3; of 2 beams there are no more"),
         ({"max_new_units": 0}, "max_new_units is 0; it must be at least 1"),
         *(({"length_penalty": x}, f"length_penalty is {x}; it must be a number from 0 to 10")
-          for x in (math.nan, math.inf, -math.inf, -0.5, 11.0)),
+          for x in (-0.5, 11.0)),
+        *(({"length_penalty": x}, f"length_penalty is {x}; it must be a finite number") for x in (math.nan, math.inf)),
+        ({"length_penalty": "1"}, "length_penalty is '1'; it must be a number"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             beam_search(model, tokenizer, ["the"], **wrong)  # type: ignore[arg-type]
@@ -142,6 +144,9 @@ def test_it_says_what_is_wrong() -> None:
         beam_search(model, tokenizer, ["the", "\ud800"])
     with pytest.raises(ValueError, match="prompts is the string 'the'; give a list"):
         beam_search(model, tokenizer, "the")
+    with pytest.raises(ValueError, match="a prompt is b'the'; it must be a str"):
+        beam_search(model, tokenizer, [b"the"])  # type: ignore[list-item]
+    assert beam_search(model, tokenizer, ["the"], num_beams=True, max_new_units=3)
     with pytest.raises(ValueError, match="tokenizer"):
         beam_search(model, tokenizers()["bytes"], ["the"])
     assert beam_search(model, tokenizer, []) == []
@@ -155,6 +160,14 @@ def test_it_says_what_is_wrong() -> None:
     for cached in (True, False):
         with pytest.raises(RuntimeError, match="damaged"):
             beam_search(damaged, tokenizer, ["the"], cached=cached)
+
+
+def test_no_limit_of_units_is_too_large() -> None:
+    """However long a completion may be, the power of it that the penalty asks for is a number."""
+    model, tokenizer = tiny("english", "memory")
+    much, more = (beam_search(model, tokenizer, ["the"], num_beams=2, length_penalty=10.0, wanted=1, max_new_units=most)
+                  for most in (2**31, 10**39))  # fmt: skip
+    assert much == more
 
 
 def test_the_mode_of_the_model_is_left_as_it_was() -> None:

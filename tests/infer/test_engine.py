@@ -297,6 +297,7 @@ def test_repetition_penalty_hits_blocks_and_not_letters() -> None:
     ({"min_p": math.nan}, "min_p is nan"), ({"min_p": 1.5}, "min_p is 1.5"),
     ({"repetition_penalty": 0.5}, "repetition_penalty is 0.5"), ({"repetition_penalty": math.inf}, "penalty is inf"),
     ({"max_new_blocks": -1}, "max_new_blocks is -1"), ({"stop": ["a", ""]}, "a stop string is empty"),
+    ({"stop": ["a", "\udcff"]}, r"stop string '\\udcff': .*surrogate"), ({"temperature": 10**400}, "temperature is 10"),
     ({"batch_size": 0}, "batch_size is 0"), ({"seed": [1, 2]}, "there are 2 seeds for 1 prompts"),
 ])  # fmt: skip
 def test_refused(how: dict[str, Any], message: str) -> None:

@@ -120,6 +120,18 @@ def test_requests_are_cancelled() -> None:
          1e-9)  # fmt: skip
 
 
+def test_nothing_comes_of_a_request_once_it_is_cancelled() -> None:
+    """Also if it wrote in the same step as what made its owner cancel it."""
+    engine = Engine(*tiny("english", "memory"))
+    first, second = (engine.submit("the cat", Sampling(1.0), Limits(60), 4) for _ in range(2))  # both write the same
+    events, cancelled = [], False
+    for number, _ in engine.drain():
+        assert number == first or not cancelled
+        events.append(number)
+        cancelled = cancelled or engine.cancel(second)
+    assert len(events) > 2
+
+
 def finish(engine: Engine, number: int) -> Completion:
     completion = dict(engine.drain())[number]
     assert isinstance(completion, Completion)
@@ -286,6 +298,11 @@ def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:
     assert longest[-1] < 100
     assert sizes[0][0] > 2000 > 400 > sizes[-1][0]
     assert sizes[0][1] > 4 * sizes[-1][1], "not only a smaller view of the same memory"
+    engine.submit("the cat sat on the mat " * 300, limits=Limits(3))
+    while engine.unfinished:
+        engine.step()
+    assert engine._decoder
+    assert engine._decoder.capacity < 400, "nor does the last request leave its memory behind"
 
 
 def memory_cut_short(patch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,13 @@ def test_settings_that_make_no_sense_are_refused(how: dict[str, Any]) -> None:
         generate(*tiny("english", "none"), ["the"], **how)
 
 
+def test_more_than_all_units_are_all() -> None:
+    """However much more: a number that no tensor holds would end all requests."""
+    one, other = (generate(*tiny("english", "none"), ["the"], temperature=1.0, top_k=k, max_new_units=20)
+                  for k in (10**3, 10**30))  # fmt: skip
+    assert one[0].log_probs == other[0].log_probs
+
+
 @pytest.mark.parametrize("how", [{"max_new_units": 0}, {"batch_size": 0}])
 def test_sizes_that_make_no_sense_are_refused(how: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(how))):

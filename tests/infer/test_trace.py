@@ -54,6 +54,13 @@ def test_trace_is_what_generate_does(prompt: str, how: str) -> None:
         assert log_probs == pytest.approx(done.log_probs, abs=1e-9)
 
 
+def test_log_probs_are_the_engines_to_the_last_digit() -> None:
+    model = tiny("english", "memory", torch.float32)
+    traced, [done] = trace(*model, "the", max_new_units=24), generate(*model, ["the"], max_new_units=24)
+    assert traced.log_prob == done.log_prob
+    assert [step.log_prob for block in traced.blocks for step in block.steps] == done.log_probs
+
+
 def test_any_completion_can_be_traced() -> None:
     """Whatever number and seed it was drawn with."""
     model, tokenizer = tiny("english", "memory")

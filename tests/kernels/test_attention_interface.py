@@ -96,6 +96,15 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
         wanted = interval_attention(q, *cache[:, rows], ranges, *at, slopes, backend="reference")
         found = interval_attention(q, *cache, ranges, *at, slopes, backend=name, rows=rows, plan=plan)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    rows, blind = [3, 0, 4], torch.zeros_like(ranges)
+    for seen in (ranges, blind):  # what was remembered without gradients does not cut them off, nor does seeing nothing
+        plan, learnt = TilePlan.build(seen, k.shape[2]), slopes.clone().requires_grad_()
+        for sloping in (slopes, learnt):
+            found = interval_attention(q, *cache, seen, *at, sloping, backend=name, rows=rows, plan=plan)
+        wanted = interval_attention(q, *cache[:, rows], seen, *at, learnt, backend="reference")
+        pairs = zip(*(torch.autograd.grad(x.sum(), (q, learnt)) for x in (found, wanted)), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for wrong in ([0, 1], [0, 1, 5], [0, 1, -1]):
         with pytest.raises(ValueError, match=r"rows must name 3 of the 5 rows of k.*got"):
             interval_attention(q, *cache, *others, rows=wrong)

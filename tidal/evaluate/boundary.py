@@ -46,8 +46,10 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
     bounds = [np.cumsum([0, *map(len, tokenizer.split(text))]) for text in texts]
     places = []
     for i, b in enumerate(bounds):
-        within = np.setdiff1d(np.arange(1, max(1, int(b[-1]) - continuation_chars)), b)
-        places.append(np.stack([np.full(len(within), i), within], 1)[_nearest(b, within) > 0])
+        within = np.setdiff1d(np.arange(1, int(b[-1])), b)
+        nearest = _nearest(b, within)
+        enough = (nearest > 0) & (np.maximum(within, nearest) + continuation_chars <= b[-1])
+        places.append(np.stack([np.full(len(within), i), within], 1)[enough])
     everywhere = np.concatenate([np.zeros((0, 2), np.int64), *places])
     if not len(everywhere):
         raise ValueError(f"no text has a block to cut with {continuation_chars} characters after it")

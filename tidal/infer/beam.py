@@ -37,12 +37,13 @@ from tidal.infer.completion import Degenerate, Limits, StopReason, degenerate
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.engine import read_grouped, refuse_string
 from tidal.infer.grammar import Grammar
-from tidal.infer.sampling import NOT_FINITE, NOTHING_FOLLOWS, as_int
+from tidal.infer.sampling import NOT_FINITE, NOTHING_FOLLOWS, as_float, as_int
 from tidal.model import TidalTransformer
 from tidal.streams import pack
 from tidal.tokenizer import Block, MixedTokenizer
 
 MAX_PENALTY = 10.0  # far beyond it, powers of units overflow
+MOST_UNITS = 2**31  # more than anybody writes, and no power of it overflows
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class _Search:
             return False
         if not live or len(self.finished) < self.wanted:
             return bool(live)
-        return live[0].total / math.pow(self.max_new_units, self.length_penalty) > self.finished[-1].score
+        most = min(self.max_new_units, MOST_UNITS)
+        return live[0].total / math.pow(most, self.length_penalty) > self.finished[-1].score
 
     def _finish(self, beam: _Beam, stop_reason: StopReason) -> None:
         """Add a hypothesis and keep the best; of equally good ones, and of the same text, those finished first."""
@@ -167,11 +169,11 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     """
     Limits(max_new_units)
     refuse_string(prompts)
-    as_int("num_beams", num_beams, 1)
-    as_int("batch_size", batch_size, 1)
+    num_beams, batch_size = as_int("num_beams", num_beams, 1), as_int("batch_size", batch_size, 1)
     wanted = num_beams if wanted is None else as_int("wanted", wanted, 1)
     if wanted > num_beams:
         raise ValueError(f"wanted is {wanted}; of {num_beams} beams there are no more")
+    length_penalty = as_float("length_penalty", length_penalty)
     if not 0 <= length_penalty <= MAX_PENALTY:
         raise ValueError(f"length_penalty is {length_penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
     model.config.check_tokenizer(tokenizer.fingerprint)

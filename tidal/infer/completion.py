@@ -13,6 +13,7 @@ import numpy as np
 
 from tidal.infer.sampling import Repetition, Sampling, as_int
 from tidal.tokenizer import Block, MixedTokenizer
+from tidal.tokenizer.split import utf8
 
 StopReason = Literal["eos", "length", "block_limit", "stop_string"]
 Degenerate = Literal["empty", "repeats"] | None
@@ -38,8 +39,8 @@ def degenerate(blocks: Sequence[str]) -> Degenerate:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a completion ends, besides `<eos>`. Raises ValueError on limits below one, on an empty stop string, and on
-    what is of a wrong type."""
+    """When a completion ends, besides `<eos>`. Raises ValueError on limits below one, on a stop string that is empty or
+    has a lone surrogate, and on what is of a wrong type."""
 
     max_new_units: int = 256
     max_new_blocks: int = 0
@@ -56,6 +57,10 @@ class Limits:
         for string in self.stop:
             if not isinstance(string, str):
                 raise ValueError(f"a stop string is {string!r}; give strings")
+            try:
+                utf8(string)
+            except ValueError as error:
+                raise ValueError(f"stop string {string!r}: {error}") from error
         if "" in self.stop:
             raise ValueError("a stop string is empty; it would stop everything")
 

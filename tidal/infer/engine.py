@@ -45,6 +45,8 @@ class Chosen(NamedTuple):
     unit: int
     fed: WriterStep
     """what the model was given"""
+    log_prob: float
+    """of the unit, under the model"""
     logits: Tensor
     """[n_head], the model's own"""
     allowed: Tensor
@@ -76,6 +78,8 @@ class Engine:
         self.batch_size = as_int("batch_size", batch_size, 1)
         self._watch, self._grammar = watch, Grammar(tokenizer)
         self._n_submitted = 0
+        self._cancelled: set[int] = set()
+        """since the latest step"""
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = []
         """what the rows of the decoder are writing; None: free"""
@@ -111,6 +115,7 @@ class Engine:
         requests. A block of a stop string comes out before the string is complete; the Completion has the text
         without it. An error (of damaged weights, of memory) leaves the engine empty, as `close` does.
         """
+        self._cancelled.clear()
         if not self.unfinished:
             return []
         try:
@@ -118,7 +123,10 @@ class Engine:
                 decoder = self._admit()
                 self._shrink(decoder)
                 self._read_finished(decoder)
-                return self._write_one(decoder)
+                events = self._write_one(decoder)
+                if not self.unfinished:  # the next request may be long in coming
+                    decoder.trim()
+                return events
         except BaseException:
             self.close()
             raise
@@ -127,12 +135,13 @@ class Engine:
         """What all steps return, until nothing is left; the engine is closed then, and where the rest is not wanted."""
         try:
             while self.unfinished:
-                yield from self.step()
+                yield from (event for event in self.step() if event[0] not in self._cancelled)
         finally:
             self.close()
 
     def cancel(self, number: int) -> bool:
         """Forget a request; whether it was there, waiting or being written."""
+        self._cancelled.add(number)
         for row in self._waiting:
             if row.number == number:
                 self._waiting.remove(row)
@@ -215,9 +224,9 @@ class Engine:
                                         [row.generator for row in rows], [row.repeated() for row in rows]),
                                  logits)  # fmt: skip
         if self._watch:
-            for (i, row), unit, own, may in zip(going, units, logits, allowed, strict=True):
+            for (i, row), unit, log_prob, own, may in zip(going, units, log_probs, logits, allowed, strict=True):
                 fed = decoder.builders[i].step(row.written)
-                self._watch(Chosen(row.number, unit, fed, own, may, decoder.sums[i]))
+                self._watch(Chosen(row.number, unit, fed, log_prob, own, may, decoder.sums[i]))
         events: list[Event] = []
         for (i, row), unit, log_prob in zip(going, units, log_probs, strict=True):
             if block := row.write(unit, log_prob, self.tokenizer):
@@ -284,9 +293,13 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
 
 
 def refuse_string(prompts: Sequence[str]) -> None:
-    """Raise ValueError where a string is given for the list of prompts: it would be one prompt a character."""
+    """Raise ValueError where a string is given for the list of prompts, which would be one prompt a character, or one
+    of these is none."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the string {prompts[:60]!r}; give a list of strings")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is {prompt!r}; it must be a str")
 
 
 def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:

@@ -35,9 +35,13 @@ def as_float(name: str, value: object) -> float:
     """A setting as a float, also numpy's. Raises ValueError on what is no number, NaN or infinite."""
     if not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}; it must be a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # of an int, or a fraction, beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} is {value}; it must be a finite number")
-    return float(value)
+    return number
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def _draw(logits: Tensor, best: Tensor, likeliest: Tensor, settings: Sequence[Sa
     """Units int64 [B], by the inverse of the cumulative distribution at `draws`, of float64 logits [B, n_head] whose
     maxima [B] are `best`, of the units `likeliest`: the likeliest come first, or, cheaper, those with the lowest id."""
     n_units = logits.shape[1]
-    table = [[how.temperature, how.top_k or n_units, how.top_p if how.top_p < 1 else math.inf,
+    table = [[how.temperature, min(how.top_k or n_units, n_units), how.top_p if how.top_p < 1 else math.inf,
               math.log(how.min_p) if how.min_p else -math.inf, draw]
              for how, draw in zip(settings, draws, strict=True)]  # fmt: skip
     temperature, top_k, top_p, least, draw = upload(table, logits.device, torch.float64)[:, :, None].unbind(1)

@@ -177,7 +177,7 @@ class _Watcher:
                    if i != unit]  # fmt: skip
         return TracedStep(
             len(self.steps), fed.place, fed.position, shown(self.tokenizer, fed.id), unit,
-            shown(self.tokenizer, unit), self._recalled(fed), log_probs[unit].item(),
+            shown(self.tokenizer, unit), self._recalled(fed), chosen.log_prob,
             1 + int((log_probs > log_probs[unit]).sum()),
             tuple(runners[: self.runners_up]), probabilities[~allowed].sum().item(), int(allowed.sum()) == 1,
         )  # fmt: skip

@@ -133,7 +133,8 @@ def plan_specs(config: triton_attention.Config) -> list[KernelSpec]:
     for name, kernel, sizes in (*sorted(launches, key=lambda x: (x[0], x[2])), ("order", triton_plan.order_kernel, ())):
         constants = dict(zip((x for x in kernel.arg_names if x.isupper()), sizes, strict=True))
         types = {x: "*fp32" if x in ("q_position", "k_position") else "*i32" for x in kernel.arg_names}
-        types |= {x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS} | dict.fromkeys(constants, "constexpr")
+        types |= {x: "i32" for x in kernel.arg_names if x in triton_plan.LENGTHS}
+        types |= dict.fromkeys(constants, "constexpr")
         pointers = tuple(x for x, kind in types.items() if kind[0] == "*")
         tile = "×".join(map(str, sizes[:2]))
         found.append(KernelSpec(name, kernel, types, constants, 4, 3, tile, pointers))

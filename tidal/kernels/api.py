@@ -122,8 +122,8 @@ def interval_attention(
             built inside when missing.
         rows: for each row of q, the row of k and v that it attends to. k and v may then have any number of rows: those
             of a cache are attended to where they lie, if that is cheaper than copying them (on a GPU for up to 64
-            queries). On a CPU each row ends at the last key that it sees, where lengths differ much. If missing, row i
-            of q attends to row i.
+            queries) and no gradients are wanted. On a CPU each row then ends at the last key that it sees, where
+            lengths differ much. If missing, row i of q attends to row i.
 
     Keys that no range names have no influence as long as they are finite (an empty cache may hold anything
     that does not overflow).
@@ -138,7 +138,8 @@ def interval_attention(
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
-        if name == "cpu" and cpu_rows.in_place(q, k, ranges, rows, plan):
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slopes))
+        if name == "cpu" and not learning and cpu_rows.in_place(q, k, ranges, rows, plan):
             attend = functools.partial(cpu_rows.attend_rows, rows=rows)
         elif cpu_rows.all_in_order(rows, k):
             pass

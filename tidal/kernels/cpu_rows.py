@@ -66,7 +66,7 @@ def attend_rows(
     rows: Sequence[int],
 ) -> Tensor:
     """Attention of each row of the batch by itself: of its queries up to the last one that sees anything, over the keys
-    of its row of k and v up to the last one that is seen.
+    of its row of k and v up to the last one that is seen. Without gradients.
 
     Nothing of these is copied, and a row does not pay for others that are longer.
     """
@@ -109,6 +109,6 @@ def rows_bias(
         here = ranges[i : i + 1, :n], q_position[i : i + 1, :n], k_position[i : i + 1, :end]
         distance, mask, _ = dense_geometry(*here, dtype, None)
         biases.append(torch.addcmul(mask[0], distance[0], slopes_gr11, value=-1).view(len(slopes_gr11), -1, end))
-    if plan is not None and not slopes_gr11.requires_grad:
+    if plan is not None:
         plan.memo[key] = (q_position, k_position, slopes_gr11, sighted, *biases)
     return sighted, tuple(biases)
