@@ -162,7 +162,7 @@ CASES = {
     },
     **{
         f"infer --prompt a --trace t.html --{flag}": f"--{flag.split()[0]} does nothing with --trace"
-        for flag in ("json", "stream")
+        for flag in ("json", "stream", "batch-size 2")
     },
     **{
         f"infer --prompt a {flags} --trace -": "--trace shows one of 2 completions; .* --trace-number, from 0 to 1$"

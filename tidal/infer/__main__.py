@@ -157,7 +157,7 @@ def _check(settings: Infer) -> None:
     sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     alone = {
         "num_beams": (*sampling, "seed", "stop", "max_new_blocks", "log_probs", "stream", "trace", "cuda_graphs"),
-        "trace": ("json", "log_probs", "stream", "cuda_graphs"),
+        "trace": ("json", "log_probs", "stream", "cuda_graphs", "batch_size"),
     }
     for flag, others in alone.items():
         if flag in given and (found := [name for name in others if name in given]):
