@@ -36,7 +36,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "backward", "streams", "one_range(bounds, i >= segments[1])", "one_range(bounds, i < segments[1])",
     ),
     "the other run's range in dkdv": ("backward", "streams", "entry & 1, key_n1", "1 - (entry & 1), key_n1"),
-    "both runs' tiles told of one": ("plan", "touching", "tl.store(column + N_BOTH, n_both)", "tl.store(column + N_BOTH, 0)"),
+    "both runs' tiles told of one": ("plan", "touching", "(column + N_BOTH, n_both)", "(column + N_BOTH, 0)"),
     "runs never merged": ("plan", "touching", "merged = (lo_0 < hi_1) & (lo_1 < hi_0)", "merged = lo_0 < 0"),
     "partial tiles called full": ("plan", "causal", "tl.maximum(tl.min(end, 0), 0)", "tl.max(end, 0)"),
     "last key tile forgotten": (
