@@ -58,9 +58,10 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
     for i, inside in rng.permutation(everywhere)[:count].tolist():
         b = bounds[i]
         boundary = int(_nearest(b, np.array([inside]))[0])
-        start = int(b[np.searchsorted(b, max(inside, boundary) - context_chars)])
-        end = int(b[np.searchsorted(b, min(max(inside, boundary) + continuation_chars, int(b[-1])))])
-        pairs.append(CutPair(texts[i], min(start, int(b[b < min(inside, boundary)][-1])), boundary, inside, end))
+        first, last = sorted((inside, boundary))
+        start = min(b[np.searchsorted(b, last - context_chars)], b[b < first][-1])
+        end = b[np.searchsorted(b, last + continuation_chars)]
+        pairs.append(CutPair(texts[i], int(start), boundary, inside, int(end)))
     return pairs
 
 

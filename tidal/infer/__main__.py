@@ -213,8 +213,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     """Continue the prompts, the number of the first of which is `first`, and print what comes, in their order."""
     from tidal.train.memory import memory_for
 
-    with memory_for(f"what is written side by side; --batch-size is {settings.batch_size}: try a smaller one, shorter "
-                    "prompts, or --precision bf16"):  # fmt: skip
+    smaller = f"what is written side by side; --batch-size is {settings.batch_size}: try a smaller one, "
+    with memory_for(("what is traced; try " if settings.trace else smaller) + "shorter prompts, or --precision bf16"):
         if settings.num_beams:
             _search(model, tokenizer, prompts, settings)
         elif settings.trace:

@@ -109,31 +109,41 @@ class _Search:
               tokenizer: MixedTokenizer) -> bool:  # fmt: skip
         """Write one unit: candidate i goes on from `slots[i]`, with `units[i]`. Whether the search goes on."""
         self.n_units += 1
-        before, self.beams, self.sources = self.beams, [_Beam(-math.inf)] * self.num_beams, [*range(self.num_beams)]
+        successors = [(slot, beam) for slot, unit, total in zip(slots, units, totals, strict=True)
+                      if total > -math.inf and (beam := self._written(self.beams[slot], unit, total, tokenizer))]
+        self._put(successors)
+        if all(total == -math.inf for total in totals):
+            raise RuntimeError(NOTHING_FOLLOWS)
+        return self._may_improve([beam for _, beam in successors])
+
+    def _written(self, beam: _Beam, unit: int, total: float, tokenizer: MixedTokenizer) -> _Beam | None:
+        """The beam with one more unit; None if that ends it, and it is set aside."""
+        if unit == tokenizer.eos_id:
+            self._finish(replace(beam, total=total, log_prob=total, units=self.n_units), "eos")
+            return None
+        if unit == tokenizer.eob_id:
+            block = tokenizer.retokenize(beam.written)
+            return _Beam(total, (), (*beam.blocks, block.text), total, self.n_units, block)
+        return replace(beam, total=total, written=(*beam.written, unit), ended=None)
+
+    def _put(self, successors: Sequence[tuple[int, _Beam]]) -> None:
+        """Give each a slot: the first of a slot's successors stays, so that only those of the others are copied."""
+        self.beams, self.sources = [_Beam(-math.inf)] * self.num_beams, [*range(self.num_beams)]
         others = []
-        for slot, unit, total in zip(slots, units, totals, strict=True):
-            beam = before[slot]
-            if total == -math.inf:
-                continue
-            if unit == tokenizer.eos_id:
-                self._finish(replace(beam, total=total, log_prob=total, units=self.n_units), "eos")
-                continue
-            if unit == tokenizer.eob_id:
-                block = tokenizer.retokenize(beam.written)
-                beam = _Beam(total, (), (*beam.blocks, block.text), total, self.n_units, block)
-            else:
-                beam = replace(beam, total=total, written=(*beam.written, unit), ended=None)
+        for slot, beam in successors:
             if self.beams[slot].total == -math.inf:
-                self.beams[slot] = beam  # the first successor stays, so that only those of the others are copied
+                self.beams[slot] = beam
             else:
                 others.append((slot, beam))
         free = [slot for slot, beam in enumerate(self.beams) if beam.total == -math.inf]
         for slot, (source, beam) in zip(free, others, strict=False):
             self.beams[slot], self.sources[slot] = beam, source
-        if all(total == -math.inf for total in totals):
-            raise RuntimeError(NOTHING_FOLLOWS)
-        live = sorted((b for b in self.beams if b.total > -math.inf), key=lambda b: -b.total)
-        if live and self.n_units == self.max_new_units:
+
+    def _may_improve(self, live: Sequence[_Beam]) -> bool:
+        """Whether these beams go on: there are some, there is room, and not all that is wanted is found yet, or one of
+        them might still pass the worst of it. Without room they are finished as they stand."""
+        live = sorted(live, key=lambda beam: -beam.total)
+        if self.n_units == self.max_new_units:
             for beam in live:
                 self._finish(beam, "length")
             return False

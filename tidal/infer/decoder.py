@@ -21,6 +21,11 @@ from tidal.model import TidalTransformer
 from tidal.streams import DocumentBuilder, ReaderToken
 from tidal.tokenizer import Block, MixedTokenizer
 
+ROW, SLOT, ID, PLACE, NODE = range(5)
+SUFFIXES, RECALLED, SEES, SEES_OWN = slice(5, 8), slice(8, 11), slice(11, 15), slice(15, 19)
+"""Columns of the numbers of a step, which go to the device as one tensor. The first writer layer sees the memory and
+its own block (SEES), the others their own block and nothing (SEES_OWN): two ranges each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedView(View):
@@ -276,11 +281,11 @@ class Decoder:
                context: Tensor) -> Tensor:  # fmt: skip
         """A step on the device, the same work whatever `data` holds; the first layer looks at its first `memory_end`
         slots."""
-        # columns, as `step` puts them together: 0 row, 1 slot, 2 id, 3 place, 4 node, 5:8 suffixes, 8:11 recalled, and
-        # ranges: 11:15 of the layer that sees the memory (memory, own block), 15:19 of the others (own block, none)
         n, here = self.n_block, slice(None) if some is None else some
-        at = data[:, 0, 0], data[:, 0, 1]
-        ranges = data[..., 11:].to(torch.int32).view(len(data), 1, 2, 2, 2)
+        at = data[:, 0, ROW], data[:, 0, SLOT]
+
+        def sees(columns: slice) -> Tensor:
+            return data[..., columns].to(torch.int32).view(len(data), 1, 2, 2)
 
         def view(cache: KeyValueCache, memory: bool) -> View:
             end = memory_end if memory else n
@@ -289,19 +294,20 @@ class Decoder:
                 cache.put(at, k, v)
                 return cache.get(end)
 
-            return View(ranges[:, :, 0 if memory else 1], q_position, self.positions[here, :end], extend,
+            return View(sees(SEES if memory else SEES_OWN), q_position, self.positions[here, :end], extend,
                         rows=range(len(data)) if some is None else some)  # fmt: skip
 
         if self.writer_attends:
             self.positions[at] = q_position[:, 0]
             views = [view(c, self.model.has_memory and i == 0) for i, c in enumerate(self.writer_caches)]
         else:  # nobody looks
-            views = [View(ranges[:, :, 1], q_position, q_position)] * len(self.writer_caches)
+            views = [View(sees(SEES_OWN), q_position, q_position)] * len(self.writer_caches)
         hints = None
         if foretold := self.model.foretold:
             tell = foretold.fixed if self.cuda_graphs or data.is_cuda else foretold
-            hints = tell(self.sums, data[..., 0], data[..., 4])
-        states = self.model.write(data[..., 2], data[..., 3], data[..., 5:8], data[..., 8:11], context, views, hints)
+            hints = tell(self.sums, data[..., ROW], data[..., NODE])
+        states = self.model.write(data[..., ID], data[..., PLACE], data[..., SUFFIXES], data[..., RECALLED], context,
+                                  views, hints)  # fmt: skip
         return self.model.head(states[:, 0])
 
     def _checked(self, logits: Tensor, n_rows: int, finite: bool) -> Tensor:

@@ -93,7 +93,7 @@ def rows_bias(
     [Hkv, G·q, k] of its queries over its keys. Kept in the plan for the next layer, whose slopes are the same as a
     rule.
     """
-    key = f"rows {slopes_gr11.dtype} {torch.is_inference_mode_enabled()}"
+    key = f"rows {slopes_gr11.dtype}"
     if plan is not None and key in plan.memo:
         q_seen, k_seen, slopes_seen, sighted, *kept = plan.memo[key]
         if q_seen is q_position and k_seen is k_position and torch.equal(slopes_seen, slopes_gr11):
