@@ -241,6 +241,8 @@ def test_plain_progress_prints_now_and_then(
 
 
 def test_terminal_progress_is_a_bar_that_notes_do_not_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -255,3 +257,10 @@ def test_terminal_progress_is_a_bar_that_notes_do_not_break(monkeypatch: pytest.
     assert "a note\n" in written
     assert "4/4" in written
     assert "loss 1.5" in written
+
+    def refused(*args: object, **values: object) -> None:
+        raise AssertionError("without a bar tqdm, which torch imports, is left alone")
+
+    monkeypatch.setattr(tqdm, "write", refused)
+    note("afterwards")
+    assert terminal.getvalue().endswith("\nafterwards\n")

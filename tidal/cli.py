@@ -25,6 +25,8 @@ NO_C_COMPILER = re.compile(r"Failed to find C compiler|'-O3', '-shared', '-fPIC'
 """What Triton says where it finds no compiler, and the command that fails where there are no headers."""
 LINE_EVERY_S = 5.0
 """Without a terminal, progress prints at most one line in this many seconds."""
+_bars: list[Any] = []
+"""The bars that are on the terminal now."""
 
 
 class UserError(Exception):
@@ -278,10 +280,13 @@ def progress(total: int | None, what: str, unit: str = "steps", done: int = 0, *
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
         bar = tqdm(total=total, desc=what, unit=f" {unit}", initial=done, dynamic_ncols=True, file=sys.stderr)
+        _bars.append(bar)
     shown = Progress(total, what, unit, done, bar)
     try:
         yield shown
     finally:
+        if bar is not None:
+            _bars.remove(bar)
         if last_line or bar is not None:
             shown.close()
 
@@ -292,10 +297,12 @@ def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def note(message: str) -> None:
-    """Write a line to stderr, above the progress bar if there is one."""
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+    """Write a line to stderr, above the progress bar if there is one.
 
-        tqdm.write(message, file=sys.stderr)
+    Only then by way of tqdm (which torch imports, too): at its first use it makes a lock, and a signal in the midst of
+    that becomes an AttributeError.
+    """
+    if _bars:
+        _bars[-1].write(message, file=sys.stderr)
     else:
         print(message, file=sys.stderr, flush=True)
