@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from tidal.tokenizer import MixedTokenizer
 from tidal.tokenizer.training import may_be_unit
@@ -108,6 +110,35 @@ def test_training_reads_no_more_than_it_may() -> None:
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixedTokenizer.train(["text"], **settings)
+
+
+def test_what_a_signal_raises_is_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a RuntimeError of sentencepiece, which reads its sentences from an iterator when the signal comes."""
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def interrupted(**settings: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        train(**settings)
+
+    def handler(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", interrupted)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            MixedTokenizer.train([" ".join(map(str, range(20_000)))], 512)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_where_sentencepiece_gives_up_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**settings: Any) -> None:
+        raise RuntimeError("INTERNAL: no")
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", broken)
+    with pytest.raises(ValueError, match="no tokenizer of 512 ids on these texts: INTERNAL: no"):
+        MixedTokenizer.train(["text"], 512)
 
 
 def test_one_string_is_not_an_iterable_of_texts() -> None:

@@ -47,7 +47,8 @@ def train_model(
 ) -> bytes:
     """Serialized sentencepiece unigram model, a deterministic function of the block counts of `texts`.
 
-    ValueError for a vocabulary without room for an alphabet, settings out of range, and lone surrogates.
+    ValueError for a vocabulary without room for an alphabet, settings out of range, lone surrogates, and where
+    sentencepiece gives up.
     """
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of strings, not one string")
@@ -70,31 +71,36 @@ def train_model(
         for sentence in _sentences(block, frozenset(alphabet), min(max_block_units, _MAX_SENTENCE)):
             sentences[sentence] += count
     ordered = sorted(sentences.items(), key=lambda item: (-item[1], item[0]))
+    # A list: what a signal raised in a generator's code would come out as a RuntimeError of sentencepiece.
+    lines = [f"{sentence}\t{count}" for sentence, count in ordered]
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(f"{sentence}\t{count}" for sentence, count in ordered),
-        input_format="tsv",
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size - N_FIXED + 257,  # what it counts itself: <unk>, 256 bytes, and the pieces
-        hard_vocab_limit=False,
-        required_chars="".join(alphabet).replace(" ", SPACE_MARK),
-        character_coverage=1.0,  # the alphabet is already chosen
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,  # indentation
-        split_by_unicode_script=False,  # blocks are split already, and a combining mark is a script of its own
-        split_digits=True,
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
-        num_threads=4,  # a constant, not the machine's: sums of floats depend on it
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            input_format="tsv",
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size - N_FIXED + 257,  # what it counts itself: <unk>, 256 bytes, and the pieces
+            hard_vocab_limit=False,
+            required_chars="".join(alphabet).replace(" ", SPACE_MARK),
+            character_coverage=1.0,  # the alphabet is already chosen
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation
+            split_by_unicode_script=False,  # blocks are split already, and a combining mark is a script of its own
+            split_digits=True,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=4,  # a constant, not the machine's: sums of floats depend on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"sentencepiece can train no tokenizer of {vocab_size} ids on these texts: {error}") from error
     return model.getvalue()
 
 
