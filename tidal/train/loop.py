@@ -158,7 +158,8 @@ class Run:
             return
         checkpoint.sweep(out)
         one = 3 * sum(t.nbytes for t in self.model.state_dict().values())  # weights and at most two moments
-        check_space(out, one * max(1, self.settings.keep + 2 - len(checkpoint.checkpoints(out))))
+        kept, every = self.settings.keep + 2 - len(checkpoint.checkpoints(out)), self.settings.validate_every
+        check_space(out, one * max(1, min(kept, math.ceil(self.settings.max_steps / every) - saved.step // every)))
         if found is not None:
             self._write(lambda: checkpoint.set_pointer(out, "latest", found.folder.name))
             if later := checkpoint.undo(out, saved.step):
