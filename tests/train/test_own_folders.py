@@ -12,6 +12,7 @@ from tests.commands import SMALL
 from tidal.cli import UserError
 from tidal.prepare.__main__ import run as prepare
 from tidal.prepare.documents import read_documents
+from tidal.prepare.reading import read_parts
 from tidal.train import __main__ as training
 from tidal.train.disk import prepare_run_dir
 
@@ -57,13 +58,18 @@ def test_prepared_data_in_the_folder_of_their_data(project: Path) -> None:
     for _ in range(2):
         prepare(["--data", ".", "--out", "shards", "--vocab-size", "300", "--workers", "1"])
     assert [d.completion for d in read_documents(["."])] == [TEXT]
+    with pytest.raises(UserError, match="'shards' is prepared data, not text; train on it by --prepared"):
+        list(read_documents([".", "shards"]))
 
 
-def test_what_is_named_is_read(project: Path) -> None:
+def test_a_run_is_no_data_but_its_files_may_be(project: Path) -> None:
     (prepare_run_dir(project / "run") / "config.json").write_text('{"recipe": "text", "max_steps": 1, "optim": {}}')
     (project / "run/more.txt").write_text("more")
-    assert [d.completion for d in read_documents(["run"])] == ["more"]
-    assert [d.completion for d in read_documents(["r*n"])] == ["more"]
+    with pytest.raises(UserError, match="'run' is a run, not data; to learn what is in its files, name them"):
+        list(read_documents(["run"]))
+    told: list[str] = []
+    assert [part.text for part in read_parts(["*", "r*n/*.txt"], told.append)] == [TEXT, "more"]
+    assert told == ["leaving out run, which Tidal made: a run, or prepared data"]
     assert [d.completion for d in read_documents(["."])] == [TEXT]
 
 

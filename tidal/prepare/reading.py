@@ -24,8 +24,12 @@ CHUNK = 1 << 20
 """Bytes read at once."""
 PART = 1 << 20
 """Characters of a part."""
-OWN = {"config.json": {"recipe", "max_steps", "optim"}, "plan.json": {"version", "tokenizer", "shard"}}
-"""What a run and a folder of prepared data hold from their first moment on: a file, and some keys of its object."""
+OWN = {
+    "config.json": ({"recipe", "max_steps", "optim"}, "is a run, not data; to learn what is in its files, name them"),
+    "plan.json": ({"version", "tokenizer", "shard"}, "is prepared data, not text; train on it by --prepared"),
+}
+"""What a run and a folder of prepared data hold from their first moment on: a file, and some keys of its object; and
+what is said where one is named as data."""
 WANT = '{"text": "…"} or {"prompt": "…", "completion": "…"}'
 
 
@@ -51,8 +55,8 @@ def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: 
     """The documents of files, folders and globs, one after the other, in a fixed order, in parts of PART characters.
 
     A folder gives its .txt, .md, .jsonl and .parquet files, also below it and also gzipped, or if it has none of
-    these every file that is UTF-8 text. Hidden files are left out, and so are folders below it that hold a run or
-    prepared data. `tell` is given a line about each such folder, and one about files of other names.
+    these every file that is UTF-8 text. Hidden files are left out, and so are folders below it, or found by a glob,
+    that hold a run or prepared data. `tell` is given a line about each such folder, and one about files of other names.
 
     A line of .jsonl (a row of .parquet) is {"text": …} or {"prompt": …, "completion": …} (other keys are ignored) and
     is held in memory as a whole; any other file is one document, with its line ends as they are, and is not. A byte
@@ -61,8 +65,8 @@ def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: 
     `tidal.prepare.tabular.hugging_face_rows`.
 
     Raises:
-        UserError: a path that is missing or cannot be read, a glob without a match, a binary file, broken
-            JSON or gzip, wrong keys, a lone surrogate, no text at all, or a package that is not installed.
+        UserError: a path that is missing or cannot be read, a run, prepared data, a glob without a match, a binary
+            file, broken JSON or gzip, wrong keys, a lone surrogate, no text at all, or a package that is missing.
     """
     seen: set[str] = set()
     for path in paths:
@@ -93,6 +97,8 @@ def real_files(paths: Sequence[str]) -> set[str]:
 def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
     """The files a path stands for, sorted."""
     if os.path.isdir(path):
+        if own := _own(Path(path)):
+            raise UserError(f"{path!r} {own}")
         return _in_folder(Path(path), tell)
     if os.path.exists(path):
         return [_File(Path(path))]
@@ -100,7 +106,10 @@ def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
         raise UserError(f"no such file or folder: {path!r} (looked in {os.getcwd()}); check the path")
     files: list[_File] = []
     for match in sorted(glob.glob(path, recursive=True)):
-        files += _in_folder(Path(match), tell) if os.path.isdir(match) else [_File(Path(match))]
+        if not os.path.isdir(match):
+            files.append(_File(Path(match)))
+        elif not _left_out(Path(match), tell):
+            files += _in_folder(Path(match), tell)
     if not files:
         raise UserError(f"no file matches {path!r} (looked in {os.getcwd()}); check the path, and quote globs")
     return files
@@ -109,10 +118,7 @@ def _files(path: str, tell: Callable[[str], None]) -> list[_File]:
 def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[_File]:
     found: list[Path] = []
     for where, folders, names in os.walk(folder, onerror=_refuse):
-        own = [name for name in folders if _is_own(Path(where, name))]
-        for name in own:
-            tell(f"leaving out {Path(where, name)}, which Tidal made: a run, or prepared data")
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in own]
+        folders[:] = [name for name in folders if not _left_out(Path(where, name), tell) and not name.startswith(".")]
         found += [p for name in names if not name.startswith(".") and _is_file(p := Path(where, name))]
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
@@ -122,16 +128,23 @@ def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[_File]:
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether a folder is a run's, or prepared data."""
-    for name, keys in OWN.items():
+def _left_out(folder: Path, tell: Callable[[str], None]) -> bool:
+    """Whether a folder is a run's, or prepared data; that is told."""
+    if own := _own(folder):
+        tell(f"leaving out {folder}, which Tidal made: a run, or prepared data")
+    return own is not None
+
+
+def _own(folder: Path) -> str | None:
+    """What to say about a folder that is a run's, or prepared data; None for all others."""
+    for name, (keys, what) in OWN.items():
         try:
             values = json.loads((folder / name).read_bytes()) if os.path.isfile(folder / name) else None
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(values, dict) and keys <= values.keys():
-            return True
-    return False
+            return what
+    return None
 
 
 def _is_file(path: Path) -> bool:
