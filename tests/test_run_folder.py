@@ -66,6 +66,10 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_resolve_says_what_is_wrong(tmp_path: Path) -> None:
     assert "does not exist" in refused(resolve, tmp_path / "missing")
     assert "is not a run or checkpoint folder (no manifest.json or checkpoints/ in it)" in refused(resolve, tmp_path)
+    (shards := tmp_path / "shards").mkdir()
+    for name in ("plan.json", "manifest.json"):
+        (shards / name).write_text("{}")
+        assert f"{shards} holds prepared data, not a checkpoint" in refused(resolve, shards)
     (tmp_path / "file").touch()
     assert "is not a run or checkpoint folder" in refused(resolve, tmp_path / "file")
     (tmp_path / "checkpoints").mkdir()

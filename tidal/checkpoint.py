@@ -271,6 +271,9 @@ def _last(run_dir: Path) -> Path | None:
 
 
 def _resolved(path: Path, which: Pointer) -> Path:
+    if os.path.isfile(path / "plan.json") and not os.path.exists(path / "config.json"):  # a manifest they have, too
+        raise UserError(f"{path} holds prepared data, not a checkpoint; give a run folder such as runs/NAME, or one of "
+                        "its checkpoints")  # fmt: skip
     if os.path.isfile(path / MANIFEST):
         return path
     run_dir = path.absolute().parent if path.name == "checkpoints" else path
