@@ -292,6 +292,12 @@ def test_prompts_are_read_and_only_completions_learnt(tmp_path: Path) -> None:
         assert all(map(str.endswith, blocks, learnt))  # of blocks that are cut, the ends
 
 
+def test_held_out_prompts_alone_can_validate_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the sea", "completion": ""}\n')
+    with pytest.raises(UserError, match=r"documents \(1\) have no text to learn, .* give --validation-data with compl"):
+        TextRecipe(text_settings(folder, hold_out=Text().hold_out, validation_data=(str(tmp_path / "prompts.jsonl"),)))
+
+
 def test_sample_prompts_come_from_held_out_text(recipe: TextRecipe, folder: Path) -> None:
     _, held_out = hold_out(read_documents([str(folder)]), 0.2, 0)
     for step in range(5):

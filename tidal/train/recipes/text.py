@@ -42,6 +42,10 @@ class TextRecipe:
         self.table = BlockTable(self.tokenizer)
         training, held_out = data.training.documents, data.held_out.documents
         budgets = text.reader_budget, text.reader_budget * STEPS_PER_TOKEN
+        if not held_out[:, 4].any():
+            raise UserError(f"the held-out documents ({len(held_out):,}) have no text to learn, only prompts: nothing "
+                            f"can be validated; give --validation-data {'to tidal.prepare ' if text.prepared else ''}"
+                            "with completions")  # fmt: skip
         order = np.random.default_rng([settings.seed, 1]).permutation(len(training))
         self.rows = Rows(data.training, order, self.table, *budgets)
         self._validation = Rows(data.held_out, np.arange(len(held_out)), self.table, *budgets)
