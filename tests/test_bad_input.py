@@ -182,6 +182,7 @@ CASES = {
     "infer --prompt a --num-beams 2 --num-samples 3": "--num-samples is 3; of 2 beams there are no more",
     "infer --prompt a --trace notes.md": "--trace is 'notes.md'; give a file that ends in .html",
     "evaluate addition --count 0": "--count is 0; it must be at least 1",
+    "evaluate addition --digits 4001": "--digits is 4001; it must be at most 4000",
     "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
     "evaluate samples --prompt-blocks 0": "--prompt-blocks is 0; it must be at least 1",
     "evaluate samples --seed -1": "--seed is -1; it must be at least 0",
@@ -227,7 +228,7 @@ def test_prompts_of_a_real_process(arguments: tuple[bytes, ...], stdin: str, mes
     [
         (f"{BITS} --data unanswered.jsonl", "no text to score"),
         (BITS, "no data: this model was not trained on text; .*--data"),
-        ("evaluate addition --digits 15", "--digits is 15; this model writes blocks of 16 units"),
+        ("evaluate addition --digits 15", "--digits is 15; this model writes blocks of 16 units: at most 14 digits"),
     ],
 )
 def test_what_an_intact_model_cannot_do(

@@ -247,7 +247,9 @@ def test_evaluate_addition(home: Path, command: Command, monkeypatch: pytest.Mon
     assert values["wrong"] == round(20 * (1 - values["exact_match"])) >= max(values[kind] for kind in kinds[1:])
     assert (values["digits"], values["count"], values["seed"]) == (2, 20, 1234)
     assert 0 <= values["exact_match"] <= 1
-    plain = figures(command("evaluate", *flags).lines)
+    done = command("evaluate", *flags)
+    assert "seed           1234" in done.lines
+    plain = figures(done.lines)
     assert list(plain) == list(values)
     assert plain["exact_match"] == pytest.approx(values["exact_match"], abs=1e-4)
 

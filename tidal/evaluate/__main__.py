@@ -120,6 +120,8 @@ class Bits(OnText):
 LEAST = {"digits": 1, "count": 1, "batch_size": 1, "prompt_blocks": 1, "context_chars": 1, "continuation_chars": 1,
          "max_new_units": 1, "context": 16, "seed": 0}  # fmt: skip
 """of the settings that have these names"""
+MOST_DIGITS = 4000
+"""As in training: of a few more Python makes no text."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ def run(argv: list[str]) -> None:
     for name, least in LEAST.items():
         if (value := getattr(settings, name, None)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if getattr(settings, "digits", 0) > MOST_DIGITS:
+        raise UserError(f"--digits is {settings.digits}; it must be at most {MOST_DIGITS}")
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load_with_trainer
@@ -209,7 +213,8 @@ def addition(settings: Sums, subject: Subject) -> Figures:
     from tidal.train.recipes.addition import answer_of, prompt_of, random_sums
 
     if settings.digits + 2 > (longest := subject.tokenizer.max_block_units):
-        raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units")
+        raise UserError(f"--digits is {settings.digits}; this model writes blocks of {longest} units: at most "
+                        f"{longest - 2} digits")  # fmt: skip
     sums = random_sums(np.random.default_rng(settings.seed), settings.digits, settings.count)
     problems = [(prompt_of(*s), answer_of(*s)) for s in sums]
     wrong = list(wrong_answers(subject.model, subject.tokenizer, problems, settings.batch_size).values())
@@ -319,7 +324,8 @@ def _report(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(14, *map(len, figures))
     for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<{width}} {value:{'.4f' if isinstance(value, float) else ','}}")
+        form = ".4f" if isinstance(value, float) else "" if name == "seed" else ","
+        print(f"{name.replace('_', ' '):<{width}} {value:{form}}")
 
 
 if __name__ == "__main__":
