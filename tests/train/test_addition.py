@@ -253,6 +253,15 @@ def test_limits_of_the_flags(flags: str) -> None:
         train(flags.split(" "))
 
 
+@pytest.mark.parametrize("terms", [2, 10, 11, 99])
+def test_blocks_have_room_for_the_largest_sum(terms: int, tmp_path: Path) -> None:
+    """Of as many digits as validation asks."""
+    longest = len(answer_of(*[10**8 - 1] * terms).rstrip("\n"))
+    with pytest.raises(UserError, match=f"--digits is 6; such sums need --max-block-units {longest} or more"):
+        train(["--digits", "6", "--terms", str(terms), "--max-block-units", str(longest - 1), "--max-steps", "1",
+               "--out", str(tmp_path), "--no-doctor", *(f"--{flag}" for flag in TINY)])  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------------- the benchmark
 
 

@@ -244,7 +244,8 @@ def _check(settings: Train, default: Train) -> None:
         raise UserError('--tensorboard needs the package tensorboard: pip install -e ".[tensorboard]"')
     if settings.rows % size():
         raise UserError(f"--rows is {settings.rows}; it must be a multiple of {size()}, the number of processes")
-    longest = settings.addition.digits + 4  # validation asks two digits more; their sum has one more, and its space
+    # validation asks two digits more; before their sum is a space, and it has one digit more, of 11 terms or more two
+    longest = settings.addition.digits + 3 + len(str(settings.addition.terms - 1))
     if settings.recipe == "addition" and longest > settings.addition.max_block_units:
         raise UserError(f"--digits is {settings.addition.digits}; such sums need --max-block-units {longest} or more")
     if settings.recipe != "text" and (settings.text.data or settings.text.prepared):
