@@ -206,5 +206,9 @@ def test_remains_of_a_kill_are_ignored_and_cleared(tmp_path: Path) -> None:
     assert resolve(tmp_path) == newest_verified(tmp_path) == old
     verify(write(tmp_path, 600))
     (tmp_path / "checkpoints" / "step-000700.tmp").mkdir()
+    (tmp_path / ".latest.77.tmp").touch()
+    (tmp_path / ".corpus.77.tmp").mkdir()  # not ours, and neither is the next one
+    (tmp_path / ".notes.old.tmp").touch()
     prune(tmp_path)
     assert sorted(os.listdir(old.parent)) == ["step-000500", "step-000600"]
+    assert sorted(os.listdir(tmp_path)) == [".corpus.77.tmp", ".notes.old.tmp", "checkpoints"]

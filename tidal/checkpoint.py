@@ -232,8 +232,9 @@ def sweep(run_dir: Path) -> None:
     """Remove what a killed process left half-written. Only for the process that writes the run."""
     for leftover in (run_dir / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in run_dir.glob(".*.*.tmp"):  # of `atomic_write`
-        leftover.unlink()
+    for leftover in run_dir.glob(".*.*.tmp"):
+        if re.fullmatch(r".*\.[0-9]+\.tmp", leftover.name) and leftover.is_file():  # of `atomic_write`
+            leftover.unlink(missing_ok=True)
 
 
 def newest_verified(run_dir: Path) -> Path:
