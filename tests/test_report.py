@@ -258,6 +258,17 @@ def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (home / "both.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_a_name_that_is_no_text(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.rename("runs/b", b"runs/caf\xe9")
+    name = os.fsdecode(b"runs/caf\xe9")
+    report([name])
+    assert "caf\\xe9" in capsys.readouterr().out
+    report(["runs/a", name, "--out", "both.png"])
+    for out, runs in {"one.html": [name], "both.html": ["runs/a", name]}.items():
+        report([*runs, "--out", out])
+        assert "caf\\xe9" in look_at((home / out).read_text(encoding="utf-8")).text
+
+
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report(["runs/a", "--out", "a.png"])
     before = (home / "a.png").read_bytes()

@@ -75,8 +75,6 @@ def _write(runs: Sequence[Run], out: Path) -> None:
             atomic_write(out, render_run(runs[0]) if len(runs) == 1 else render_comparison(runs))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"cannot draw {out}: {error}; all figures are nan or missing") from error
 
 
 def _text(runs: Sequence[Run]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tidal.cli import UserError
 from tidal.report.runs import Points
 
 WIDTH, HEIGHT = 440, 210
@@ -152,13 +153,13 @@ def _range(values: list[float], log: bool, zoom: bool) -> tuple[float, float]:
 
 
 def png(panels: Sequence[Panel], path: Path) -> None:
-    """Draw the panels with matplotlib: the whole picture or, with an OSError, nothing. ValueError without panels."""
+    """Draw the panels with matplotlib: the whole picture or, with an OSError, nothing. UserError without panels."""
     from matplotlib.figure import Figure
 
     from tidal.files import atomic_write
 
     if not panels:
-        raise ValueError("there is nothing to draw")
+        raise UserError(f"cannot draw {path}: there is nothing to draw; all figures are nan or missing")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.6 * rows), dpi=120, layout="constrained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ def read(folder: Path) -> Run:
         raise UserError(f"{folder} has no figures yet; wait for its tenth step")
     if not isinstance(settings, dict) or not (doctor is None or isinstance(doctor, dict)):
         raise UserError(f"{folder} cannot be read: config.json and doctor.json must hold objects")
-    return Run(folder.absolute().name, flat(settings), rows, samples, doctor)
+    name = os.fsencode(folder.absolute().name).decode("utf-8", "backslashreplace")  # it need not be UTF-8, reports are
+    return Run(name, flat(settings), rows, samples, doctor)
 
 
 def newest() -> Path:
