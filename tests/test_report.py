@@ -283,7 +283,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(home: Path, monkeyp
 
 
 def test_where_nothing_is_finite(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (home / "runs/a/metrics.csv").write_text("step,seconds,loss,bits_per_byte\n10,1,nan,nan\n")
+    (home / "runs/a/metrics.csv").write_text(f"{FOUR}\n10,1,nan,nan\n")
     report(["runs/a", "--json"])
     assert json.loads(capsys.readouterr().out)["runs"][0]["loss"] is None
     report(["runs/a"])
@@ -305,6 +305,7 @@ def test_what_cannot_be_done(arguments: list[str], said: str, home: Path) -> Non
         report(arguments)
 
 
+FOUR = "step,seconds,loss,bits_per_byte"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda run: (run / "metrics.csv").write_text(""), "has no figures yet"),
     "header": (lambda run: (run / "metrics.csv").write_text("step,loss\n"), "has no figures yet"),
@@ -313,7 +314,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a field more": (lambda run: (run / "metrics.csv").write_text("step,loss\n1,2,3\n"), "cannot be read"),
     "NULs": (lambda run: (run / "metrics.csv").write_text("step,loss\n" + 200_000 * "\0" + "\n"), "cannot be read"),
     "no JSON": (lambda run: (run / "config.json").write_text("{"), "cannot be read"),
-    "a list": (lambda run: (run / "doctor.json").write_text("[]"), "must hold objects"),
+    "a list": (lambda run: (run / "doctor.json").write_text("[]"), "doctor.json must hold an object"),
+    "no result": (lambda run: (run / "doctor.json").write_text('{"results":[1]}'), "its results must be objects"),
+    "no object": (lambda run: (run / "config.json").write_text("[]"), "config.json must hold an object"),
+    "no steps": (lambda run: (run / "config.json").write_text('{"max_steps": null}'), "max_steps None, which is no"),
+    "no step": (lambda run: (run / "metrics.csv").write_text(f"{FOUR}\nnan,2,3,4\n"), "a row .* has step nan"),
+    "no sample": (lambda run: (run / "samples.jsonl").write_text('{"step": "x", "prompt": "", "completion": ""}\n'),
+                  "samples.jsonl has step 'x', which is no whole number"),
     "samples": (lambda run: (run / "samples.jsonl").write_text("[1\n"), "cannot be read"),
 }
 

@@ -82,20 +82,18 @@ def read(folder: Path) -> Run:
     try:
         rows = [_numbers(row) for row in read_rows(folder / "metrics.csv")]
         config = folder / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        settings = _settings(json.loads(config.read_text(encoding="utf-8"))) if config.exists() else {}
         samples = _samples(folder / "samples.jsonl")
         verdict = folder / "doctor.json"
-        doctor = json.loads(verdict.read_text(encoding="utf-8")) if verdict.exists() else None
+        doctor = _doctor(json.loads(verdict.read_text(encoding="utf-8"))) if verdict.exists() else None
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no run: it has no metrics.csv; give a run folder such as runs/NAME") from error
     except (OSError, ValueError, TypeError, csv.Error, RecursionError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from error
     if not rows:
         raise UserError(f"{folder} has no figures yet; wait for its tenth step")
-    if not isinstance(settings, dict) or not (doctor is None or isinstance(doctor, dict)):
-        raise UserError(f"{folder} cannot be read: config.json and doctor.json must hold objects")
     name = os.fsencode(folder.absolute().name).decode("utf-8", "backslashreplace")  # it need not be UTF-8, reports are
-    return Run(name, flat(settings), rows, samples, doctor)
+    return Run(name, settings, rows, samples, doctor)
 
 
 def newest() -> Path:
@@ -104,14 +102,38 @@ def newest() -> Path:
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
-    """Raises ValueError for what is no number, and for a row that lacks one of those that every row has."""
+    """Raises ValueError for what is no number, a row that lacks one of those that every row has, an endless step."""
     numbers = {name: float(value) for name, value in row.items() if value != ""}
     if missing := {"step", "seconds", "loss", "bits_per_byte"} - numbers.keys():
         raise ValueError(f"a row of metrics.csv has no {', '.join(sorted(missing))}")
+    if not math.isfinite(numbers["step"]):
+        raise ValueError(f"a row of metrics.csv has step {numbers['step']}")
     return numbers
+
+
+def _settings(content: Any) -> dict[str, Any]:
+    """What config.json holds, flat. Raises ValueError where that cannot be settings."""
+    if not isinstance(content, dict):
+        raise ValueError("config.json must hold an object")
+    settings = flat(content)
+    for name in ("max_steps", "warmup_steps"):
+        if not isinstance(value := settings.get(name, 0), int):
+            raise ValueError(f"config.json has {name} {value!r:.60}, which is no whole number")
+    return settings
+
+
+def _doctor(content: Any) -> dict[str, Any]:
+    """What doctor.json holds. Raises ValueError where that cannot be a report of the doctor."""
+    if not (isinstance(content, dict) and isinstance(results := content.get("results", []), list)
+            and all(isinstance(result, dict) for result in results)):  # fmt: skip
+        raise ValueError("doctor.json must hold an object, and its results must be objects")
+    return content
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     samples = [json.loads(line) for line in lines]
-    return [s for s in samples if isinstance(s, dict) and {"step", "prompt", "completion"} <= s.keys()]
+    samples = [s for s in samples if isinstance(s, dict) and {"step", "prompt", "completion"} <= s.keys()]
+    if odd := [s["step"] for s in samples if not isinstance(s["step"], int)]:
+        raise ValueError(f"samples.jsonl has step {odd[0]!r:.60}, which is no whole number")
+    return samples
