@@ -59,8 +59,9 @@ def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) 
     before = (here / "run/metrics.csv").read_bytes()
     assert run(flags()) == 0
     assert "run is finished: 4 steps" in capsys.readouterr().err
-    assert run(["--resume", "run"]) == 0
-    assert "is finished" in capsys.readouterr().err
+    for same in ([], ["--out", "./run/"], ["--out", str(here / "run")]):
+        assert run(["--resume", "run", *same]) == 0
+        assert "is finished" in capsys.readouterr().err
     assert (here / "run/metrics.csv").read_bytes() == before
     assert not (here / "run-2").exists()
 
@@ -165,6 +166,7 @@ def test_other_settings_are_refused(here: Path) -> None:
     assert "keep" not in said
     assert "--resume run, or start a new run with --resume never" in said
     assert "leave one of them out" in refused(run, ["--resume", "run", "--out", "elsewhere"])
+    assert "--out is empty; give a folder" in refused(run, flags("--out", ""))
     assert "--recipe addition (now text)" in refused(run, ["--resume", "run", "--recipe", "text"])
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,9 @@ def _run(argv: list[str]) -> int:
     _check(settings, default)
     if found is None and settings.resume not in ("auto", "never"):
         raise UserError(f"--resume is {settings.resume!r}; give auto, never, a run folder or a checkpoint in one")
-    if found is not None and settings.out != default.out:
+    if settings.out == "":
+        raise UserError("--out is empty; give a folder for the run")
+    if found is not None and os.path.realpath(str(settings.out)) != os.path.realpath(str(default.out)):
         raise UserError(f"--out is {settings.out}, but --resume continues in {default.out}; leave one of them out")
     wanted = Path(settings.out or f"runs/{settings.recipe}")
     with Stop() as stop:
