@@ -62,6 +62,10 @@ def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) 
     for same in ([], ["--out", "./run/"], ["--out", str(here / "run")]):
         assert run(["--resume", "run", *same]) == 0
         assert "is finished" in capsys.readouterr().err
+    assert run(["--resume", "run/checkpoints/step-000002", "--max-seconds", "0.000001"]) == 0
+    said = capsys.readouterr().err
+    assert "run/checkpoints/step-000002 is finished: 2 steps" in said
+    assert f"tidal.infer --checkpoint {here}/run/checkpoints/step-000002 " in said
     assert (here / "run/metrics.csv").read_bytes() == before
     assert not (here / "run-2").exists()
 

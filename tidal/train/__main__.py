@@ -111,8 +111,9 @@ def _train(settings: Train, wanted: Path, found: Found | None, stop: Stop) -> No
     elif settings.resume == "auto":
         found = to_continue(settings, wanted)
     if found is not None and is_finished(found, settings):
-        note(f"{found.run_dir} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never "
-             f"trains another one; try: {_use(settings, found.run_dir)}")  # fmt: skip
+        what = found.run_dir if found.folder == found.newest else found.folder  # of a run that has gone on
+        note(f"{what} is finished: {found.saved.step} steps in {found.saved.seconds:.0f} s; --resume never trains "
+             f"another one; try: {_use(settings, what)}")  # fmt: skip
         return
     with joined(settings.parallel, device) as parallel, contextlib.ExitStack() as held:
         recipe, out, source = _ready(settings, wanted, found, stop, parallel, held)
@@ -142,10 +143,10 @@ def _learn(settings: Train, recipe: Recipe, out: Path, found: Found | None, sour
         retry_while_full(lambda: pages.write(out, last=True), out, stop)
 
 
-def _use(settings: Train, run_dir: Path) -> str:
-    """A command that shows what a run has learnt."""
+def _use(settings: Train, folder: Path) -> str:
+    """A command that shows what a run or checkpoint has learnt."""
     prompt = {"addition": "54663 + 132 =", "characters": "swap t r in later ="}.get(settings.recipe, "…")
-    return f'python -m tidal.infer --checkpoint {run_dir} --prompt "{prompt}"'
+    return f'python -m tidal.infer --checkpoint {folder} --prompt "{prompt}"'
 
 
 def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, parallel: Parallel,
