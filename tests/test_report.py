@@ -246,6 +246,9 @@ def test_in_the_terminal(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert newest().name == "b"
     report([])
     assert re.search(r"^run +b$", capsys.readouterr().out, re.MULTILINE)
+    for path in ("runs/a/checkpoints", "runs/a/checkpoints/step-000010"):
+        report([path])
+        assert re.search(r"^run +a$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,9 +59,9 @@ def test_a_finished_run_says_so(here: Path, capsys: pytest.CaptureFixture[str]) 
     before = (here / "run/metrics.csv").read_bytes()
     assert run(flags()) == 0
     assert "run is finished: 4 steps" in capsys.readouterr().err
-    for same in ([], ["--out", "./run/"], ["--out", str(here / "run")]):
-        assert run(["--resume", "run", *same]) == 0
-        assert "is finished" in capsys.readouterr().err
+    for same in (["run"], ["run", "--out", "./run/"], ["run", "--out", str(here / "run")], ["run/checkpoints"]):
+        assert run(["--resume", *same]) == 0
+        assert "run is finished" in capsys.readouterr().err
     assert run(["--resume", "run/checkpoints/step-000002", "--max-seconds", "0.000001"]) == 0
     said = capsys.readouterr().err
     assert "run/checkpoints/step-000002 is finished: 2 steps" in said

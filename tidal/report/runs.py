@@ -76,9 +76,10 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """The run in a folder, or the run a checkpoint belongs to. Raises UserError where there is none."""
-    if folder.absolute().parent.name == "checkpoints":
-        folder = folder.absolute().parent.parent
+    """The run in a folder, or that of a checkpoint or of `checkpoints`. Raises UserError where there is none."""
+    if not os.path.exists(folder / "metrics.csv"):
+        at = folder.absolute()
+        folder = next((up.parent for up in (at, at.parent) if up.name == "checkpoints"), folder)
     try:
         rows = [_numbers(row) for row in read_rows(folder / "metrics.csv")]
         config = folder / "config.json"

@@ -135,7 +135,7 @@ def with_tokenizer(settings: Train, folder: Path | None) -> Train:
 
 
 def look_in(path: Path) -> Found:
-    """The checkpoint `path`, or the newest intact one of the run `path`.
+    """The checkpoint `path`, or the newest intact one of the run `path` (or of the run whose `checkpoints` it is).
 
     A damaged one is passed over, with a note that names the damage, for the one before; not so where it is named
     itself. Raises UserError where there is none, or none that a run can be continued from.
@@ -143,6 +143,8 @@ def look_in(path: Path) -> Found:
     inside = Path(os.path.abspath(path))
     named = inside if inside in checkpoint.checkpoints(inside.parent.parent) else None
     run_dir = path if named is None else inside.parent.parent
+    if path.name == "checkpoints" and not checkpoint.checkpoints(path):
+        run_dir = path.parent
     if not checkpoint.checkpoints(run_dir):
         raise UserError(f"nothing to resume: {path} has no checkpoints; give a run folder, or a checkpoint in one")
     with locked(run_dir):
