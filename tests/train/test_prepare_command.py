@@ -186,7 +186,8 @@ def test_no_space_is_said_before_anything_is_written(home: Path, tmp_path: Path,
         (b"word " * 99, ("--tokenizer", "."), "cannot read tokenizer.json"),
         (b"word " * 99, ("--vocab-size", "7"), "--vocab-size is 7; it must be at least 288"),
         (b"word " * 99, ("--workers", "-1"), "--workers is -1; it must be at least 0"),
-        (b"word " * 99, ("--out", "a.txt"), "a.txt is there already and holds something else"),
+        (b"abc\0", ("--out", "a.txt"), "a.txt is there already and holds something else"),  # before it is read
+        (b"abc\0", ("--out", "."), "holds something else"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

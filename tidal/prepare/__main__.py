@@ -34,9 +34,10 @@ def run(argv: list[str]) -> None:
         raise UserError(f"--vocab-size does nothing with --tokenizer {settings.tokenizer}, which is trained already")
     if settings.validation_data and settings.hold_out != Prepare.hold_out:
         raise UserError("--hold-out does nothing with --validation-data; leave one of them out")
-    from tidal.prepare.make import prepare, tokenizer_for
+    from tidal.prepare.make import check_folder, prepare, tokenizer_for
     from tidal.prepare.survey import survey
 
+    check_folder(Path(settings.out))  # reading the data and training a tokenizer takes its time
     data = survey(settings.data, settings.hold_out, settings.seed, settings.validation_data)
     tokenizer = tokenizer_for(settings.tokenizer, settings.vocab_size, data.training_texts())
     found = prepare(data, tokenizer, Path(settings.out), settings.workers)

@@ -130,6 +130,7 @@ def prepare(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: int = 0
     """
     plan = {"version": VERSION, "data": data.digest, "tokenizer": tokenizer.fingerprint, "shard": SHARD}
     try:
+        check_folder(out)
         if not (out / PLAN).exists():
             _check_space(out, data)
             out.mkdir(parents=True, exist_ok=True)
@@ -175,16 +176,24 @@ def _begin_folder(out: Path, plan: dict[str, Any], data: Survey) -> None:
             raise UserError(f"{out} was prepared from another {' and '.join(changed)} (or with another --seed, "
                             "--hold-out or --validation-data); choose another --out, or remove it")  # fmt: skip
         return
-    if not all(_LEFTOVER.fullmatch(path.name) for path in out.iterdir()):
-        raise UserError(f"{out} is there already and holds something else; choose another --out")
+    check_folder(out)
     read = {"paths": list(data.paths), "validation": list(data.validation), "bytes": data.n_bytes}
     atomic_write(out / PLAN, json.dumps({**plan, **read}, indent=2) + "\n")
 
 
-def _check_space(out: Path, data: Survey) -> None:
-    """Raise UserError where the folder `out` cannot be, or has not the space it will need."""
-    if not (there := existing(out)).is_dir():
+def check_folder(out: Path) -> None:
+    """Raise UserError where the folder `out` cannot be, or holds something else than prepared data."""
+    try:
+        usable = (there := existing(out)).is_dir() and (not out.exists() or (out / PLAN).exists() or
+                                                        all(_LEFTOVER.fullmatch(path.name) for path in out.iterdir()))
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    if not usable:
         raise UserError(f"{there} is there already and holds something else; choose another --out")
+
+
+def _check_space(out: Path, data: Survey) -> None:
+    """Raise UserError where the folder `out` has not the space it will need."""
     free, need = free_bytes(out), BYTES_PER_BYTE * data.n_bytes
     if free < need:
         raise UserError(f"not enough space in {out}: up to {need / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are "
