@@ -31,8 +31,8 @@ near 0 where all letters are alike to him, and then without noise; else far belo
 APART = (0.5, 0.5)
 """Training text costs less than this part of what held-out text costs, and so many bits per byte less."""
 CONTEXT, PATIENCE = 0.002, 0.25
-"""Least nats a unit that the text before a block must be worth (another text put in its place), and the part of the run
-after which it is asked for. The doctor's own limit."""
+"""Least nats a unit that reading the text before a block must be worth (another is read in its place), and the part of
+the run after which it is asked for. The doctor's own limit."""
 SLOW, BEFORE = 0.5, 100
 """Of the median speed of so many rows before; said when five rows (50 steps) in a row are below it."""
 
@@ -120,8 +120,8 @@ class Health:
                       f"{held_out:.3g}: it is learnt by heart, or in training the targets leak")  # fmt: skip
         worth = values.get("context_gain", math.inf)
         if worth < CONTEXT and step >= max(self.warmup_steps + 1, PATIENCE * self.max_steps):
-            self._say("collapsed", step, "what is written does not depend on what is read: the text before a block "
-                      f"is worth {worth:.2g} nats a unit; see docs/garbage.md, and run python -m tidal.doctor")
+            self._say("collapsed", step, "what is written does not depend on what is read: reading the text before "
+                      f"a block is worth {worth:.2g} nats a unit; see docs/garbage.md, and run python -m tidal.doctor")
 
     def _speed(self, step: int, speed: float) -> None:
         self.speeds.append(speed)

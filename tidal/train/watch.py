@@ -61,8 +61,9 @@ class Watch:
     def probes(self, model: TidalTransformer, batch: Batch, parts: int = 1) -> dict[str, float]:
         """What the loss does not show, in nats a unit; what a batch is too small for is left out.
 
-        `context_gain`: what the text before a block is worth, measured by letting the rows of a batch read each other's
-        text. `typo_gain`: how much better than chance misspelt letters are predicted; above 0 only where they leak.
+        `context_gain`: what reading the text before a block is worth, measured by letting the rows of a batch read each
+        other's text, while what they recall stays their own. `typo_gain`: how much better than chance misspelt letters
+        are predicted; above 0 only where they leak.
         A batch is computed in `parts`, as in training.
         """
         found, rows = {}, take(batch, torch.arange(min(PROBE_ROWS, len(batch.targets))))
