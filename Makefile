@@ -7,8 +7,8 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 .PHONY: demo text-demo install dev test lint mypy pytest clean
 
 demo: install  ## learn to add, then add
-	$(PY) -m tidal.train --recipe addition --out runs/demo
-	$(PY) -m tidal.infer --checkpoint runs/demo --prompt "54663 + 132 ="
+	$(PY) -m tidal.train --recipe addition
+	$(PY) -m tidal.infer --checkpoint runs/addition --prompt "54663 + 132 ="
 
 # About ten minutes on two cores; the learning rate is planned over the steps.
 TEXT_STEPS ?= 1000

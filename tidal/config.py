@@ -267,7 +267,7 @@ class Train:
     keep: int = 2
     """Checkpoints kept besides the best."""
     threads: int = 0
-    """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several."""
+    """CPU threads; 0: all cores for wide models, one for narrow ones, which are slower on several beside other work."""
     workers: int = -1
     """Processes that build batches beforehand; -1: up to four beside each GPU; on a CPU one, where a core is left."""
     device: str = "auto"

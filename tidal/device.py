@@ -15,7 +15,7 @@ from tidal import ranks
 from tidal.cli import UserError
 
 WIDE = 128
-"""Models of at least this width are faster on several CPU threads than on one."""
+"""Models of at least this width are faster on several CPU threads than on one, also beside other work."""
 
 
 def pick_device(name: str) -> torch.device:

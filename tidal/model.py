@@ -204,6 +204,7 @@ class TidalTransformer(nn.Module):
         hints_bsd = None
         if self.foretold:
             assert next_nv is not None
+            # The state before a block that is learnt is one that was asked; its rank among these is its row of next_nv.
             which_bs = ((batch.aux_targets != NOTHING).flatten().cumsum(0) - 1)[context_bs]
             hints_bsd = self.foretold(self.foretold.sums(next_nv), which_bs, some(batch.nodes), batch.n_begun,
                                       sum(batch.n_children))  # fmt: skip

@@ -47,15 +47,21 @@ class ReaderToken:
 
 @dataclass(frozen=True, slots=True)
 class WriterStep:
-    """What the model is fed to write one unit; `context` is the reader index of the last state before the block."""
+    """What the model is fed to write one unit."""
 
     id: int
+    """`<bob>`, then the unit just written"""
     position: float
     place: int
+    """of the unit to come"""
     suffixes: tuple[int, int, int]
+    """hashes of all units written, the last two and the last three; NOTHING where there are fewer, or a digit"""
     recalled: tuple[int, ...]
+    """what came next in this document, as each lookup found it, or NOTHING"""
     node: int
+    """of the trie of tokens spelt backwards (`Spelling`), which the units written lead to; NO_NODE: to none"""
     context: int
+    """index of the reader's last state before the block"""
     sees_reader: tuple[int, int]
     sees_writer: tuple[int, int]
 

@@ -236,8 +236,14 @@ def test_bad_arguments() -> None:
     model, tokenizer = make()
     with pytest.raises(ValueError, match=r"no checks \[0, 99\]; they are numbered 1 to 22"):
         run(model, tokenizer, checks=[0, 3, 99])
+    with pytest.raises(ValueError, match="texts is the string 'the'; give a list"):
+        run(model, tokenizer, texts="the")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     with pytest.raises(ValueError, match="surrogate"):
         run(model, tokenizer, texts=["\ud800"], quick=True)
+    assert torch.get_num_threads() == 2, "all is left as it was"
+    torch.set_num_threads(threads)
 
 
 def test_the_commands_of_the_docs_are_these() -> None:

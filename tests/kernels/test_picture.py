@@ -153,7 +153,7 @@ def test_command_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 def test_command_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    flags = ["--text", SUM, "今天 😀", "--out", str(tmp_path / "p.png")]
+    flags = ["--text", SUM, "今天 😀 $x^$", "--out", str(tmp_path / "p.png")]
     done = run([sys.executable, "-m", "tidal.kernels.picture", *flags], tmp_path)
     assert done.code == 0, done.err
     assert done.err == f"wrote {tmp_path / 'p.png'}\n"

@@ -56,18 +56,20 @@ def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[s
     `texts`; the weights of an untrained one are given some noise first, in a copy, where they are constant.
     `checkpoint` is the folder the model was loaded from. `feed` is what training feeds, or `not_examined` why that is
     not known, and `precision` that of its products. `tell` is called before each check. The model is left as it was.
-    Raises ValueError for a check that does not exist, and on lone surrogates.
+    Raises ValueError for a check that does not exist, one string for `texts`, and on lone surrogates.
     """
     wanted = sorted(CHECKS if checks is None else set(checks))
     if unknown := [n for n in wanted if n not in CHECKS]:
         raise ValueError(f"there are no checks {unknown}; they are numbered {min(CHECKS)} to {max(CHECKS)}")
+    if isinstance(texts, str):
+        raise ValueError(f"texts is the string {texts[:60]!r}; give a list of strings")
     given = [text if isinstance(text, Document) else Document("", text) for text in texts or ()]
     was_training, generator, threads = model.training, torch.random.get_rng_state(), torch.get_num_threads()
-    if model.config.shape.d_model < NARROW:
-        torch.set_num_threads(1)
-    patient = _patient(model, tokenizer, given, quick, trained, checkpoint)
-    patient.feed, patient.not_examined, patient.precision = feed, not_examined, precision
     try:
+        if model.config.shape.d_model < NARROW:
+            torch.set_num_threads(1)
+        patient = _patient(model, tokenizer, given, quick, trained, checkpoint)
+        patient.feed, patient.not_examined, patient.precision = feed, not_examined, precision
         results = []
         for number in wanted:
             tell(CHECKS[number])

@@ -202,7 +202,7 @@ class Decoder:
         width, end, n = max(lengths), max(ends), sum(lengths)
         self._reserve(end)
         lines = self._lines(rows, width)
-        # columns: row, slot, line and column in this pass, id, place; what it sees, and an empty range
+        # row of the caches and slot in it, line of this pass and column in it, id, place; what it sees, an empty range
         data = upload([(r, end_r - len(new) + i, line, i, t.id, t.place, *t.sees, 0, 0)
                        for r, line, end_r, new in zip(rows, map(lines.index, rows), ends, news, strict=True)
                        for i, t in enumerate(new)], self.device)  # fmt: skip

@@ -41,6 +41,7 @@ MOST = 4096  # elements of both streams: the picture has the square of it
 EMPTY, PARTIAL, FULL = 0, 1, 2
 COLOURS = {"reader": "#2f6fb5", "writer": "#e07b27"}  # of the keys, by stream
 MASKED, INK = "#e9e7e2", "#333333"
+AS_IT_IS: dict[str, Any] = {"family": "monospace", "parse_math": False}  # dollars would else begin a formula
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def figure(panels: Sequence[Panel], tile: int, title: str = "") -> Any:
     width = max(left + n_keys * cell + right, legend_x + legend_width)
     height = top + max(n_queries * cell + gap * (len(panels) - 1), legend_height) + bottom
     drawn = Figure(figsize=(width, height), dpi=150)
-    drawn.text(left / width, 1 - 0.18 / height, title, fontsize=11, color=INK, va="top", family="monospace")
+    drawn.text(left / width, 1 - 0.18 / height, title, fontsize=11, color=INK, va="top", **AS_IT_IS)
     y = height - top
     for index, panel in enumerate(panels):
         y -= len(panel.queries) * cell
@@ -216,9 +217,9 @@ def _draw_panel(axes: Any, panel: Panel, tile: int, cell: float | None, first: b
     axes.set_ylabel(f"{panel.name} queries", color=INK)
     if cell:
         size = min(8.0, cell * 72 * 0.72)
-        axes.set_yticks(np.arange(n_queries) + 0.5, panel.queries, fontsize=size, family="monospace")
+        axes.set_yticks(np.arange(n_queries) + 0.5, panel.queries, fontsize=size, **AS_IT_IS)
         axes.set_xticks(np.arange(n_keys) + 0.5, [label for _, label in panel.keys], fontsize=size, rotation=90,
-                        family="monospace")  # fmt: skip
+                        **AS_IT_IS)  # fmt: skip
         axes.tick_params(axis="y", labelcolor=COLOURS[panel.name])
         for tick, (stream, _) in zip(axes.xaxis.get_major_ticks(), panel.keys, strict=True):
             tick.label1.set_color(COLOURS[stream])  # below the axes
