@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 .PHONY: demo text-demo install dev test lint mypy pytest clean
 
 demo: install  ## learn to add, then add
-	$(PY) -m tidal.train --recipe addition
+	$(PY) -m tidal.train --recipe addition --out runs/addition
 	$(PY) -m tidal.infer --checkpoint runs/addition --prompt "54663 + 132 ="
 
 # About ten minutes on two cores; the learning rate is planned over the steps.
