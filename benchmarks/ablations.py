@@ -190,11 +190,12 @@ def markdown(results: Sequence[Point], chosen: dict[str, str]) -> str:
     """A table for each set of conditions: mean over seeds, paired difference to the default, time of a step."""
     conditions: dict[str, list[Point]] = {}
     for r in results:
-        key = f"{r['corpus']}, {r['budget']['amount']:g} {r['budget']['of']}, {r['set'] or 'default settings'}"
+        key = (f"**{r['corpus']}, {r['budget']['amount']:g} {r['budget']['of']}, {r['set'] or 'default settings'}**, "
+               f"{r['held_out_bytes']:,} held-out bytes")  # fmt: skip
         conditions.setdefault(key, []).append(r)
     lines = []
     for title, found in conditions.items():
-        lines += [f"**{title}**, {found[0]['held_out_bytes']:,} held-out bytes", "",
+        lines += [title, "",
                   "| variant | bits per byte | against default | seeds | step | 10^12 flop | parameters | gap a unit |",
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         default: dict[int, list[float]] = {}

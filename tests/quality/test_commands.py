@@ -106,6 +106,20 @@ def test_ablations_run_and_go_on(corpus: Path, tmp_path: Path, capsys: pytest.Ca
     assert [name for _, name, _ in ablations.choose(["writer ff 256"])] == ["writer ff 256"], "a whole name is itself"
 
 
+def ablation(variant: str, bits: float, **conditions: object) -> quality.Point:
+    """As much of a run as the table shows."""
+    return {"variant": variant, "corpus": "kjv", "set": "", "budget": {"of": "steps", "amount": 2}, "seed": 0,
+            "held_out_bytes": 100, "final_bits_per_byte": bits, "times_default_step": 1.0, "teraflops": 1.0,
+            "parameters": 7, "threads": 1} | conditions  # fmt: skip
+
+
+def test_ablations_are_compared_on_one_held_out_set() -> None:
+    some = [ablation("default", 2.0), ablation("aux 1", 1.0)]
+    more = [ablation("default", 4.0, held_out_bytes=900), ablation("aux 1", 5.0, held_out_bytes=900)]
+    shown = ablations.markdown([*some, *more], {"aux 1": ""})
+    assert re.findall(r"aux 1 \| (\S+) \| (\S+)%", shown) == [("1.0000", "-50.00"), ("5.0000", "+25.00")]
+
+
 def test_every_variant_can_be_built() -> None:
     variants = [spec for group in ablations.VARIANTS.values() for spec in group.values()]
     assert len(set(variants)) == len(variants)
