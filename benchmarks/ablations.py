@@ -97,6 +97,9 @@ VARIANTS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Group → name → what differs from the default; what begins with the name of a contestant is that contestant."""
 
+UNNAMED: Point = {"context": 0, "clock": "cpu", "device": "cpu"}
+"""Settings that runs of before 30 November 2026 do not name; those in benchmarks/results had these."""
+
 
 @dataclass(frozen=True)
 class Ablations(Racing):
@@ -152,6 +155,7 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
     """Race all that is missing; `results` grow, and so does the file."""
     from benchmarks.contestants import Texts
     from benchmarks.entries import KINDS, entries_of
+    from tidal.device import pick_device
 
     if settings.at_once < 1 or not (settings.steps > 0 or settings.seconds > 0) or settings.cuts < 0:
         raise UserError("--at-once, and --steps or --seconds, must be positive, and --cuts not negative")
@@ -161,10 +165,11 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
     set_up(settings, list(entries.values()))
     texts = Texts(settings.corpus, settings.held_out_bytes)
     conditions = {"corpus": settings.corpus, "set": " ".join(settings.set), "budget": asdict(budget),
-                  "held_out_bytes": texts.held_out_bytes}  # fmt: skip
+                  "held_out_bytes": texts.held_out_bytes, "context": settings.context, "clock": settings.clock,
+                  "device": str(pick_device(settings.device)), "threads": record.machine()["threads"]}  # fmt: skip
     for seed in settings.seeds:
         here = conditions | {"seed": seed}
-        done = {r["variant"] for r in results if here.items() <= r.items()}
+        done = {r["variant"] for r in results if here.items() <= (UNNAMED | r).items()}
         missing = [name for name in chosen if name not in done]
         for first in range(0, len(missing), settings.at_once):
             names = [DEFAULT, *missing[first : first + settings.at_once]]
@@ -189,9 +194,10 @@ def measure(settings: Ablations, chosen: dict[str, str], results: list[Point], o
 def markdown(results: Sequence[Point], chosen: dict[str, str]) -> str:
     """A table for each set of conditions: mean over seeds, paired difference to the default, time of a step."""
     conditions: dict[str, list[Point]] = {}
-    for r in results:
+    for r in (UNNAMED | r for r in results):
+        flags = " ".join(f"--{name} {r[name]}" for name in (*UNNAMED, "threads"))
         key = (f"**{r['corpus']}, {r['budget']['amount']:g} {r['budget']['of']}, {r['set'] or 'default settings'}**, "
-               f"{r['held_out_bytes']:,} held-out bytes")  # fmt: skip
+               f"{r['held_out_bytes']:,} held-out bytes, `{flags}`")  # fmt: skip
         conditions.setdefault(key, []).append(r)
     lines = []
     for title, found in conditions.items():

@@ -7,13 +7,15 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import ablations, length, quality
 from benchmarks.contestants import Texts, TidalRunner, runner
-from benchmarks.entries import KINDS, entries_of
+from benchmarks.entries import KINDS, Entry, entries_of
 from benchmarks.switches import Switches
 from tests.commands import ROOT, run
 from tests.quality.tiny import CPU, TINY, entry
@@ -118,6 +120,29 @@ def test_ablations_are_compared_on_one_held_out_set() -> None:
     more = [ablation("default", 4.0, held_out_bytes=900), ablation("aux 1", 5.0, held_out_bytes=900)]
     shown = ablations.markdown([*some, *more], {"aux 1": ""})
     assert re.findall(r"aux 1 \| (\S+) \| (\S+)%", shown) == [("1.0000", "-50.00"), ("5.0000", "+25.00")]
+
+
+def test_ablations_of_other_settings_are_others(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are measured, and have a table of their own. What a run of long ago does not name is what it had then."""
+
+    def race(entries: Sequence[Entry], *args: Any, **_: Any) -> None:
+        for one in entries:
+            args[4]({"contestant": one.label, "seed": args[1], "final_bits_per_byte": 2.0, "step_ms": 3.0,
+                     "teraflops": 1.0, "parameters": 7})  # fmt: skip
+
+    monkeypatch.setattr(ablations, "race", race)
+    out = tmp_path / "a.json"
+    flags = ["--corpus", str(corpus), "--only", "aux 1", "--out", str(out), "--clock", "cpu", "--threads", "1",
+             "--device", "cpu"]  # fmt: skip
+    for added, n in (([], 2), ([], 2), (["--context", "9"], 4), (["--clock", "wall"], 6), (["--threads", "2"], 8)):
+        ablations.run([*flags, *added])
+        results = json.loads(out.read_text())
+        assert len(results) == n
+    assert ablations.markdown(results, {}).count("| default |") == 4
+    old = [{k: v for k, v in r.items() if k not in ablations.UNNAMED} for r in results[:2]]
+    out.write_text(json.dumps(old))
+    ablations.run(flags)
+    assert json.loads(out.read_text()) == old
 
 
 def test_every_variant_can_be_built() -> None:
