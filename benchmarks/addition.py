@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PLAIN = "backward"
 CONTRASTS = ("forward", "no places")
+MOST_DIGITS = 18
+"""of a number drawn from all below 10^digits, as the parts `samples` and `exact` draw theirs: 64 bits hold these"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def run(argv: list[str]) -> None:
 
 
 def planned(settings: Settings) -> list[Run]:
-    """What identifies each run: part, variant, seed, how it is trained and what it is asked."""
+    """What identifies each run: part, variant, seed, how it is trained and what it is asked. Raises UserError."""
     base = parse(Train, [f"--{flag}" for flag in settings.set], "--set", default=PRESETS["addition"])
     variants = [(PLAIN, seed) for seed in settings.seeds]
     if settings.contrasts:
@@ -120,6 +122,8 @@ def planned(settings: Settings) -> list[Run]:
                        {"count": settings.count, "lengths": list(settings.lengths)}),
         }  # fmt: skip
         steps, digits, sizes, asked = kinds[part]
+        if part != "length" and digits > MOST_DIGITS:
+            raise UserError(f"the part {part} asks for numbers of at most {MOST_DIGITS} digits, not {digits}")
         longest = max([digits, *(settings.lengths if part == "length" else [])])
         lengths = settings.sample_lengths if part == "samples" else base.addition.lengths
         for size in sizes:

@@ -19,18 +19,20 @@ LEE = {2000: (0.306, None), 4000: (0.982, None), 10000: (1.0, 0.874)}
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """A table for each part and way of training: mean and worst seed."""
+    """A table for each part, way of training and of asking: mean and worst seed."""
     groups: dict[str, list[Run]] = {}
     for r in runs:
         kept = {k: v for k, v in r["train"].items() if k not in ("seed", "addition")}
-        key = json.dumps([r["part"], kept, {**r["train"]["addition"], "samples": 0}], sort_keys=True)
+        key = json.dumps([r["part"], kept, {**r["train"]["addition"], "samples": 0}, r["asked"]],
+                         sort_keys=True)  # fmt: skip
         groups.setdefault(key, []).append(r)
     lines = []
     for found in groups.values():
         first = found[0]
         digits, rows = first["train"]["addition"]["digits"], first["train"]["rows"]
+        count = first["asked"].get("count", first["asked"].get("pairs"))
         lines += [f"**{first['part']}**: operands of at most {digits} digits, {first['steps']} steps of {rows} rows, "
-                  f"{first['parameters']:,} parameters{unusual(first)}", ""]  # fmt: skip
+                  f"{first['parameters']:,} parameters{unusual(first)}; {count:,} sums asked", ""]  # fmt: skip
         lengths = first["part"] == "length"
         columns = [f"{n} digits" for n in first["asked"]["lengths"]] if lengths else ["exact match"]
         columns += {"samples": ["Lee et al."], "exact": ["edge cases"], "length": []}[first["part"]]

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from benchmarks import addition as benchmark
+from benchmarks.addition_results import markdown
 from benchmarks.switches import Switches
 from tidal.blocks import NOTHING
-from tidal.cli import UserError
+from tidal.cli import UserError, parse
 from tidal.config import Addition, Shape, Train
 from tidal.streams import Batch
 from tidal.tokenizer import NO_PLACE, MixedTokenizer
@@ -292,6 +293,25 @@ def test_the_benchmark_measures_each_part_once(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert json.loads(shown.splitlines()[-1])["runs"] == len(runs) == 14
     assert "| forward | 40 | 0.00% (0.00%) |" in shown
+
+
+def test_runs_that_are_asked_otherwise_have_a_table_of_their_own() -> None:
+    flags = ["--parts", "samples", "length", "--samples", "40", "--seeds", "0"]
+    runs = [{**planned, "steps": 2, "parameters": 7, "cpu_seconds": 1.0, "exact_match": found}
+            for more, match in ((["--lengths", "2"], {"2": 0.5}), (["--count", "3", "--lengths", "3"], {"3": 0.25}))
+            for planned, found in zip(benchmark.planned(parse(benchmark.Settings, [*flags, *more], "")), (1.0, match),
+                                      strict=True)]  # fmt: skip
+    shown = markdown(runs)
+    assert re.findall(r"; ([\d,]+) sums asked", shown) == ["1,000", "1,000", "3", "3"]
+    assert re.findall(r"\| endless \| (\S+) \| 1 \|", shown) == ["50.00%", "25.00%"]
+
+
+@pytest.mark.parametrize(("part", "flag"), [("samples", "--sample-digits"), ("exact", "--digits")])
+def test_more_digits_than_can_be_drawn_are_refused_before_training(part: str, flag: str, tmp_path: Path) -> None:
+    flags = ["--seeds", "0", "--sample-steps", "1", "--exact-steps", "1", "--pairs", "2", "--count", "2", "--samples",
+             "9", "--set", *TINY, "--out", str(tmp_path / "a.json")]  # fmt: skip
+    with pytest.raises(UserError, match=f"^the part {part} asks for numbers of at most 18 digits, not 19$"):
+        benchmark.run(["--parts", part, flag, "19", *flags])
 
 
 def test_edge_cases_hold_what_is_hard() -> None:
