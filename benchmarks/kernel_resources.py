@@ -34,7 +34,8 @@ RESERVED, REGISTERS, WARPS = 1024, 65536, {86: 48}
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capability × 10")
+    parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHITECTURES), choices=list(SHARED_LIMIT),
+                        help="compute capability × 10")  # fmt: skip
     parser.add_argument("--head-dims", type=int, nargs="+", default=[32, 64, 128], choices=[32, 64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kernels", nargs="+", help="only those whose names begin so")

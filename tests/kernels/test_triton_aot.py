@@ -148,6 +148,13 @@ def test_blocks_that_a_multiprocessor_holds() -> None:
     assert found == [1, 4, 2, 8, 32, 16, 0]
 
 
+def test_kernel_resources_of_a_gpu_whose_limits_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        kernel_resources.main(["--archs", "89", "--head-dims", "64", "--kernels", "none"])
+    assert stop.value.code == 2
+    assert "--archs: invalid choice: 89 (choose from 80, 86, 90, 100)" in capsys.readouterr().err
+
+
 def test_kernel_resources_needs_the_compiler(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
