@@ -82,11 +82,11 @@ def run(argv: list[str]) -> None:
     for times in sorted(settings.times):
         results.append({"times": times, **measure(model, table, whole, longest, times * trained, trained, every)})
         r = results[-1]
-        print(f"{times:>3} × {trained} tokens   {r['bits_per_byte']:.4f} bits per byte   {r['beyond_the_first']:.4f} "
+        print(f"{times:>3} × {trained} tokens   {r['bits_per_byte']:.4f} bits per byte   {shown(r)} "
               f"beyond a longest window's first {trained}   {r['bytes']:,} bytes", flush=True)  # fmt: skip
     overlapping = measure(model, table, whole, longest, trained, trained, every, overlap=trained // 2)
     print(f"  1 × {trained}, half of it overlap: {overlapping['bits_per_byte']:.4f}; "
-          f"{overlapping['beyond_the_first']:.4f} beyond the first {trained}")  # fmt: skip
+          f"{shown(overlapping)} beyond the first {trained}")  # fmt: skip
     content = {"benchmark": "length", "settings": asdict(settings), "checkpoint": str(folder), "trained": trained,
                "results": results, "overlapping": overlapping, **record.machine()}  # fmt: skip
     if settings.out:
@@ -99,7 +99,8 @@ def run(argv: list[str]) -> None:
 def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage], longest: int, length: int,
             trained: int, every: int = 1, overlap: int = 0) -> dict[str, Any]:  # fmt: skip
     """Bits per byte of passages in windows of `length` tokens: of all, by position in the longest window and in its
-    own, and of what lies beyond the longest window's first `trained` tokens. One longest window in `every` is read.
+    own, and of what lies beyond the longest window's first `trained` tokens, or None. One longest window in `every` is
+    read.
     """
     import numpy as np
 
@@ -129,8 +130,13 @@ def measure(model: TidalTransformer, table: BlockTable, whole: Sequence[Passage]
     by_position = [[int(b), float(bits[bins == b].sum() / n_bytes[bins == b].sum()), int(n_bytes[bins == b].sum())]
                    for b in np.unique(bins)]  # fmt: skip
     return {"bits_per_byte": float(bits.sum() / n_bytes.sum()), "bytes": int(n_bytes.sum()),
-            "beyond_the_first": float(bits[beyond].sum() / n_bytes[beyond].sum()) if beyond.any() else math.nan,
+            "beyond_the_first": float(bits[beyond].sum() / n_bytes[beyond].sum()) if beyond.any() else None,
             "by_position": by_position}  # fmt: skip
+
+
+def shown(result: dict[str, Any]) -> str:
+    """Bits per byte of what lies beyond the trained length, which no document may reach."""
+    return "nothing" if result["beyond_the_first"] is None else f"{result['beyond_the_first']:.4f}"
 
 
 def draw(results: Sequence[dict[str, Any]], trained: int, path: Path) -> None:

@@ -190,6 +190,10 @@ def test_length_runs(corpus: Path, texts: Texts, tmp_path: Path, capsys: pytest.
     assert [r["times"] for r in line["results"]] == [1, 4]
     assert line["results"][0]["bytes"] == line["results"][1]["bytes"] == line["overlapping"]["bytes"]
     assert picture.stat().st_size > 10_000
+    length.run(["--checkpoint", str(out), "--data", str(corpus / "held-out"), "--times", "1", "--bytes", "2000"])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [line.count("nothing beyond") for line in table] == [1, 1]
+    assert json.loads(last)["overlapping"]["beyond_the_first"] is None, "NaN would be no JSON"
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
