@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks import record
 from benchmarks.contestants import corpus_folder
 from tidal.blocks import NOTHING, BlockTable, Ints
 from tidal.cli import main, parse
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> None:
         print(f"{n:>9,} {len(hashes) / n:>15.2f} {share:>17.2%} {chance:>10.2%}")
         results.append({"rows": n, "sharing": round(share, 5), "sharing_at_random": round(chance, 5)})
     print(json.dumps({"benchmark": "collisions", "corpus": settings.corpus, "vocab_size": settings.vocab_size,
-                      "suffixes": len(hashes), "results": results}))  # fmt: skip
+                      "suffixes": len(hashes), "results": results, **record.machine()}))  # fmt: skip
 
 
 def suffixes(table: BlockTable, texts: Sequence[str]) -> tuple[Ints, Ints]:

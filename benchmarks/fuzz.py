@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from benchmarks import record
 from tidal.cli import progress
 from tidal.config import Shape
 from tidal.infer.engine import Completion, generate
@@ -111,7 +112,8 @@ def main() -> None:
             done += n
             bar.update(n)
     print(json.dumps({"benchmark": "fuzz", "generations": done, "failures": 0, "stop_reasons": reasons,
-                      "seconds": round(time.perf_counter() - began, 1), "seed": args.seed}))  # fmt: skip
+                      "seconds": round(time.perf_counter() - began, 1), "seed": args.seed,
+                      **record.machine()}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks import record
+
 
 def lines(text: Path) -> Iterator[str]:
     """Endless lines, the same each time."""
@@ -90,7 +92,7 @@ def main() -> None:
             print(f"{kind}: {size / 1e6:.1f} MB, shards {on_disk / 1e6:.1f} MB; prepared in {prepare['seconds']} s, "
                   f"MB of each process {prepare['peak_mb']}; training {train.get('peak_mb')}, not file "
                   f"pages {train.get('anonymous_mb')}", flush=True)  # fmt: skip
-    print(json.dumps(results))
+    print(json.dumps({**results, **record.machine()}))
 
 
 if __name__ == "__main__":

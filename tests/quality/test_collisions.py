@@ -45,3 +45,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, many = line["results"]
     assert one["sharing"] == one["sharing_at_random"] > 0.9  # one row: all but the most frequent suffix
     assert 0 <= many["sharing"] < 0.1
+    assert {"processor", "torch", "date"} <= set(line)

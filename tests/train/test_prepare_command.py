@@ -211,6 +211,7 @@ def test_the_benchmark_runs(home: Path) -> None:
     found = json.loads(done.lines[-1])
     assert 100_000 <= found["one.txt"]["bytes"] < 101_000
     assert found["many.jsonl"]["prepare"]["peak_mb"][0] > 5
+    assert {"processor", "torch", "date"} <= set(found)
 
 
 def test_a_worker_imports_no_torch(tmp_path: Path) -> None:
