@@ -98,7 +98,8 @@ VARIANTS: dict[str, dict[str, str]] = {
 """Group → name → what differs from the default; what begins with the name of a contestant is that contestant."""
 
 UNNAMED: Point = {"context": 0, "clock": "cpu", "device": "cpu"}
-"""Settings that runs of before 30 November 2026 do not name; those in benchmarks/results had these."""
+"""Settings that runs of before 30 November 2026 do not name; those in benchmarks/results had these.
+Their `step_ms` is wall time, whatever the clock."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Ablations(Racing):
     """Settings of `python -m benchmarks.ablations`."""
 
     steps: int = 400
-    """Steps of every run; the learning rate is planned over them."""
+    """Steps of every run; the learning rate has fallen to zero at their end."""
     seconds: float = 0.0
     """Seconds of every run on its own clock, in place of steps."""
     only: tuple[str, ...] = ()

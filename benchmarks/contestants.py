@@ -130,9 +130,11 @@ class Runner(ABC):
         self.seconds = self.cpu_seconds = 0.0
         self.n_steps = 0
         self.step_seconds: list[float] = []
+        self.step_cpu_seconds: list[float] = []
 
     def timed_step(self, done: float) -> None:
-        """One step, with the rate for the part of the budget that is `done`, on the clock."""
+        """One step on the clock. Its rate falls with the part of the budget that is `done`; how long it rises is a
+        number of steps, whatever the budget, so that a slow contestant may hardly have steps at the full rate."""
         began, cpu = time.perf_counter(), time.process_time()
         o = self.train.optim
         warm, left = (self.n_steps + 1) / max(1, o.warmup_steps), (1 - done) / max(o.decay_fraction, 1e-9)
@@ -140,8 +142,9 @@ class Runner(ABC):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.step_seconds.append(time.perf_counter() - began)
+        self.step_cpu_seconds.append(time.process_time() - cpu)
         self.seconds += self.step_seconds[-1]
-        self.cpu_seconds += time.process_time() - cpu
+        self.cpu_seconds += self.step_cpu_seconds[-1]
         self.n_steps += 1
 
     @abstractmethod

@@ -4,9 +4,10 @@
 
 One process trains all contestants of a seed in turns of a few seconds, each on its own clock, which runs while batches
 are prepared and learnt and stands still during evaluation; so a noisy machine is equally noisy for all. The learning
-rate is planned over the budget: warm-up, constant, then to zero when the budget is spent. All see the same windows of
-text in the same order, and are charged the same bytes, which is checked at every evaluation; see
-benchmarks/contestants.py. Two races where --teraflops is given, too: one by the clock and one by the work.
+rate rises for `warmup-steps`, as many for all, is constant, and falls to zero over the last `decay-fraction` of the
+budget. All see the same windows of text in the same order, and are charged the same bytes, which is checked at every
+evaluation; see benchmarks/contestants.py. Two races where --teraflops is given, too: one by the clock and one by the
+work. Times of steps are on the clock of --clock.
 """
 
 from __future__ import annotations
@@ -137,10 +138,11 @@ def race(entries: Sequence[Entry], texts: Texts, seed: int, budget: Budget, sett
 def _point(racer: Racer, settings: Racing, final: bool, every: int, cuts: int) -> Point:
     r = racer.runner
     context = settings.context or r.train.text.reader_budget
+    step_seconds = r.step_seconds if settings.clock == "wall" else r.step_cpu_seconds
     point: Point = {
         "contestant": r.entry.label, "seed": r.seed, "final": final,
         "bits_per_byte": r.bits_per_byte(context, every), "seconds": r.seconds, "cpu_seconds": r.cpu_seconds,
-        "steps": r.n_steps, "step_ms": 1000 * statistics.median(r.step_seconds), "teraflops": racer.flops / 1e12,
+        "steps": r.n_steps, "step_ms": 1000 * statistics.median(step_seconds), "teraflops": racer.flops / 1e12,
         "parameters": r.parameters(),
     }  # fmt: skip
     if final:  # `bits_per_byte` is of the curve's windows, for the picture; this is the result

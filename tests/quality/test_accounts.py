@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from benchmarks.baselines import causal
 from benchmarks.baselines.causal import CausalTransformer, Document
 from benchmarks.contestants import BaselineRunner, Runner, Texts, TidalRunner, Window, runner
 from benchmarks.entries import KINDS, entries_of
-from benchmarks.quality import Budget, Racer
+from benchmarks.quality import Budget, Point, Racer, Racing, race
 from tests.quality.tiny import CPU, TINY, entry
 from tidal.blocks import NOTHING
 from tidal.evaluate.boundary import boundary_gap, cut_pairs
@@ -171,6 +174,19 @@ def test_training_lowers_the_figure_and_the_rate_ends_at_zero(kind: str, texts: 
     assert rates[:3] == [lr / 2, lr, lr]
     assert rates[6:] == pytest.approx([lr * left / 6 for left in range(6, 0, -1)])  # decay_fraction is a half
     assert 0 < sum(r.step_seconds) == pytest.approx(r.seconds)
+    assert 0 < sum(r.step_cpu_seconds) == pytest.approx(r.cpu_seconds)
+
+
+@pytest.mark.parametrize(("clock", "step_ms"), [("wall", 2000), ("cpu", 500)])
+def test_times_of_steps_are_on_the_clock_of_the_race(
+    clock: Literal["wall", "cpu"], step_ms: float, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall, cpu = itertools.count(0.0, 2.0), itertools.count(0.0, 0.5)
+    times = SimpleNamespace(perf_counter=lambda: next(wall), process_time=lambda: next(cpu))
+    monkeypatch.setattr(contestants, "time", times)
+    points: list[Point] = []
+    race([entry("token")], texts, 0, Budget("steps", 2), Racing(device="cpu", clock=clock), points.append)
+    assert [p["step_ms"] for p in points] == [step_ms]
 
 
 def test_budgets() -> None:
