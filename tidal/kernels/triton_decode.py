@@ -238,10 +238,10 @@ def launch_of(tile_m: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """How the kernel is launched for tiles of TILE_M rows.
 
     float32 is multiplied without tensor cores, which would round to tf32. A product then holds more in registers, so
-    float32 has smaller tiles and more threads.
+    float32 has smaller tiles and, from head dimension 64 on, more threads.
     """
     if dtype == torch.float32:
-        return Launch(16 if head_dim == 128 else 32, 8, 2)
+        return Launch(16 if head_dim == 128 else 32, 4 if head_dim == 32 else 8, 2)
     if head_dim == 128:  # of 64 rows, twice the keys or a third stage spill on sm_80
         return Launch(32, 4, 2) if tile_m == 64 else Launch(64, 4, 3)
     return Launch(64 if tile_m == 64 else 128, 4, 3)
