@@ -130,6 +130,13 @@ def test_nothing_comes_of_a_request_once_it_is_cancelled() -> None:
         events.append(number)
         cancelled = cancelled or engine.cancel(second)
     assert len(events) > 2
+    first, second = (engine.submit("the cat", Sampling(1.0), Limits(60), 4) for _ in range(2))
+    ended = []
+    for number, event in engine.drain():  # but what has ended in the same step has ended
+        if isinstance(event, Completion):
+            ended.append(number)
+            assert not engine.cancel(second)
+    assert ended == [first, second]
 
 
 def finish(engine: Engine, number: int) -> Completion:

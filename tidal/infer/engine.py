@@ -141,7 +141,6 @@ class Engine:
 
     def cancel(self, number: int) -> bool:
         """Forget a request; whether it was there, waiting or being written."""
-        self._cancelled.add(number)
         for row in self._waiting:
             if row.number == number:
                 self._waiting.remove(row)
@@ -149,6 +148,7 @@ class Engine:
         for i, row in self._active():
             if row.number == number:
                 self._leave(i)
+                self._cancelled.add(number)  # what it has just written is not to come any more
                 return True
         return False
 
