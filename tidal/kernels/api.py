@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tidal.kernels import cpu, cpu_rows, reference
+from tidal.kernels.operators import learning
 from tidal.kernels.plan import TilePlan
 
 BACKEND_VARIABLE = "TIDAL_ATTENTION_BACKEND"
@@ -138,8 +139,7 @@ def interval_attention(
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
     attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slopes))
-        if name == "cpu" and not learning and cpu_rows.in_place(q, k, ranges, rows, plan):
+        if name == "cpu" and not learning(q, k, v, slopes) and cpu_rows.in_place(q, k, ranges, rows, plan):
             attend = functools.partial(cpu_rows.attend_rows, rows=rows)
         elif cpu_rows.all_in_order(rows, k):
             pass

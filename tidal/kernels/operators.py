@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 
@@ -36,3 +37,8 @@ def without_gradient(operator: OpOverload) -> None:
         raise NotImplementedError(f"{operator} cannot be differentiated")
 
     torch.library.register_autograd(operator, refuse)
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether any of them will get a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

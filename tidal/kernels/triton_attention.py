@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tidal.kernels import triton_backward, triton_decode, triton_forward
-from tidal.kernels.operators import operator, without_gradient
+from tidal.kernels.operators import learning, operator, without_gradient
 from tidal.kernels.plan import TilePlan
 from tidal.kernels.triton_plan import HEAD, tables
 from tidal.kernels.triton_tiles import DTYPES, HEAD_DIMS, INTERPRETED
@@ -129,11 +129,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position: Tensor, 
         q, k, v, ranges, q_position, k_position, slopes, table, order, backward_plan, scale, tiles, atomic
     )[0]
     return out
-
-
-def learning(*tensors: Tensor) -> bool:
-    """Whether any of them will get a gradient."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def decodes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> bool:
