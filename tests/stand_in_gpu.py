@@ -202,10 +202,12 @@ def stand_in_gpu() -> Iterator[list[str]]:
         "get_device_name": lambda *_: "stand-in", "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: mock.Mock(multi_processor_count=132),
         "max_memory_allocated": lambda *_: 2**30, "empty_cache": lambda: None, "synchronize": lambda *_: None,
-        "Event": Event, "_sleep": lambda *_: None,
+        "Event": Event, "_sleep": lambda *_: None, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
+    stream = mock.Mock(is_capturing=lambda: False)
     OnGpu.waits.clear()
     with (mock.patch.multiple(torch.cuda, create=True, **cuda),
+          mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream),
           mock.patch.multiple(torch, autocast=Autocast, is_autocast_enabled=lambda t: enabled(on_cpu(t)),
                               get_autocast_dtype=lambda t: dtype_of(on_cpu(t)),
                               _has_compatible_shallow_copy_type=alike,
