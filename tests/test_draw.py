@@ -77,6 +77,19 @@ def test_durations() -> None:
 
 def test_in_letters() -> None:
     plot = terminal(Panel("Loss", "nats", [Curve("a", [(0, 1.0), (10, 500.0)]), Curve("b", [(0, 2.0), (10, 3.0)])]))
-    assert "Loss, log10 of nats, against step" in plot
+    assert "Loss, nats, against step" in plot
     assert not re.search(r"\x1b", plot)
+    assert re.search(r"^ *100┤", plot, re.MULTILINE), "of a logarithmic axis, the values themselves"
     assert terminal(Panel("Loss", "nats", [])) == ""
+
+
+def test_in_letters_curves_are_told_apart() -> None:
+    """There are no colours, so each is drawn in a letter of its own; the key is outside, where it hides nothing."""
+    low, high = Curve("first", [(0, 0.2), (100, 0.1)]), Curve("second", [(0, 0.9), (1600, 1.0)])
+    *rows, axis, key = terminal(Panel("Held out", "share", [low, high])).rstrip().splitlines()
+    assert key == "a first   b second"
+    assert axis.split() == ["0", "500", "1,000", "1,500"]
+    drawn = [row.split("│")[1] if "│" in row else row.split("┤")[1] for row in rows if re.search("[│┤]", row)]
+    assert {letter for row in drawn[: len(drawn) // 2] for letter in row if letter.isalpha()} == {"b"}
+    assert {letter for row in drawn[len(drawn) // 2 :] for letter in row if letter.isalpha()} == {"a"}
+    assert re.search("[a-z]", "".join(terminal(Panel("Held out", "share", [low])).splitlines()[1:])) is None

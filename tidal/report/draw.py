@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +109,7 @@ def svg(panel: Panel) -> str:
     curves, log = panel.shown(), panel.log()
     if not curves:
         return ""
-    xs, ys = ([point[i] for curve in curves for point in curve.points] for i in (0, 1))
-    (x0, x1), (y0, y1) = (min(0.0, *xs), max(1.0, *xs)), _range(ys, log, panel.zoom)
+    (x0, x1), (y0, y1) = _axes(panel)
 
     def at(x: float, y: float) -> tuple[float, float]:
         part = math.log(y / y0) / math.log(y1 / y0) if log else (y - y0) / (y1 - y0)
@@ -140,6 +141,12 @@ def svg(panel: Panel) -> str:
                              "</circle>")  # fmt: skip
     label = html.escape(f"{panel.title}, {panel.unit}, against {panel.x}", quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _axes(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of both axes of a panel that has points."""
+    xs, ys = ([point[i] for curve in panel.shown() for point in curve.points] for i in (0, 1))
+    return (min(0.0, *xs), max(1.0, *xs)), _range(ys, panel.log(), panel.zoom)
 
 
 def _range(values: list[float], log: bool, zoom: bool) -> tuple[float, float]:
@@ -193,7 +200,7 @@ def _plain(label: str) -> str:
 
 
 def terminal(panel: Panel, width: int = 80, height: int = 18) -> str:
-    """The panel in letters, without colours; empty where there is nothing to draw."""
+    """The panel in letters, without colours, each of several curves in a letter of its own; empty without points."""
     import plotext  # version 6 or newer; 5 had other names
 
     curves, log = panel.shown(), panel.log()
@@ -203,12 +210,18 @@ def terminal(panel: Panel, width: int = 80, height: int = 18) -> str:
     figure.clear()
     figure.plot_size(width, height)
     figure.theme("colorless")
-    figure.title(f"{panel.title}, {'log10 of ' if log else ''}{panel.unit}, against {panel.x}")
-    for curve in curves:
+    figure.title(f"{panel.title}, {panel.unit}, against {panel.x}")
+    (x0, x1), (y0, y1) = _axes(panel)
+    for axis, low, high, powers in (("x", x0, x1, False), ("y", y0, y1, log)):
+        marks = ticks(low, high, powers)
+        low, high, *at = (math.log10(v) if powers else v for v in (low, high, *marks))
+        figure.ruler(axis).lim(low, high).ticks(at, [number(mark) for mark in marks])
+    letters = list(zip(itertools.cycle(string.ascii_letters), curves, strict=False))
+    for letter, curve in letters:
         points = smooth(curve.points) if panel.noisy and len(curve.points) > 2 * FEW else curve.points
         xs, ys = ([float(point[i]) for point in points] for i in (0, 1))
-        signal = figure.signal(xs, [math.log10(y) for y in ys] if log else ys)
-        if len(curves) > 1:
-            signal = signal.label(curve.label)
-        figure.draw(signal.lines())
-    return str(plotext.uncolorize(str(figure.build())))
+        ys = [math.log10(y) for y in ys] if log else ys
+        figure.draw(figure.signal(xs, ys, marker=letter if len(curves) > 1 else None).lines())
+    drawn = str(plotext.uncolorize(str(figure.build())))
+    key = "   ".join(f"{letter} {curve.label}" for letter, curve in letters)  # a legend inside would hide curves
+    return f"{drawn.rstrip()}\n{key}\n" if len(curves) > 1 else drawn
