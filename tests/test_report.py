@@ -101,10 +101,12 @@ def look_at(source: str) -> Checked:
 def test_the_page_of_a_run(tmp_path: Path) -> None:
     folder = make(tmp_path / "sea", n=100)
     (folder / "doctor.json").write_text(json.dumps({"ok": True, "findings": 0, "results": [
-        {"number": 7, "check": "one builder", "verdict": "well", "measured": 0, "limit": "inf"}]}))  # fmt: skip
+        {"number": 7, "check": "one builder", "verdict": "well", "measured": 0, "limit": "inf"},
+        {"number": 20, "check": "substance", "verdict": "skipped", "measured": 0, "limit": 0}]}))  # fmt: skip
     checked = look_at(render_run(read(folder)))
     for said in ("recipe text · step 1,000 of 1,000 · 2 min", "Loss", "Bits per byte", "Gradient norm", "Learning rate",
-                 "Throughput", "the sea out", "one builder", "all well", "d-model", "units a second"):  # fmt: skip
+                 "Throughput", "the sea out", "one builder", "all well (1 well, 1 skipped)", "d-model",
+                 "units a second"):  # fmt: skip
         assert said in checked.text, said
     assert "Warnings" not in checked.text
     assert sum(tag == "svg" for tag, _ in checked.tags) == 6

@@ -301,7 +301,8 @@ def run(argv: list[str]) -> None:
         for panel in panels:
             print(summary(panel, settings.tile))
             print("\n".join(characters(panel, settings.tile, shutil.get_terminal_size().columns)), end="\n\n")
-        print("█ seen, full tile  ▓ seen, partial tile  ░ masked  · empty tile   (one character a tile: █ ▒ ·)")
+        print("one character a key: █ seen, full tile  ▓ seen, partial tile  ░ masked  · empty tile  (▫ a wide one)")
+        print("where keys do not fit, one a tile: █ full  ▒ partial  · empty")
         return
     from tidal.files import atomic_write
 

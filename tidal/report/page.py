@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -259,8 +260,9 @@ def _doctor(run: Run) -> str:
     rows = [["#", "check", "verdict", "measured", "limit"]]
     rows += [[_value(r.get(name)) for name in ("number", "check", "verdict", "measured", "limit")] for r in results]
     verdict = "all well" if run.doctor.get("ok") else f"{run.doctor.get('findings')} findings"
-    well = sum(r.get("verdict") == "well" for r in results)
-    said = f"<p>Before training: <b>{visible(verdict)}</b>, {well} checks well, {len(results) - well} others.</p>"
+    verdicts = Counter(str(r.get("verdict")) for r in results)
+    counted = ", ".join(f"{n} {kind}" for kind, n in verdicts.items())
+    said = f"<p>Before training: <b>{visible(verdict)}</b> ({visible(counted)}).</p>"
     return _section("Doctor", f"{said}<details><summary>All checks</summary>{_table(rows)}</details>")
 
 
