@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib
+import inspect
 import io
 import math
 import os
@@ -15,7 +19,7 @@ from typing import Literal
 
 import pytest
 
-from tidal import cli
+from tidal import cli, config
 from tidal.cli import UserError, main, note, parse, progress
 
 
@@ -46,6 +50,12 @@ class Outer:
     fast: bool = False
     """Whether to hurry."""
     inner: Inner = field(default_factory=Inner)
+    seed: int | None = None
+    """A number."""
+    heat: float | None = None
+    """How hot."""
+    checks: tuple[int, ...] = ()
+    """Which ones."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,9 @@ def test_parse_reads_flags() -> None:
         (["--max-steps", "1.5"], "--max-steps needs a whole number, not '1.5'; see --help"),
         (["--max-steps", "x" * 150], f"--max-steps needs a whole number, not '{'x' * 150}'; see --help"),
         (["--lr", "slow"], "--lr needs a number, not 'slow'; see --help"),
+        (["--seed", "x"], "--seed needs a whole number, not 'x'; see --help"),
+        (["--heat", "0,8"], "--heat needs a number, not '0,8'; see --help"),
+        (["--checks", "1", "b"], "--checks cannot take '1', 'b'; see --help"),
         (["--max-steps"], "--max-steps needs a value; see --help"),
         (["--kind", "c"], "--kind must be one of 'memory', 'block', not 'c'; see --help"),
         (["--data", "a", "--fast", "--data=b"], "--data is given twice; give all its values after one --data"),
@@ -101,6 +114,16 @@ def test_parse_errors_are_one_clear_line(
         outer(*argv)
     assert str(raised.value) == message
     assert capfd.readouterr() == ("", "")
+
+
+def test_help_texts_have_one_line() -> None:
+    """In one of two tyro keeps the break, since the second is indented, and wraps each by itself."""
+    modules = [importlib.import_module(f"tidal.{name}.__main__") for name in ("infer", "evaluate", "doctor", "prepare")]
+    for cls in {cls for module in (config, *modules) for cls in vars(module).values() if dataclasses.is_dataclass(cls)}:
+        body = ast.parse(inspect.getsource(cls)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        texts = [x.value.value for x in body.body[1:] if isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)]
+        assert [text for text in texts if "\n" in str(text)] == []
 
 
 def test_missing_and_unknown_flags() -> None:

@@ -206,6 +206,15 @@ def _one_line(said: str) -> str:
             r"\1 needs a whole number, not \2",
         ),
         (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 needs a number, not \2"),
+        (
+            r"Error parsing (\S+): no type matching \{None\}\|INT .*? from \[(.*?)\]\. Got .*",
+            r"\1 needs a whole number, not \2",
+        ),
+        (
+            r"Error parsing (\S+): no type matching \{None\}\|FLOAT .*? from \[(.*?)\]\. Got .*",
+            r"\1 needs a number, not \2",
+        ),
+        (r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1 cannot take \2"),
         (r"Error parsing (\S+): (.*)", r"\1: \2"),
         (r"Missing value for argument '(.*)'\. Expected 1 values", r"\1 needs a value"),
         (r"Missing value for argument '(.*)'\. Expected (\d+) values", r"\1 needs \2 values"),

@@ -44,11 +44,9 @@ class Shape:
     writer_ff: int = 384
     """Hidden width of the writer's SwiGLU."""
     foretell: bool = False
-    """Tell the writer, unit by unit, what the reader expects: its distribution over the next block's last token, summed
-    over spellings."""
+    """Tell the writer, unit by unit, what the reader expects the next block's last token to be."""
     recall: bool = False
-    """Tell each writer step which unit came next the last time a block of this document had the ending written so far;
-    also the last time after the same preceding block, and after the same two (an n-gram cache)."""
+    """An n-gram cache: what came next after this ending in the document, also after the same one and two blocks."""
     suffix_rows: int = 16384
     """Rows of the hashed table of written suffixes; 0 turns it off."""
     writer_attention: Literal["memory", "block", "none"] = "memory"
@@ -58,8 +56,7 @@ class Shape:
     query_gain: float = 1.0
     """Initial gain of the query norm; a larger one begins with sharper attention."""
     rotary_places: bool = False
-    """Places turn queries and keys (RoPE, half of each head), so that only their differences matter, rather than being
-    added to what is read and fed."""
+    """Places turn queries and keys (RoPE, half of each head): only their differences matter. Else they are added."""
     place_jitter: int = 0
     """In training, every document's places are moved by a random number up to this one."""
     step_stride: float = 0.0
@@ -157,8 +154,7 @@ class Optim:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     sharpen: float = 0.0
-    """Negative weight decay of the query gains, times (1 - rate / --lr): attention grows sharper while the learning
-    rate falls, so that it holds on longer texts; 0: off."""
+    """Growth of the query gains while the learning rate falls: sharp attention holds on longer texts; 0: off."""
     beta2: float = 0.98
     """Second moment rate of AdamW, which learns the tables."""
     warmup_steps: int = 100
@@ -183,8 +179,7 @@ class Addition:
     digits: int = 5
     """Most digits of an operand in training; one run sees all lengths up to it."""
     lengths: Lengths = "uniform"
-    """How many digits operands have. `uniform`: each number of digits equally often; `rising`: in proportion to itself;
-    `equal`: the same for all operands of a problem; `numbers`: operands are drawn from all numbers below 10^digits."""
+    """Lengths of operands: each as often; longer ones more; the same in a problem; or those of random numbers."""
     samples: int = 0
     """Size of a finite training set of different problems, drawn once; 0: new problems all the time."""
     operations: str = "+"
@@ -194,11 +189,9 @@ class Addition:
     problems: int = 1
     """Most problems of a document, of which the last is learnt and the others are its context."""
     elsewhere: float = 0.0
-    """Fraction of the documents that begin with a distractor: another solved problem, at places that the learnt one
-    does not use. It teaches to ignore digits many places away, which longer numbers than those of training have."""
+    """Fraction of the documents that begin with a distractor: another solved problem, at places of its own."""
     stretch: float = 1.0
-    """In training, distances between the tokens of a document are multiplied by a random number from 1 to this one, so
-    that those of longer problems are met beforehand."""
+    """In training, distances in each document are multiplied by a random number from 1 to this one."""
     max_block_units: int = 128
     """Longest number that can be written, in characters."""
 
@@ -224,8 +217,7 @@ class Data:
     validation_data: tuple[str, ...] = ()
     """Like --data, for validation; none: a part of --data."""
     hold_out: float = 0.05
-    """Fraction of the characters, at most about a million, kept for validation, in whole documents (of a single one,
-    its end)."""
+    """Fraction of the characters (at most about a million) held out for validation: whole documents, or one's end."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +231,7 @@ class Text(Data):
     reader_budget: int = 256
     """Sequence length: reader tokens in a row."""
     cut_probability: float = 0.015
-    """Boundary dropout: the probability, at each place between two characters of a block, that training text is cut
-    there as a prompt is."""
+    """Boundary dropout: how probable a cut, as where a prompt ends, is between two characters of a block."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +247,7 @@ class Train:
     max_steps: int = 1000
     """Optimizer steps; the learning rate is planned over them."""
     max_seconds: float = 0.0
-    """Stop after this many seconds of training, if not done before; 0: no limit. The learning rate has then not fallen
-    to zero, since it is planned over --max-steps."""
+    """Stop after this many seconds of training; 0: no limit. The learning rate is planned over --max-steps."""
     rows: int = 32
     """Batch size: rows (packed sequences) in a batch, over all processes; of addition, documents, two a row."""
     seed: int = 0
@@ -275,8 +265,7 @@ class Train:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: each process has the whole model, or (fsdp) a share of every tensor, which takes less memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Number format of matrix products in training (autocast); weights, moments and validation are float32 in any
-    case."""
+    """Of matrix products in training (autocast); weights, moments and validation are always float32."""
     compile: bool = False
     """Compile the layers with torch.compile: a slow start, then faster steps."""
     checkpoint_activations: bool = False
@@ -290,8 +279,7 @@ class Train:
     resume: str = "auto"
     """`auto`: continue an unfinished run in --out; `never`: a new run, beside it; or a run or checkpoint."""
     init_from: str | None = None
-    """Fine-tune: begin with the weights of this run (its best checkpoint) or checkpoint; its recipe, shape, tokenizer
-    and settings of training become the defaults."""
+    """Fine-tune: begin with the weights of this run or checkpoint; its recipe, shape and settings are the defaults."""
     model: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     addition: Addition = field(default_factory=Addition)

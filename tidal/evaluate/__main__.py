@@ -113,8 +113,7 @@ class Bits(OnText):
     """Settings of `python -m tidal.evaluate bits-per-byte`."""
 
     context: int | None = None
-    """Reader tokens in a window; each has half of them as its context. None: as many as rows of its training had, or
-    512 where it was not trained on text."""
+    """Reader tokens in a window, half of them context; none: as in training, or 512 if that was not on text."""
 
 
 LEAST = {"digits": 1, "count": 1, "batch_size": 1, "prompt_blocks": 1, "context_chars": 1, "continuation_chars": 1,

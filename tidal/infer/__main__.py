@@ -64,8 +64,7 @@ class Infer:
     log_probs: bool = False
     """With --json: also the name and log-probability of every unit, in the order of writing."""
     stream: bool = False
-    """Print each block as soon as it is finished (on a terminal always): of a single completion, or, with --json, of
-    all of them, one object per block."""
+    """Print each block as soon as it is finished (on a terminal always): of one completion, or with --json of all."""
     trace: str | None = None
     """Show how a prompt is continued, step by step: on a page (FILE.html), or printed (-)."""
     trace_number: int | None = None
