@@ -68,7 +68,7 @@ class Quality(Racing):
     contestants: tuple[str, ...] = ("tidal", "token", "byte")
     """NAME or NAME:KEY=VALUE,…, such as token:lr=3e-3,layers=5; names are tidal, token, byte."""
     evaluations: int = 10
-    """Points of a curve; all but the last are measured on one held-out window in --every."""
+    """Points of a curve, each measured on one held-out window in --every; after the last, on all of them."""
     every: int = 4
     """See --evaluations."""
     cuts: int = 400
