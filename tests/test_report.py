@@ -115,6 +115,11 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert render_run(read(folder)) == render_run(read(folder))
 
 
+def test_print_cuts_no_columns(tmp_path: Path) -> None:
+    rules = render_comparison([read(make(tmp_path / name)) for name in "ab"]).partition("@media print")[2]
+    assert ".wide td, .wide th { white-space: normal" in rules.partition("</style>")[0]
+
+
 def test_warnings_are_on_the_page(tmp_path: Path) -> None:
     folder = make(tmp_path / "sea")
     lines = (folder / "metrics.csv").read_text().replace(",0.3\n", ",0.0001\n")

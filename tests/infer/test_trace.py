@@ -270,6 +270,14 @@ def test_the_page_is_safe_and_needs_nothing_else(prompt: str, seed: int) -> None
     assert all(visible(char) in text for char in prompt if char != " ")
 
 
+def test_print_cuts_no_columns() -> None:
+    """What scrolls on a screen would be cut off on paper, and browsers print no backgrounds unless told."""
+    rules = render_html(sample("the light")).partition("@media print")[2].partition("</style>")[0]
+    assert ".wide { overflow: visible }" in rules
+    assert ".chip, .strip li, .bar { print-color-adjust: exact }" in rules
+    assert "td, th { white-space: normal" in rules
+
+
 def test_the_page_of_a_harmless_prompt_names_no_address() -> None:
     page = render_html(sample("the light"))
     assert not re.search(r"https?:|src=|@import|url\(|<script|<link", page)

@@ -61,7 +61,10 @@ td .u { font-size: .95rem } td .n { font-size: .8rem } td:last-child, th:last-ch
 .others .bar { width: 100%; height: .2rem; margin: .1rem 0 0 }
 @media (max-width: 40rem) { dl:not(.totals) { grid-template-columns: 1fr; gap: .15rem } section { padding: 1rem }
   dd + dt { margin-top: .6rem } }
-@media print { section { break-inside: avoid } }
+@media print { body { padding: 0 } section { break-inside: avoid } .wide { overflow: visible }
+  .chip, .strip li, .bar { print-color-adjust: exact } table { font-size: .7rem }
+  td, th { white-space: normal; padding-right: .4rem } td .u { font-size: .75rem; white-space: nowrap }
+  .bar { width: 2.5rem } .others { grid-template-columns: repeat(5, 1fr); min-width: 0 } }
 """
 
 _PAGE = """<!doctype html>

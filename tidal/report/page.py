@@ -61,7 +61,9 @@ td, th { padding: .35rem 1rem .35rem 0; vertical-align: top } .r { text-align: r
   font-size: .87rem } .flags div { display: flex; justify-content: space-between; gap: 1rem; min-width: 0 }
 .flags dd { margin: 0; overflow-wrap: anywhere; text-align: right } .own dd { font-weight: 600 }
 summary { cursor: pointer; color: var(--soft); width: fit-content } details table { margin-top: .6rem }
-@media (max-width: 40rem) { section { padding: 1rem } } @media print { section, figure { break-inside: avoid } }
+@media (max-width: 40rem) { section { padding: 1rem } } @media print { section, figure { break-inside: avoid }
+  .wide table { font-size: .6rem }
+  .wide td, .wide th { white-space: normal; padding-right: .4rem; overflow-wrap: anywhere } }
 """
 
 _PAGE = """<!doctype html>
