@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from commands import SMALL, Ran, assert_refused, run, tree
 
 from tests.train.runs import short_samples
@@ -183,6 +184,7 @@ CASES = {
     "infer --prompt a --trace notes.md": "--trace is 'notes.md'; give a file that ends in .html",
     "evaluate addition --count 0": "--count is 0; it must be at least 1",
     "evaluate addition --digits 4001": "--digits is 4001; it must be at most 4000",
+    "evaluate samples --count 1000000001": "--count is 1000000001; it must be at most 1000000000",
     "evaluate addition --seed -1": "--seed is -1; it must be at least 0",
     "evaluate samples --prompt-blocks 0": "--prompt-blocks is 0; it must be at least 1",
     "evaluate samples --seed -1": "--seed is -1; it must be at least 0",
@@ -239,6 +241,19 @@ def test_what_an_intact_model_cannot_do(
     module, *arguments = line.split()
     assert_refused(command(module, *arguments), module, message)
     assert tree(here) == before
+
+
+def test_an_evaluation_without_memory(trained: Path, here: Path, command: Callable[..., Ran],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A batch too large for a GPU, say."""
+    def generate(*given: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB.\nSee the manual")
+
+    monkeypatch.setattr("tidal.train.recipes.generate", generate)
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    message = (r"^out of memory \(CUDA out of memory. Tried to allocate 6.00 GiB.\) for the evaluation addition; try "
+               r"smaller numbers \(see --help\), or another --device$")  # fmt: skip
+    assert_refused(command("evaluate", "addition", "--digits", "2"), "evaluate", message)
 
 
 def test_a_folder_without_a_complete_checkpoint(here: Path, command: Callable[..., Ran]) -> None:

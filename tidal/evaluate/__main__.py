@@ -119,8 +119,8 @@ class Bits(OnText):
 LEAST = {"digits": 1, "count": 1, "batch_size": 1, "prompt_blocks": 1, "context_chars": 1, "continuation_chars": 1,
          "max_new_units": 1, "context": 16, "seed": 0}  # fmt: skip
 """of the settings that have these names"""
-MOST_DIGITS = 4000
-"""As in training: of a few more Python makes no text."""
+MOST = {"digits": 4000, "count": 10**9}
+"""Likewise. Digits as in training: of a few more Python makes no text."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,9 @@ def run(argv: list[str]) -> None:
     for name, least in LEAST.items():
         if (value := getattr(settings, name, None)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if getattr(settings, "digits", 0) > MOST_DIGITS:
-        raise UserError(f"--digits is {settings.digits}; it must be at most {MOST_DIGITS}")
+    for name, most in MOST.items():
+        if (value := getattr(settings, name, 0)) > most:
+            raise UserError(f"--{name} is {value}; it must be at most {most}")
     from tidal import checkpoint  # torch comes with these
     from tidal.device import pick_device, set_threads
     from tidal.infer.load import load_with_trainer
@@ -170,7 +171,8 @@ def run(argv: list[str]) -> None:
     if isinstance(settings, OnText):
         subject, about = _with_text(subject, settings.data, trainer)
     began = time.perf_counter()
-    figures, lines = measure(settings, subject)
+    with memory_for(f"the evaluation {argv[0]}; try smaller numbers (see --help), or another --device"):
+        figures, lines = measure(settings, subject)
     for line in (f"using {folder}", *about, *lines):
         note(line)
     _report({**figures, "seconds": time.perf_counter() - began}, settings.json)
