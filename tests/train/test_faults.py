@@ -229,10 +229,14 @@ def test_out_of_memory_halves_the_batch(rows: int, parts: int, tmp_path: Path, a
         assert float(row["loss"]) == pytest.approx(float(its["loss"]), rel=1e-3)
 
 
-def test_out_of_memory_with_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_with_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """The four documents of a batch are in two rows: it cannot be cut into four parts."""
     memory_for(0, monkeypatch)
     with pytest.raises(UserError, match="out of memory with one row at a time"):
         train(SETTINGS, Hooked(), tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("OUT OF MEMORY") == said.count("batches of 2 rows are computed in 2 parts") == 1
 
 
 def test_other_errors_are_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ def one_without_memory(home: Path) -> str:
     mine = forward if os.environ["RANK"] == "1" else real
     try:
         with joined("ddp", CPU) as parallel, mock.patch.object(TidalTransformer, "forward", mine):
-            train(SETTINGS, Hooked(), home, parallel=parallel)
+            settings = dataclasses.replace(SETTINGS, rows=8)  # two rows in each process, of two documents
+            train(settings, Hooked(settings), home, parallel=parallel)
     except UserError as error:
         return str(error)
     return "nothing"

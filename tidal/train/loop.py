@@ -209,7 +209,7 @@ class Run:
 
     def _step(self, rate: float) -> dict[str, float]:
         """One step; where memory is short, with batches cut into more and more parts."""
-        saved, rows = self.saved, self.settings.rows // self.parallel.size
+        saved, n, share = self.saved, self.settings.optim.accumulate, (self.parallel.rank, self.parallel.size)
         while True:
             try:
                 figures = gradients(self.wrapped, self.optimizer, self.prefetched or self.recipe, saved.step,
@@ -226,6 +226,7 @@ class Run:
             # Here, not above: the error's traceback holds on to the tensors.
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
+            rows = len(self.recipe.batch(n * saved.step, share).targets)  # of addition, half of --rows
             if saved.parts >= rows:
                 raise UserError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
             saved.parts = min(2 * saved.parts, rows)
