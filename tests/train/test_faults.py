@@ -24,6 +24,7 @@ from tests.train.runs import EVERY, SETTINGS, STEPS, Hooked, apart, gradient, qu
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.model import Losses, TidalTransformer
+from tidal.ranks import OwnError
 from tidal.streams import Batch
 from tidal.train import gradient as gradient_of_a_step
 from tidal.train import loop
@@ -231,9 +232,10 @@ def test_out_of_memory_halves_the_batch(rows: int, parts: int, tmp_path: Path, a
 
 def test_out_of_memory_with_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """The four documents of a batch are in two rows: it cannot be cut into four parts."""
+    """The four documents of a batch are in two rows: it cannot be cut into four parts. Of several processes, the one
+    that has no memory must say so itself."""
     memory_for(0, monkeypatch)
-    with pytest.raises(UserError, match="out of memory with one row at a time"):
+    with pytest.raises(OwnError, match="out of memory with one row at a time"):
         train(SETTINGS, Hooked(), tmp_path)
     said = capsys.readouterr().err
     assert said.count("OUT OF MEMORY") == said.count("batches of 2 rows are computed in 2 parts") == 1

@@ -228,7 +228,7 @@ class Run:
             torch.cuda.empty_cache()
             rows = len(self.recipe.batch(n * saved.step, share).targets)  # of addition, half of --rows
             if saved.parts >= rows:
-                raise UserError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
+                raise OwnError(f"out of memory with one row at a time ({said}); try a smaller model or shorter rows")
             saved.parts = min(2 * saved.parts, rows)
             if self.parallel.size > 1:
                 raise OwnError(f"process {self.parallel.rank} is out of memory ({said}) in the middle of a step, which "
