@@ -101,6 +101,22 @@ def test_another_run_is_begun_beside_it(here: Path) -> None:
     assert (here / "run-2/latest").read_text() == "step-000004\n"
 
 
+def test_what_an_earlier_run_left_is_not_taken_for_a_new_ones(here: Path) -> None:
+    """It ended before its first checkpoint: the new run has its folder."""
+    (here / "begun").mkdir()
+    left = [here / "begun" / name for name in ("doctor.json", "bad-batch.json")]
+    for path in left:
+        path.write_text("{}")
+    assert run(flags("--out", "begun")) == 0
+    assert not any(map(Path.exists, left))
+    assert checkpoint.checkpoints(here / "begun") != []
+    for path in left:
+        path.write_text("{}")
+    undo(here / "begun")
+    assert run(flags("--out", "begun")) == 0  # goes on: what the doctor said is still true
+    assert [path.exists() for path in left] == [True, False]
+
+
 def test_a_finished_run_with_other_settings_is_left_alone(here: Path) -> None:
     assert run(flags("--seed", "1")) == 0
     assert (here / "run-2/latest").read_text() == "step-000004\n"

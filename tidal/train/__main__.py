@@ -187,6 +187,7 @@ def _ready(settings: Train, wanted: Path, found: Found | None, stop: Stop, paral
             check_unchanged(out, found)
             if found is None:  # the first file: by it, reading --data knows a run, and leaves it out
                 retry_while_full(lambda: write_settings(out, settings), out, stop)
+                (out / "doctor.json").unlink(missing_ok=True)  # of a run that ended here before its first checkpoint
             if verdict is not None:
                 text = json.dumps(verdict, indent=1, ensure_ascii=False) + "\n"
                 retry_while_full(lambda: atomic_write(out / "doctor.json", text), out, stop)

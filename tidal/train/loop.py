@@ -157,6 +157,7 @@ class Run:
                                self.device, [])  # fmt: skip
             return
         checkpoint.sweep(out)
+        (out / "bad-batch.json").unlink(missing_ok=True)
         one = 3 * sum(t.nbytes for t in self.model.state_dict().values())  # weights and at most two moments
         kept, every = self.settings.keep + 2 - len(checkpoint.checkpoints(out)), self.settings.validate_every
         check_space(out, one * max(1, min(kept, math.ceil(self.settings.max_steps / every) - saved.step // every)))
