@@ -97,6 +97,14 @@ def test_free_space_is_looked_at_before_each_save(tmp_path: Path, alone: dict[st
 
 
 def test_a_run_that_will_not_fit_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs are tensors, and little else."""
+    looks: list[int] = []
+    monkeypatch.setattr(loop, "check_space", lambda out, n_bytes: looks.append(n_bytes))
+    whole(tmp_path / "kept", dataclasses.replace(SETTINGS, keep=1000))
+    names = ("model.safetensors", "optimizer.safetensors")
+    sizes = [(folder / name).stat().st_size for folder in checkpoint.checkpoints(tmp_path / "kept") for name in names]
+    assert 0.95 * sum(sizes) < looks[0] < sum(sizes)
+    monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000))
     check_space(tmp_path / "new" / "run", 300_000)
     with pytest.raises(UserError, match=r"not enough space .* need about 0\.6 MB, only 0\.3 MB are free"):

@@ -158,7 +158,7 @@ class Run:
             return
         checkpoint.sweep(out)
         (out / "bad-batch.json").unlink(missing_ok=True)
-        one = 3 * sum(t.nbytes for t in self.model.state_dict().values())  # weights and at most two moments
+        one = sum(t.nbytes for t in (*self.model.state_dict().values(), *self.optimizer.state().values()))
         kept, every = self.settings.keep + 2 - len(checkpoint.checkpoints(out)), self.settings.validate_every
         check_space(out, one * max(1, min(kept, math.ceil(self.settings.max_steps / every) - saved.step // every)))
         if found is not None:
