@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,22 @@ def test_a_tokenizer_sees_a_little_of_all_data(tmp_path: Path, monkeypatch: pyte
     assert all(len(tokenizer.encode_block(char).units) == 1 for char in "今天气")
     monkeypatch.setattr("tidal.prepare.survey.TRAINED_ON", data.n_bytes)
     assert "".join(data.training_texts()) == whole
+
+
+# ------------------------------------------------------------------------------------ the first reading
+
+
+def test_a_document_that_is_cut_is_read_once_to_survey_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("The tide comes in and goes out again.\n" * 200)
+    read: list[Sequence[str]] = []
+
+    def reading_of(paths: Sequence[str], *rest: Any) -> Iterator[Part]:
+        read.append(paths)
+        return reading.read_parts(paths, *rest)
+
+    monkeypatch.setattr("tidal.prepare.survey.read_parts", reading_of)
+    assert survey([str(tmp_path)], 0.05, 3).division.cut == 0
+    assert read == [[str(tmp_path)]]
 
 
 # ---------------------------------------------------------------------------------- rows, by definition

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,8 +27,6 @@ class Survey:
     validation: Sequence[str]
     """Paths of what is for validation, if that is no part of the others; it is read after them."""
     division: Division
-    tail_start: int
-    """Where the tail of document `division.cut` begins, in characters; 0 where none is cut."""
     n_bytes: int
     """Of UTF-8, all that is read."""
     content: str
@@ -42,20 +40,21 @@ class Survey:
         Raises UserError at the end where the data is not what it was.
         """
         content, i, at = _Content(), 0, 0
+        end: list[Part] = []  # of the document that is cut: what decides where, and all that follows
         for part in chain(read_parts(self.paths), read_parts(self.validation) if self.validation else ()):
             content.add(part)
             if i >= len(self.division.held_out):
                 break
-            head = self.tail_start - at
             if self.division.left_out[i]:
                 pass
             elif i != self.division.cut:
                 yield bool(self.division.held_out[i]), part
-            elif 0 <= head < len(part.text):
-                yield False, part._replace(text=part.text[:head], ends=True)
-                yield True, part._replace(text=part.text[head:])
+            elif at + len(part.text) <= self.division.reach[0]:
+                yield False, part
             else:
-                yield head < 0, part
+                end.append(part)
+                if part.ends:
+                    yield from _divided(end, self.division)
             at += len(part.text)
             if part.ends:
                 i, at = i + 1, 0
@@ -117,23 +116,23 @@ def survey(paths: Sequence[str], fraction: float, seed: int, validation: Sequenc
     if division.n_copies:
         note(f"{division.n_copies:,} of {len(sizes):,} documents are copies of others; {division.left_out.sum():,} of "
              "them, copies of what is held out, are left out")  # fmt: skip
-    start = division.tail_start(_stretch(read_parts(paths), division)) if division.cut >= 0 else 0
     digest = hashlib.sha256(f"{content.hexdigest()} {rule}".encode()).hexdigest()
-    return Survey(paths, validation, division, start, content.n_bytes, content.hexdigest(), digest)
+    return Survey(paths, validation, division, content.n_bytes, content.hexdigest(), digest)
 
 
-def _stretch(parts: Iterable[Part], division: Division) -> str:
-    """The characters that decide where the tail of a document begins."""
-    i, at, found = 0, 0, ""
+def _divided(end: Sequence[Part], division: Division) -> Iterator[tuple[bool, Part]]:
+    """The last parts of the document that is cut, those of its tail as held out (True)."""
+    text = "".join(part.text for part in end)
+    begins = division.length - len(text)
     low, high = division.reach
-    for part in parts:
-        if i == division.cut:
-            found += part.text[max(0, low - at) : max(0, high - at)]
-            at += len(part.text)
-        i += part.ends
-        if i > division.cut:
-            break
-    return found
+    head = division.tail_start(text[low - begins : high - begins]) - begins
+    for part in end:
+        if 0 <= head < len(part.text):
+            yield False, part._replace(text=part.text[:head], ends=True)
+            yield True, part._replace(text=part.text[head:])
+        else:
+            yield head < 0, part
+        head -= len(part.text)
 
 
 class _Content:
