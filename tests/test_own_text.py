@@ -16,9 +16,11 @@ import tidal as package
 from tests.commands import SMALL, SMALL_TEXT, Ran, figures, objects
 from tests.laws import check_scores
 from tests.train.runs import short_samples
+from tidal.blocks import BlockTable, passage, windows
 from tidal.doctor.examine import CHECKS
 from tidal.infer.__main__ import _before as before
 from tidal.infer.__main__ import run as infer
+from tidal.infer.score import bits_per_byte
 from tidal.train.__main__ import run as train
 
 Command = Callable[..., Ran]
@@ -98,6 +100,13 @@ def test_evaluate_bits_per_byte(tmp_path: Path, command: Command) -> None:
     assert (values["documents"], values["bytes"], values["context"]) == (2, 31 * len(SEA), 64)
     assert values["units"] > values["bytes"]  # every block end is charged
     assert 0.01 < values["bits_per_byte"] < 2
+    model, tokenizer = package.load("runs/text")
+    table = BlockTable(tokenizer)
+    whole = [passage(table, "", SEA * 30), passage(table, SEA, SEA)]
+    for overlap in (0, 32):  # half of each window is context; without, it is dearer
+        rows = [[w] for p in whole for w in windows(p, table, 64, 1 << 40, overlap=overlap)]
+        same = values["bits_per_byte"] == pytest.approx(bits_per_byte(model, rows, table)[0])
+        assert same == (overlap == 32)
     as_trained = command("evaluate", *flags[:3], "--json")
     trained = json.loads(Path("runs/text/config.json").read_text())["text"]["reader_budget"]
     assert json.loads(as_trained.out)["context"] == trained != 512
