@@ -241,7 +241,7 @@ def ask(model: TidalTransformer, recipe: AdditionRecipe, problems: Sequence[Prob
         wrong = [c.text for c in wrong_answers(model, recipe.tokenizer, problems, rows).values()]
     for first in range(0, 0 if decode else len(problems), rows):
         some = problems[first : first + rows]
-        batch = recipe.packed([[Asked(*problem)] for problem in some]).to(model.unit_embedding.weight.device)
+        batch = recipe.packed([[Asked(*problem)] for problem in some]).to(model.device)
         with torch.inference_mode():
             likeliest = model.head(model.states(batch)[1]).argmax(-1)
         right = ((likeliest == batch.targets) | (batch.targets == NOTHING)).all(1).tolist()

@@ -233,7 +233,7 @@ def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, 
     """Log-probabilities of a continuation in the packed pass."""
     table = BlockTable(tokenizer)
     batch = pack([[passage(table, prompt, new)]], table, steps=model.config.shape.steps)
-    return model.log_probs(batch.to(model.unit_embedding.weight.device)).cpu()
+    return model.log_probs(batch.to(model.device)).cpu()
 
 
 # --------------------------------------------------------------------------------------------------- timing

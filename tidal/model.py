@@ -59,7 +59,7 @@ class TidalTransformer(nn.Module):
             else:  # rows have twice the norm of an embedding
                 places = math.sqrt(8 / d) * sinusoids(config.n_places, d)
             places = torch.cat([places, torch.zeros_like(places[:1])])  # the last is NO_PLACE
-        self.register_buffer("place_table", places.to(self.unit_embedding.weight.device), persistent=False)
+        self.register_buffer("place_table", places.to(self.device), persistent=False)
         self.reader = nn.ModuleList(Layer(config, shape.reader_ff) for _ in range(shape.reader_layers))
         self.reader_norm = nn.RMSNorm(d, eps=1e-6)
         self.context = Linear(d, d)  # what all steps of a block are told of the reader's last state before it
@@ -83,6 +83,11 @@ class TidalTransformer(nn.Module):
         t = tokenizer
         config = TidalConfig(t.vocab_size, t.n_writable, t.n_head, t.max_block_units, t.fingerprint, shape)
         return cls(config, t.spelling)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.unit_embedding.weight.device
 
     def reset(self) -> None:
         """Initialise the weights: tables so that the tied head starts near logits of variance one."""

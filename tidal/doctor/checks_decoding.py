@@ -73,7 +73,7 @@ def _as_training_computes(patient: Patient, meter: Meter) -> None:
     In bfloat16 also with positions that begin at FAR. As all distances are the same, only positions that are rounded
     can make a difference; those of short texts are exact in bfloat16, too.
     """
-    model, device, eps = patient.model, patient.model.unit_embedding.weight.device, torch.finfo(torch.bfloat16).eps
+    model, device, eps = patient.model, patient.model.device, torch.finfo(torch.bfloat16).eps
 
     def log_probs(batch: Batch) -> Floats:
         with products_in(patient.precision, device):
@@ -154,7 +154,7 @@ def _own_dtype(patient: Patient, document: Document, decoded: Floats, meter: Met
     logit. That error itself has a limit: a training pass that is wrong would excuse any decoding.
     """
     model: TidalTransformer = patient.model
-    batch = patient.pack([[document]]).to(model.unit_embedding.weight.device)
+    batch = patient.pack([[document]]).to(model.device)
     got = model.log_probs(batch).double().cpu().numpy()
     if patient.dtype == torch.float32:
         return got, _float32_limit(patient, document, got, decoded)

@@ -271,7 +271,7 @@ class _Recomputed:
                 blocks = np.array([BOS_BLOCK, *before, table.unfinished(beam.written)], np.int32)
                 rows.append([Passage(blocks, len(blocks) - 1)])
                 last.append(len(beam.written))
-        batch = pack(rows, table, steps=self.model.config.shape.steps).to(self.model.unit_embedding.weight.device)
+        batch = pack(rows, table, steps=self.model.config.shape.steps).to(self.model.device)
         return self.model.head(self.model.states(batch)[1][range(len(rows)), last])
 
     def go_on(self, rows: Sequence[int], ended: Sequence[Block | None]) -> None:

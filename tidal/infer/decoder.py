@@ -57,7 +57,7 @@ def evaluating(model: TidalTransformer) -> Iterator[None]:
     if was_training:
         model.eval()
     try:  # caches have the dtype of the weights, and what is written does not depend on what stands around the call
-        with torch.autocast(model.unit_embedding.weight.device.type, enabled=False):
+        with torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         if was_training:
@@ -68,9 +68,9 @@ class KeyValueCache:
     """Keys and values of one layer: `data` [2, B, H, slots, D]."""
 
     def __init__(self, model: TidalTransformer, n_rows: int, n_slots: int) -> None:
-        shape, weight = model.config.shape, model.unit_embedding.weight
+        shape = model.config.shape
         size = (2, n_rows, shape.n_kv_heads, n_slots, shape.d_model // shape.n_heads)
-        self.data = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        self.data = torch.zeros(size, dtype=model.unit_embedding.weight.dtype, device=model.device)
 
     def put(self, at: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         """Store k, v [r, H, L, D] at row and slot indices [r·L], or [n] for the first n of them."""
@@ -108,8 +108,7 @@ class Decoder:
                  cuda_graphs: bool = False) -> None:  # fmt: skip
         model.config.check_tokenizer(tokenizer.fingerprint)
         self.model, self.tokenizer = model, tokenizer
-        weight = model.unit_embedding.weight
-        self.device = weight.device
+        self.device, dtype = model.device, model.unit_embedding.weight.dtype
         self.cuda_graphs = cuda_graphs
         self.recording: recorded.Recorded | None = None
         """knows this decoder: set to None by who is done with it, else caches live until Python finds the cycle"""
@@ -126,7 +125,7 @@ class Decoder:
             for i in range(len(model.writer))
         ]
         self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device)
-        self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=weight.dtype)
+        self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=dtype)
         n_sums = model.foretold.n_sums if model.foretold else ()
         self.sums = torch.zeros(n_rows, *n_sums, device=self.device, dtype=torch.float64)
         self.builders: list[DocumentBuilder] = [self._new_builder() for _ in range(n_rows)]

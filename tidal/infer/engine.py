@@ -73,7 +73,7 @@ class Engine:
                  cuda_graphs: bool = False, watch: Callable[[Chosen], None] | None = None) -> None:  # fmt: skip
         model.config.check_tokenizer(tokenizer.fingerprint)
         if cuda_graphs:
-            recorded.check(model.unit_embedding.weight.device)
+            recorded.check(model.device)
         self.model, self.tokenizer, self.cuda_graphs = model, tokenizer, cuda_graphs
         self.batch_size = as_int("batch_size", batch_size, 1)
         self._watch, self._grammar = watch, Grammar(tokenizer)

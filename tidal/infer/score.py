@@ -38,21 +38,22 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
     whole = passage(table, text[:supervise_from], text[supervise_from:])
     with evaluating(model):
         if how == "packed":
-            log_probs = _packed(model, table, whole)
+            log_probs = _packed(model, table, [whole])
         elif how == "naive":
             parts = [Passage(whole.blocks[: i + 1], i) for i in range(whole.supervise_from, len(whole.blocks))]
-            log_probs = torch.cat([_packed(model, table, part) for part in parts])
+            log_probs = torch.cat([_packed(model, table, [part]) for part in parts])
         else:
             log_probs = _decoded(model, tokenizer, table, whole)
     return log_probs.double().cpu().numpy()
 
 
-def _packed(model: TidalTransformer, table: BlockTable, one: Passage) -> torch.Tensor:
-    batch = pack([[one]], table, steps=model.config.shape.steps)
-    return model.log_probs(batch.to(model.unit_embedding.weight.device))
+def _packed(model: TidalTransformer, table: BlockTable, passages: Sequence[Passage]) -> Tensor:
+    """Each in a row of its own."""
+    batch = pack([[p] for p in passages], table, steps=model.config.shape.steps)
+    return model.log_probs(batch.to(model.device))
 
 
-def _decoded(model: TidalTransformer, tokenizer: MixedTokenizer, table: BlockTable, one: Passage) -> torch.Tensor:
+def _decoded(model: TidalTransformer, tokenizer: MixedTokenizer, table: BlockTable, one: Passage) -> Tensor:
     decoder = Decoder(model, tokenizer, 1)
     log_probs = []
     for i, index in enumerate(one.blocks.tolist()):
@@ -78,7 +79,6 @@ def unit_log_probs(model: TidalTransformer, passages: Sequence[Passage], table: 
     Passages of like length are computed together, as many as have `batch_tokens` reader tokens with their padding, or
     one.
     """
-    device = model.unit_embedding.weight.device
     sizes = [int(table.n_tokens(p.blocks).sum()) for p in passages]
     waiting = sorted(range(len(passages)), key=sizes.__getitem__)
     order: list[int] = []
@@ -87,8 +87,7 @@ def unit_log_probs(model: TidalTransformer, passages: Sequence[Passage], table: 
         while waiting:
             n = max(1, batch_tokens // sizes[waiting[-1]])
             some, waiting = waiting[-n:], waiting[:-n]
-            batch = pack([[passages[i]] for i in some], table, steps=model.config.shape.steps)
-            found.append(model.log_probs(batch.to(device)).double())
+            found.append(_packed(model, table, [passages[i] for i in some]).double())
             order += some
     n_units = [int(table.n_targets(passages[i].blocks[passages[i].supervised]).sum()) for i in order]
     pieces = np.split(torch.cat(found).cpu().numpy(), np.cumsum(n_units)[:-1]) if found else []
@@ -103,11 +102,10 @@ def bits_per_byte(model: TidalTransformer, rows: Sequence[Sequence[Passage]], ta
 
     NaN where there are no bytes. An upper bound: only the one segmentation that `split` gives is counted.
     """
-    device = model.unit_embedding.weight.device
-    nats, n_units, n_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    nats, n_units, n_bytes = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
     with evaluating(model):
         for first in range(0, len(rows), rows_per_batch):
             batch = pack(rows[first : first + rows_per_batch], table, steps=model.config.shape.steps)
-            nats -= model.log_probs(batch.to(device)).double().sum()
+            nats -= model.log_probs(batch.to(model.device)).double().sum()
             n_units, n_bytes = n_units + batch.n_units, n_bytes + batch.n_bytes
     return nats.item() / math.log(2) / n_bytes if n_bytes else math.nan, n_units, n_bytes

@@ -65,7 +65,7 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh  # these take a second
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
+        mesh = init_device_mesh(model.device.type, (self.size,))
         # The model itself calls upon the first writer layer for the keys of its memory, so that one is not by itself.
         for layer in (*model.reader, *list(model.writer)[model.has_memory :]):
             fully_shard(layer, mesh=mesh)

@@ -96,7 +96,7 @@ def bad_batch(model: TidalTransformer, tokenizer: MixedTokenizer, batches: Mappi
     rows = []
     for number, batch in batches.items():
         for r, part in enumerate(parts_of(batch, len(batch.targets))):
-            losses = model(part.to(next(model.parameters()).device))
+            losses = model(part.to(model.device))
             loss = losses.units.item() / max(1, losses.n_units)
             ids = part.reader_ids[0][part.reader_sees[0, :, 1] > 0].tolist()  # padding sees nothing
             text = b"".join(tokenizer.id_bytes[i] for i in ids).decode(errors="replace")
