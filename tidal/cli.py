@@ -135,6 +135,18 @@ def parse(
     return config
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting: `--max-steps` for `max_steps`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_least(settings: object, **least: int) -> None:
+    """Raise UserError for a setting that is below its least value; what is None, or no setting, is passed over."""
+    for name, lowest in least.items():
+        if (value := getattr(settings, name, None)) is not None and value < lowest:
+            raise UserError(f"{flag_of(name)} is {value}; it must be at least {lowest}")
+
+
 def _variadic(config_type: type) -> set[str]:
     """The flags that take several values."""
     flags = set()
@@ -142,7 +154,7 @@ def _variadic(config_type: type) -> set[str]:
         if dataclasses.is_dataclass(hint):
             flags |= _variadic(typing.cast(type, hint))
         elif typing.get_origin(hint) is tuple:
-            flags.add(f"--{name.replace('_', '-')}")
+            flags.add(flag_of(name))
     return flags
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidal.cli import UserError, finite, main, note, parse
+from tidal.cli import UserError, check_least, finite, main, note, parse
 
 if TYPE_CHECKING:
     from tidal.config import Text
@@ -150,9 +150,7 @@ def run(argv: list[str]) -> None:
         raise UserError(f"unknown evaluation {argv[0]!r}; choose one of {', '.join(EVALUATIONS)}")
     kind, description, measure = EVALUATIONS[argv[0]]
     settings = parse(kind, argv[1:], f"tidal.evaluate {argv[0]}", description)
-    for name, least in LEAST.items():
-        if (value := getattr(settings, name, None)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    check_least(settings, **LEAST)
     for name, most in MOST.items():
         if (value := getattr(settings, name, 0)) > most:
             raise UserError(f"--{name} is {value}; it must be at most {most}")

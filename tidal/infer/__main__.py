@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tidal.cli import UserError, main, note, parse
+from tidal.cli import UserError, check_least, flag_of, main, note, parse
 
 if TYPE_CHECKING:
     from tidal.infer.beam import Hypothesis
@@ -81,10 +81,7 @@ def run(argv: list[str]) -> None:
     """Parse the flags, load the model, answer."""
     settings = parse(Infer, argv, "tidal.infer", DESCRIPTION)
     _check(settings)
-    for name, least in (("num_samples", 1), ("max_new_units", 1), ("seed", 0), ("num_beams", 0), ("batch_size", 1),
-                        ("trace_number", 0)):  # fmt: skip
-        if (value := getattr(settings, name)) is not None and value < least:
-            raise UserError(f"{_flag(name)} is {value}; it must be at least {least}")
+    check_least(settings, num_samples=1, max_new_units=1, seed=0, num_beams=0, batch_size=1, trace_number=0)
     prompts = _prompts(settings)
     completions = settings.num_samples * (1 if prompts is None else len(prompts))
     if settings.stream and not settings.json and completions > 1:
@@ -160,7 +157,7 @@ def _check(settings: Infer) -> None:
     }
     for flag, others in alone.items():
         if flag in given and (found := [name for name in others if name in given]):
-            raise UserError(f"{_flag(found[0])} does nothing with {_flag(flag)}; leave out one of them")
+            raise UserError(f"{flag_of(found[0])} does nothing with {flag_of(flag)}; leave out one of them")
     _check_greedy(settings, "--temperature 0")
     if "trace_number" in given and "trace" not in given:
         raise UserError("--trace-number does nothing without --trace")
@@ -180,11 +177,7 @@ def _check_greedy(settings: Infer, why: str) -> None:
         return
     for name in ("num_samples", "top_k", "top_p", "min_p", "seed"):
         if getattr(settings, name) != getattr(Infer(), name):
-            raise UserError(f"{_flag(name)} does nothing with {why}; leave it out, or give a higher --temperature")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag_of(name)} does nothing with {why}; leave it out, or give a higher --temperature")
 
 
 def _prompts(settings: Infer) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tidal.cli import UserError, main, note, parse
+from tidal.cli import UserError, check_least, main, note, parse
 from tidal.config import Data
 
 DESCRIPTION = """Split, tokenize and count data into a folder of shards that training maps into memory. Interrupted, the
@@ -27,9 +27,7 @@ class Prepare(Data):
 def run(argv: list[str]) -> None:
     """Parse the flags, look through the data, write what is missing."""
     settings = parse(Prepare, argv, "tidal.prepare", DESCRIPTION)
-    for name, least in (("workers", 0), ("seed", 0), ("vocab_size", 288)):
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least {least}")
+    check_least(settings, workers=0, seed=0, vocab_size=288)
     if settings.tokenizer and settings.vocab_size != Prepare.vocab_size:
         raise UserError(f"--vocab-size does nothing with --tokenizer {settings.tokenizer}, which is trained already")
     if settings.validation_data and settings.hold_out != Prepare.hold_out:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidal.allocator import keep_memory
-from tidal.cli import UserError, main, note, parse
+from tidal.cli import UserError, flag_of, main, note, parse
 from tidal.config import MOST_PLACES, Train, flat
 from tidal.ranks import by_torchrun, one_voice, size
 from tidal.train.presets import PRESETS, SIZES
@@ -242,7 +242,7 @@ def _check(settings: Train, default: Train) -> None:
             value = vars(part).get(name, least)
             if not least <= value <= most:  # nan neither
                 wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
+                raise UserError(f"{flag_of(name)} is {value}; it must be {wanted}")
     if settings.init_from and settings.recipe != default.recipe:
         raise UserError(f"--recipe {settings.recipe}: {settings.init_from} was trained by the recipe {default.recipe}")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -258,11 +258,11 @@ def _check(settings: Train, default: Train) -> None:
     for recipe in {"addition", "characters", "text"} - {settings.recipe}:
         own, old = vars(getattr(settings, recipe)), vars(getattr(default, recipe))
         if given := [name for name in own if own[name] != old[name]]:
-            raise UserError(f"--{given[0].replace('_', '-')} goes with --recipe {recipe}, not {settings.recipe}")
+            raise UserError(f"{flag_of(given[0])} goes with --recipe {recipe}, not {settings.recipe}")
     text, old_text = vars(settings.text), vars(default.text)
     settled = [name for name in ("vocab_size", "validation_data", "hold_out") if text[name] != old_text[name]]
     if settings.text.prepared and settled:
-        raise UserError(f"--{settled[0].replace('_', '-')} was settled when {settings.text.prepared} was prepared")
+        raise UserError(f"{flag_of(settled[0])} was settled when {settings.text.prepared} was prepared")
     before, now = (flat(dataclasses.asdict(each)) for each in (default, settings))
     shape, single = settings.model, settings.parallel == "fsdp" and not by_torchrun()
     for names, where in (
@@ -277,7 +277,7 @@ def _check(settings: Train, default: Train) -> None:
         (("parallel",), single and "a single process; start several with torchrun"),
     ):
         if where and (idle := [name for name in names if now[name] != before[name]]):
-            raise UserError(f"--{idle[0].replace('_', '-')} does nothing with {where}")
+            raise UserError(f"{flag_of(idle[0])} does nothing with {where}")
     if settings.model.foretell and not settings.optim.aux_weight:
         raise UserError("--aux-weight is 0, but what --foretell tells is learnt with it; give --no-foretell, too")
 

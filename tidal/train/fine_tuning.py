@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tidal import checkpoint
-from tidal.cli import UserError
+from tidal.cli import UserError, flag_of
 from tidal.config import Train
 from tidal.infer.load import load
 from tidal.model import TidalTransformer
@@ -68,7 +68,7 @@ def load_weights(model: TidalTransformer, source: Path) -> None:
         model.load_state_dict(there.state_dict())
     except (ValueError, RuntimeError) as error:
         shapes = ours.pop("shape"), theirs.pop("shape")
-        changed = [f"--{name.replace('_', '-')} {value} (there {shapes[1][name]})"
+        changed = [f"{flag_of(name)} {value} (there {shapes[1][name]})"
                    for name, value in shapes[0].items() if value != shapes[1][name]]  # fmt: skip
         why = ", ".join(changed) if ours == theirs else error
         raise UserError(f"--init-from {source} does not fit: {why}") from error

@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from tidal import checkpoint
-from tidal.cli import UserError, note
+from tidal.cli import UserError, flag_of, note
 from tidal.config import TidalConfig, Train, flat
 from tidal.train.disk import locked, numbered
 from tidal.train.figures import last_step
@@ -237,5 +237,5 @@ def differences(then: Train, now: Train) -> dict[str, str]:
     """Settings that differ, by name, as `--rows 32 (now 64)`; those of another recipe do not count."""
     unused = {"addition", "characters", "text"} - {now.recipe}
     old, new = (flat(dataclasses.asdict(s), unused) for s in (then, now))
-    return {name: f"--{name.replace('_', '-')} {old.get(name)} (now {new.get(name)})"
+    return {name: f"{flag_of(name)} {old.get(name)} (now {new.get(name)})"
             for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
