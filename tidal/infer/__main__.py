@@ -207,12 +207,17 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
 
     smaller = f"what is written side by side; --batch-size is {settings.batch_size}: try a smaller one, "
     with memory_for(("what is traced; try " if settings.trace else smaller) + "shorter prompts, or --precision bf16"):
-        if settings.num_beams:
-            _search(model, tokenizer, prompts, settings)
-        elif settings.trace:
-            _trace(model, tokenizer, prompts, settings, first)
-        else:
-            _write(model, tokenizer, prompts, settings, first)
+        try:
+            if settings.num_beams:
+                _search(model, tokenizer, prompts, settings)
+            elif settings.trace:
+                _trace(model, tokenizer, prompts, settings, first)
+            else:
+                _write(model, tokenizer, prompts, settings, first)
+        except UnicodeEncodeError:
+            raise  # of the output, not of the prompts
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def _how(settings: Infer) -> dict[str, Any]:
@@ -236,26 +241,21 @@ def _write(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str
         print(asked[0], end="", flush=True)
     done: dict[int, Completion] = {}
     n_printed = n_units = 0
-    try:
-        for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, seed=seeds,
-                               cuda_graphs=settings.cuda_graphs, **_how(settings)):  # fmt: skip
-            if isinstance(event, str):
-                if live:
-                    text += event
-                    end = max(shown, _before(text, settings.stop))
-                    print(text[shown:end], end="", flush=True)
-                    shown = end
-                elif by_block and settings.json:
-                    _write_line(json.dumps({**_number(i, settings), "block": event}, ensure_ascii=False))
-                continue
-            done[i], n_units = event, n_units + event.units
-            while n_printed in done:
-                _print(done.pop(n_printed), n_printed, settings, len(asked[0]) + shown if live else 0)
-                n_printed += 1
-    except UnicodeEncodeError:
-        raise  # of the output, not of the prompts
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    for i, event in stream(model, tokenizer, asked, batch_size=settings.batch_size, seed=seeds,
+                           cuda_graphs=settings.cuda_graphs, **_how(settings)):  # fmt: skip
+        if isinstance(event, str):
+            if live:
+                text += event
+                end = max(shown, _before(text, settings.stop))
+                print(text[shown:end], end="", flush=True)
+                shown = end
+            elif by_block and settings.json:
+                _write_line(json.dumps({**_number(i, settings), "block": event}, ensure_ascii=False))
+            continue
+        done[i], n_units = event, n_units + event.units
+        while n_printed in done:
+            _print(done.pop(n_printed), n_printed, settings, len(asked[0]) + shown if live else 0)
+            n_printed += 1
     if by_block:
         seconds = time.perf_counter() - began
         note(f"{n_units} units in {seconds:.2f} s, {n_units / seconds:.0f} units/s")
@@ -276,10 +276,7 @@ def _trace(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[str
 
     number, where = settings.trace_number or 0, str(settings.trace)
     seed = settings.seed or 0, first * settings.num_samples + number
-    try:
-        traced = trace(model, tokenizer, prompts[number // settings.num_samples], seed=seed, **_how(settings))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    traced = trace(model, tokenizer, prompts[number // settings.num_samples], seed=seed, **_how(settings))
     if where == "-":
         print(render_text(traced))
         return
@@ -296,13 +293,9 @@ def _search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
 
     at_once = max(1, settings.batch_size // settings.num_beams)
     for first in range(0, len(prompts), at_once):
-        try:
-            found = beam_search(model, tokenizer, prompts[first : first + at_once], num_beams=settings.num_beams,
-                                wanted=settings.num_samples, batch_size=at_once,
-                                length_penalty=settings.length_penalty,
-                                max_new_units=settings.max_new_units)  # fmt: skip
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        found = beam_search(model, tokenizer, prompts[first : first + at_once], num_beams=settings.num_beams,
+                            wanted=settings.num_samples, batch_size=at_once, length_penalty=settings.length_penalty,
+                            max_new_units=settings.max_new_units)  # fmt: skip
         for index, best in enumerate(found, first):
             for rank, hypothesis in enumerate(best):
                 _print(hypothesis, settings.num_samples * index + rank, settings)
