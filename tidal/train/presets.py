@@ -42,28 +42,27 @@ PRESETS: dict[str, Train] = {
 }  # fmt: skip
 
 
-def _size(d: int, heads: int, kv_heads: int, layers: tuple[int, int], suffix_rows: int, vocab: int, budget: int,
-          rows: int, lr: float) -> Train:  # fmt: skip
+def _size(d: int, heads: int, layers: tuple[int, int], vocab: int, budget: int, rows: int, lr: float) -> Train:
     """Defaults for text with a model of this size; `layers`: of the reader and of the writer. In proportion, the shape
     of the preset, which was measured."""
     text = PRESETS["text"]
     return dataclasses.replace(
         text, rows=rows, optim=dataclasses.replace(text.optim, lr=lr),
         text=dataclasses.replace(text.text, vocab_size=vocab, reader_budget=budget),
-        model=Shape(d_model=d, n_heads=heads, n_kv_heads=kv_heads, reader_layers=layers[0], writer_layers=layers[1],
-                    reader_ff=3 * d, foretell=True, recall=True, writer_ff=d,
-                    writer_attention="none", suffix_rows=suffix_rows),
+        model=dataclasses.replace(text.model, d_model=d, n_heads=heads, reader_layers=layers[0],
+                                  writer_layers=layers[1], reader_ff=3 * d, writer_ff=d, suffix_rows=32768),
     )  # fmt: skip
 
 
 SIZES: dict[str, Train] = {
     "tiny": PRESETS["text"],
-    "mini": _size(256, 4, 4, (5, 1), 32768, 4096, 256, 8, 2e-3),
-    "small": _size(512, 8, 4, (8, 2), 32768, 8192, 512, 16, 1e-3),
-    "medium": _size(768, 12, 4, (12, 2), 32768, 16384, 1024, 16, 8e-4),
-    "large": _size(1024, 16, 4, (22, 2), 32768, 16384, 1024, 32, 6e-4),
-    "xl": _size(1536, 12, 4, (24, 3), 32768, 32768, 2048, 32, 4e-4),
-    "1.3b": _size(2048, 16, 4, (22, 3), 32768, 32768, 2048, 32, 3e-4),
+    "mini": _size(256, 4, (5, 1), 4096, 256, 8, 2e-3),
+    "small": _size(512, 8, (8, 2), 8192, 512, 16, 1e-3),
+    "medium": _size(768, 12, (12, 2), 16384, 1024, 16, 8e-4),
+    "large": _size(1024, 16, (22, 2), 16384, 1024, 32, 6e-4),
+    "xl": _size(1536, 12, (24, 3), 32768, 2048, 32, 4e-4),
+    "1.3b": _size(2048, 16, (22, 3), 32768, 2048, 32, 3e-4),
 }
-"""`--model-size`: shape, vocabulary, length of a row, rows in a batch, learning rate. Those above tiny follow the usual
-proportions (heads of 64 and 128, which the kernels have; a rate that falls with the width); they are not tuned."""
+"""`--model-size`: width, heads, layers, vocabulary, length of a row, rows in a batch, learning rate. Those above tiny
+follow the usual proportions (heads of 64 and 128, which the kernels have; a rate that falls with the width); they are
+not tuned."""
