@@ -49,15 +49,14 @@ def cut_pairs(tokenizer: MixedTokenizer, texts: Sequence[str], *, count: int, co
         within = np.setdiff1d(np.arange(1, int(b[-1])), b)
         nearest = _nearest(b, within)
         enough = (nearest > 0) & (np.maximum(within, nearest) + continuation_chars <= b[-1])
-        places.append(np.stack([np.full(len(within), i), within], 1)[enough])
-    everywhere = np.concatenate([np.zeros((0, 2), np.int64), *places])
+        places.append(np.stack([np.full(len(within), i), within, nearest], 1)[enough])
+    everywhere = np.concatenate([np.zeros((0, 3), np.int64), *places])
     if not len(everywhere):
         raise ValueError(f"no text has a block to cut with {continuation_chars} characters after it")
     rng = np.random.default_rng(seed)
     pairs = []
-    for i, inside in rng.permutation(everywhere)[:count].tolist():
+    for i, inside, boundary in rng.permutation(everywhere)[:count].tolist():
         b = bounds[i]
-        boundary = int(_nearest(b, np.array([inside]))[0])
         first, last = sorted((inside, boundary))
         start = min(b[np.searchsorted(b, last - context_chars)], b[b < first][-1])
         end = b[np.searchsorted(b, last + continuation_chars)]
