@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from functools import partial
 
@@ -62,8 +61,8 @@ def _agrees(meter: Meter, name: str, device: str, dtype: torch.dtype, limit: flo
     ranges, at_q, at_k = ranges.to(device), at_q.to(device), at_k.to(device)
     if not BACKENDS[name].learns_slopes:
         slopes, moved = slopes.detach(), moved[:3]
-    attend = functools.partial(interval_attention, ranges=ranges, q_position=at_q, k_position=at_k, slopes=slopes,
-                               backend=name, plan=TilePlan.build(ranges, case[1]))  # fmt: skip
+    attend = partial(interval_attention, ranges=ranges, q_position=at_q, k_position=at_k, slopes=slopes,
+                     backend=name, plan=TilePlan.build(ranges, case[1]))  # fmt: skip
     got = _gradients(attend(q, k, v), moved, cotangent.to(device))
     with torch.inference_mode():  # the same keys and values, in the rows of a cache
         got.append(attend(q, k.flip(0), v.flip(0), rows=[1, 0]))

@@ -28,7 +28,7 @@ from tidal.layers import Layer, SwiGLU
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
-N_CONTROLS, FIRST_BYTE, FIRST_CHAR = 2, 2, 258
+FIRST_BYTE, FIRST_CHAR = 2, 258
 _64_BITS = (1 << 64) - 1
 
 

@@ -22,7 +22,6 @@ from tidal.infer import recorded
 from tidal.infer.completion import Completion as Completion
 from tidal.infer.completion import Limits as Limits
 from tidal.infer.completion import Request
-from tidal.infer.completion import StopReason as StopReason
 from tidal.infer.decoder import Decoder, evaluating
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling, as_int, choose, fetch
