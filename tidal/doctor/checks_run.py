@@ -186,9 +186,8 @@ def _random_text(patient: Patient, meter: Meter) -> None:
     rng, per_block = np.random.default_rng(3), min(8, patient.tokenizer.max_block_units - 1)
     documents = []
     for _ in range(RANDOM_UNITS // per_block // 8):
-        blocks = [f" {''.join(rng.choice(alphabet, per_block))}" if i else "".join(rng.choice(alphabet, per_block))
-                  for i in range(8)]  # fmt: skip
-        documents.append(Document("", "".join(blocks), False))
+        blocks = ["".join(rng.choice(alphabet, per_block)) for _ in range(8)]
+        documents.append(Document("", " ".join(blocks), False))
     log_probs = patient.log_probs([[document] for document in documents]).numpy()
     targets = [step.target for document in documents for step in patient.layout(document).steps]
     digit = np.array([patient.oracle.is_digit(u) for u in targets])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,16 +53,9 @@ def window(tokenizer: MixedTokenizer, document: Document, units: int) -> Documen
 
 def prompts(tokenizer: MixedTokenizer, documents: Sequence[Document], count: int, units: int) -> list[Document]:
     """`count` prompts with what follows them: the documents' own, or places in text that has none, in turn."""
-    found: list[Document] = []
-    rng = np.random.default_rng(0)
-    plain = []
-    for document in documents:
-        if document.prompt:
-            found.append(window(tokenizer, document, units))
-        else:
-            plain.append(document)
-        if len(found) == count:
-            return found
+    found = [window(tokenizer, document, units)
+             for document in itertools.islice((d for d in documents if d.prompt), count)]  # fmt: skip
+    plain, rng = [document for document in documents if not document.prompt], np.random.default_rng(0)
     splits: dict[int, list[str]] = {}
     for n in range(count - len(found) if plain else 0):
         which = n % len(plain)
