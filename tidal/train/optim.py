@@ -25,12 +25,11 @@ class Optimizer:
     def __init__(self, model: TidalTransformer, settings: Optim) -> None:
         self.settings = settings
         tables = model.tables()
-        is_table = {id(p) for p in tables}
-        others = [p for p in model.parameters() if id(p) not in is_table]
         attending = [m for m in model.modules() if isinstance(m, Layer) and m.attends]
         of_queries = [p for layer in attending for p in layer.norm_query.parameters()]
-        gains = [p for p in others if p.ndim < 2 and not any(p is q for q in of_queries)]
-        matrices = [p for p in others if p.ndim == 2]
+        told_apart = {id(p) for p in (*tables, *of_queries)}
+        others = [p for p in model.parameters() if id(p) not in told_apart]
+        gains, matrices = [p for p in others if p.ndim < 2], [p for p in others if p.ndim == 2]
         self.parts: list[torch.optim.Optimizer] = [
             Muon([{"params": matrices, "scale": 1.0}], lr=settings.lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW(
