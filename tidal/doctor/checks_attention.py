@@ -40,9 +40,8 @@ def _visibility(patient: Patient) -> dict[str, Tensor]:
     memory = _joined([layout.memory_sees() for layout in layouts])
     shape = patient.model.config.shape
     seen = {f"reader.{i}": reader for i in range(shape.reader_layers)}
-    for i in range(shape.writer_layers):
-        if shape.writer_attention != "none":
-            seen[f"writer.{i}"] = own
+    if shape.writer_attention != "none":
+        seen |= {f"writer.{i}": own for i in range(shape.writer_layers)}
     if shape.writer_attention == "memory":
         seen["writer.0"] = torch.cat([memory, own], 1)
     return seen

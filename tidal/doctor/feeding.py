@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,10 +107,9 @@ def _documents_in(patient: Patient, meter: Meter, batch: Batch, row: int) -> lis
     starts = [i for i in range(n) if ids[i] == tokenizer.bos_id]
     meter.same("beginnings of the first document", 0, starts[0] if starts else -1, Where(), (ORACLE, FED_BY_RECIPE))
     found = []
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
-        begins = [i for i in range(start + 1, end) if ends[i] != ends[i - 1]]
-        blocks = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, [*begins[1:], end], strict=True)]
-        found.append(_Read(row, start, blocks, [*begins, end]))
+    for start, end in pairwise([*starts, n]):
+        begins = [*(i for i in range(start + 1, end) if ends[i] != ends[i - 1]), end]
+        found.append(_Read(row, start, [tokenizer.decode(ids[a:b]) for a, b in pairwise(begins)], begins))
     for first, last in written_blocks(batch, row, tokenizer):
         behind = int(batch.context[row, first]) + 1
         read = found[sum(start < behind for start in starts) - 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -228,7 +229,7 @@ def _recipe(argv: list[str]) -> str:
 def _given(argv: list[str], flag: str) -> str | None:
     """The value of a flag that must be known before the others can be read, if it is given."""
     found = None
-    for argument, value in zip(argv, [*argv, ""][1:], strict=True):
+    for argument, value in itertools.pairwise([*argv, ""]):
         name, equals, joined = argument.partition("=")
         if name.replace("_", "-") == flag:
             found = joined if equals else value

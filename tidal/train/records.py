@@ -73,10 +73,7 @@ class Metrics:
 
 def write_samples(path: Path, step: int, completions: Iterable[Completion]) -> None:
     """Store what the model writes after `step` steps. OSError: nothing was done."""
-    lines = []
-    for c in completions:
-        values = {"step": step, **c.to_dict(per_unit=False)}
-        lines.append(json.dumps(values, ensure_ascii=False) + "\n")
+    lines = [json.dumps({"step": step, **c.to_dict(per_unit=False)}, ensure_ascii=False) + "\n" for c in completions]
     append(path, "".join(lines), sync=True)  # the next checkpoint takes them for granted
 
 
