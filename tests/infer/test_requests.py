@@ -14,18 +14,16 @@ import pytest
 import torch
 
 from tests.infer.test_engine import PROMPTS, same
+from tests.infer.test_sampling import SETTINGS
 from tests.strategies import tiny, tiny_copy, tokenizers
 from tidal.infer import engine as module
 from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import Completion, Engine, generate, stream
-from tidal.infer.sampling import Sampling, choose, fetch
+from tidal.infer.sampling import Sampling, choose
 from tidal.streams import ReaderToken
 from tidal.tokenizer import Block
 
-SETTINGS = (Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.8), Sampling(1.0, min_p=0.2),
-            Sampling(1.0, repetition_penalty=2.0), Sampling(repetition_penalty=3.0),
-            Sampling(2.0, top_k=9, top_p=0.9, min_p=0.01))  # fmt: skip
 LIMITS = (Limits(12), Limits(25), Limits(40, max_new_blocks=2), Limits(20, stop="a"))
 
 
@@ -197,34 +195,6 @@ def test_settings_of_numpy() -> None:
     assert type(Sampling(top_k=np.int64(5)).top_k) is int
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(1.0), Sampling(1.0, 3, 0.5, 0.1)])
-def test_nothing_can_follow(how: Sampling) -> None:
-    logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
-    logits[1, :2], allowed[1, 2:] = -math.inf, False
-    generators = [np.random.default_rng(0)] * 2
-    assert choose(logits[:1], allowed[:1], [how], generators[:1]).item() >= 0
-    chosen = choose(logits, allowed, [how, how], generators)
-    assert chosen[1] == -1
-    with pytest.raises(RuntimeError, match="no unit that may follow has a probability above zero"):
-        fetch(chosen, logits)
-
-
-def test_rows_of_a_choice_do_not_look_at_each_other() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        logits = torch.tensor(rng.normal(0, 3, (len(SETTINGS), 40)))
-        allowed = torch.tensor(rng.random((len(SETTINGS), 40)) < 0.8)
-        repeated = [set(np.flatnonzero(rng.random(40) < 0.2).tolist()) for _ in SETTINGS]
-        order = rng.permutation(len(SETTINGS)).tolist()
-
-        def units(rows: list[int], logits: torch.Tensor = logits, allowed: torch.Tensor = allowed,
-                  repeated: list[set[int]] = repeated) -> list[int]:  # fmt: skip
-            return choose(logits[rows], allowed[rows], [SETTINGS[i] for i in rows],
-                          [np.random.default_rng(i) for i in rows], [repeated[i] for i in rows]).tolist()  # fmt: skip
-
-        assert units(order) == [units([i])[0] for i in order]
-
-
 def test_the_mode_of_the_model_is_its_own() -> None:
     """Also with streams that take turns, and with one that is given up."""
     model, tokenizer = tiny_copy("english", "memory")
@@ -272,14 +242,6 @@ def test_an_error_leaves_nothing_behind() -> None:
         model.writer_norm.weight.copy_(norm)
     same(finish(engine, engine.submit("the cat", limits=Limits(9))), generate(
         model, tokenizer, ["the cat"], max_new_units=9)[0], 1e-9)  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_said(bad: float) -> None:
-    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, bad, 1.0]])
-    assert fetch([2], logits[:1])[0] == [2], "padded columns are −inf"
-    with pytest.raises(RuntimeError, match="NaN or infinite: the weights are damaged"):
-        fetch([2, 1], logits)
 
 
 def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:

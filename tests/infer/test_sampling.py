@@ -1,4 +1,4 @@
-"""`choose` against plain numpy, draw by draw, and refused settings."""
+"""`choose` against plain numpy, draw by draw; damaged logits; refused settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 
 from tests.strategies import tiny
 from tidal.infer.engine import generate
-from tidal.infer.sampling import Sampling, choose
+from tidal.infer.sampling import Sampling, choose, fetch
 
 Floats = npt.NDArray[np.float64]
+SETTINGS = (Sampling(), Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.8), Sampling(1.0, min_p=0.2),
+            Sampling(1.0, repetition_penalty=2.0), Sampling(repetition_penalty=3.0),
+            Sampling(2.0, top_k=9, top_p=0.9, min_p=0.01))  # fmt: skip
 
 
 def distribution(logits: Floats, allowed: npt.NDArray[np.bool_], how: Sampling) -> Floats:
@@ -156,3 +159,39 @@ def test_seeds() -> None:
 def test_min_p_is_a_share_of_the_likeliest() -> None:
     logits, allowed = np.array([5.0, 4.0, 1.0]), np.ones(3, np.bool_)
     assert draw(logits, allowed, Sampling(1.0, min_p=0.3), [0.0, np.nextafter(1.0, 0.0)]) == [0, 1]
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(1.0), Sampling(1.0, 3, 0.5, 0.1)])
+def test_nothing_can_follow(how: Sampling) -> None:
+    logits, allowed = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    logits[1, :2], allowed[1, 2:] = -math.inf, False
+    generators = [np.random.default_rng(0)] * 2
+    assert choose(logits[:1], allowed[:1], [how], generators[:1]).item() >= 0
+    chosen = choose(logits, allowed, [how, how], generators)
+    assert chosen[1] == -1
+    with pytest.raises(RuntimeError, match="no unit that may follow has a probability above zero"):
+        fetch(chosen, logits)
+
+
+def test_rows_of_a_choice_do_not_look_at_each_other() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        logits = torch.tensor(rng.normal(0, 3, (len(SETTINGS), 40)))
+        allowed = torch.tensor(rng.random((len(SETTINGS), 40)) < 0.8)
+        repeated = [set(np.flatnonzero(rng.random(40) < 0.2).tolist()) for _ in SETTINGS]
+        order = rng.permutation(len(SETTINGS)).tolist()
+
+        def units(rows: list[int], logits: torch.Tensor = logits, allowed: torch.Tensor = allowed,
+                  repeated: list[set[int]] = repeated) -> list[int]:  # fmt: skip
+            return choose(logits[rows], allowed[rows], [SETTINGS[i] for i in rows],
+                          [np.random.default_rng(i) for i in rows], [repeated[i] for i in rows]).tolist()  # fmt: skip
+
+        assert units(order) == [units([i])[0] for i in order]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_said(bad: float) -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, bad, 1.0]])
+    assert fetch([2], logits[:1])[0] == [2], "padded columns are −inf"
+    with pytest.raises(RuntimeError, match="NaN or infinite: the weights are damaged"):
+        fetch([2, 1], logits)
