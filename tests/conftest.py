@@ -41,7 +41,8 @@ LONGEST = ("test_readme", "test_parallel", "test_doctor", "test_triton_aot", "te
 it then would be the only one at work."""
 
 if importlib.util.find_spec("triton") is None:  # off Linux on x86-64; tests/kernels/conftest.py has the others
-    collect_ignore = ["test_kernel_benchmarks.py", "test_stand_in_gpu.py", "test_tile_benchmark.py"]
+    collect_ignore = ["test_attention_problems.py", "test_kernel_benchmarks.py", "test_stand_in_gpu.py",
+                      "test_tile_benchmark.py"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import attention_problems, attention_tiles
 from benchmarks.attention_problems import Problem, problem
-from tests.test_kernel_benchmarks import FORM, nan_gradient, wrong_output
+from tests.test_attention_problems import FORM, nan_gradient, wrong_output
 from tidal.kernels import triton_attention
 from tidal.kernels.triton_attention import Tile
 from tidal.kernels.triton_decode import Launch
