@@ -13,9 +13,15 @@ from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
 
+def taken(seed: int, stream: int, i: int, n: int) -> int:
+    """Which of n things is the i-th to be learnt: each comes once an epoch, whose order is drawn by lot; the `stream`
+    tells recipes' random numbers apart."""
+    epoch, rank = divmod(i, n)
+    return int(_order(seed, stream, epoch, n)[rank])
+
+
 @functools.lru_cache(2)  # validation, at the beginning of an epoch, looks back into the one before
-def order_of(seed: int, stream: int, epoch: int, n: int) -> Ints:
-    """In which order an epoch takes n things [n]; the `stream` tells recipes' random numbers apart."""
+def _order(seed: int, stream: int, epoch: int, n: int) -> Ints:
     return np.random.default_rng([seed, stream, epoch]).permutation(n)
 
 

@@ -21,7 +21,7 @@ from tidal.model import TidalTransformer
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
 from tidal.tokenizer import MixedTokenizer
-from tidal.train.recipes import order_of, wrong_answers
+from tidal.train.recipes import taken, wrong_answers
 
 Sum = tuple[int, int]
 Problem = tuple[str, str]
@@ -201,9 +201,8 @@ class AdditionRecipe:
         return "".join(known[rng.integers(len(known))] if known else self._new(rng))
 
     def _sample(self, n: int) -> Problem:
-        """The n-th sample to be learnt: each once an epoch, in an order of its own."""
-        epoch, rank = divmod(n, len(self.samples))
-        return self.samples[int(order_of(self.settings.seed, 4, epoch, len(self.samples))[rank])]
+        """The n-th sample to be learnt."""
+        return self.samples[taken(self.settings.seed, 4, n, len(self.samples))]
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Exact match at the trained number of digits and at one and two more; `quality` is their mean."""

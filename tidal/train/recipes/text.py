@@ -16,7 +16,7 @@ from tidal.prepare.corpus import Rows
 from tidal.prepare.make import prepare_for_training
 from tidal.ranks import share_of
 from tidal.streams import Batch, pack
-from tidal.train.recipes import order_of
+from tidal.train.recipes import taken
 
 STEPS_PER_TOKEN = 8  # writer budget for a token of the reader budget; English writes about four
 VALIDATION_ROWS = 96  # at most, drawn once
@@ -80,8 +80,7 @@ class TextRecipe:
         return cut_at_random(p, self.table, rng, self.settings.text.cut_probability)
 
     def _row(self, i: int) -> int:
-        epoch, rank = divmod(i, len(self.rows))
-        return int(order_of(self.settings.seed, 3, epoch, len(self.rows))[rank])
+        return taken(self.settings.seed, 3, i, len(self.rows))
 
     def validate(self, model: TidalTransformer) -> dict[str, float]:
         """Bits per byte of the held-out documents, cut into windows like the training data; of 96 rows at most."""
