@@ -98,11 +98,8 @@ def train(settings: Train, recipe: Recipe, out: Path, *, stop: Stop | None = Non
     if found is not None:
         run.restore(found)
     run.open(found)
-    try:
-        with said_if_killed():
-            run.to_the_end()
-    finally:
-        run.close()
+    with contextlib.closing(run), said_if_killed():
+        run.to_the_end()
     return out
 
 
