@@ -290,13 +290,8 @@ def _reordered(patient: Patient, meter: Meter) -> None:
     for order in ([*range(1, n), 0], [n - 1] * n, [0, *range(n - 1)]):
         moved, sides = opened(), ("where it was", "moved")
         moved.select(order)
-        meter.close("logits inside a block", *_finite(inside[order], moved.step(range(n), [written[i] for i in order])),
-                    EXACT, Where(documents[order[0]].text), sides)  # fmt: skip
-        moved.read(range(n), [[blocks[i][1]] for i in order])
-        meter.close("logits after a block", *_finite(after[order], moved.step(range(n), [[]] * n)), EXACT,
+        meter.close("logits inside a block", inside[order], moved.step(range(n), [written[i] for i in order]), EXACT,
                     Where(documents[order[0]].text), sides)  # fmt: skip
-
-
-def _finite(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the padding of the head, which check 5 looks after."""
-    return left.masked_fill(left == -torch.inf, 0.0), right.masked_fill(right == -torch.inf, 0.0)
+        moved.read(range(n), [[blocks[i][1]] for i in order])
+        meter.close("logits after a block", after[order], moved.step(range(n), [[]] * n), EXACT,
+                    Where(documents[order[0]].text), sides)  # fmt: skip
