@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -206,6 +206,8 @@ class Engine:
         if len(waiting) >= READ_SHARE * len(active):
             decoder.open([i for i, row in waiting if not row.units])
             read_grouped(decoder, {i: row.to_read for i, row in waiting})
+            for _, row in waiting:
+                row.to_read = []
 
     def _write_one(self, decoder: Decoder) -> list[Event]:
         """Write a unit in every row that has nothing to read; what is finished by that."""
@@ -301,9 +303,9 @@ def refuse_string(prompts: Sequence[str]) -> None:
             raise ValueError(f"a prompt is {prompt!r}; it must be a str")
 
 
-def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
+def read_grouped(decoder: Decoder, blocks: Mapping[int, Sequence[Block]]) -> None:
     """Read blocks {row: blocks}, in one pass those up to 8 tokens above twice the shortest, and no more than
-    `PASS_TOKENS` unless of one row; the lists are emptied."""
+    `PASS_TOKENS` unless of one row."""
     lengths = {row: sum(len(block.tokens) for block in mine) for row, mine in blocks.items()}
     group: list[int] = []
     for row in sorted(lengths, key=lengths.__getitem__):
@@ -313,5 +315,3 @@ def read_grouped(decoder: Decoder, blocks: dict[int, list[Block]]) -> None:
         group.append(row)
     if group:
         decoder.read(group, [blocks[r] for r in group])
-    for mine in blocks.values():
-        mine.clear()
