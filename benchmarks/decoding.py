@@ -34,13 +34,12 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.baselines import cached, causal
 from benchmarks.baselines.causal import BYTES, CausalConfig, CausalTransformer, Coder, Document, coder_of
-from tidal.blocks import BlockTable, passage
 from tidal.config import Shape
 from tidal.infer import engine
 from tidal.infer.sampling import Sampling
+from tidal.infer.score import score
 from tidal.layers import Layer
 from tidal.model import TidalTransformer
-from tidal.streams import pack
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.presets import PRESETS
 
@@ -197,7 +196,7 @@ def build(args: argparse.Namespace, tokenizer: MixedTokenizer) -> list[Runner]:
         "tidal", tidal, shape.reader_ff, engine, lambda text: tidal_units(tokenizer, text),
         lambda prompts, steps, seeds, graphs: [c.log_probs for c in engine.generate(
             tidal, tokenizer, prompts, max_new_units=steps, seed=seeds, batch_size=len(prompts), cuda_graphs=graphs)],
-        lambda prompt, new: tidal_full(tidal, tokenizer, prompt, new),
+        lambda prompt, new: torch.from_numpy(score(tidal, tokenizer, prompt + new, supervise_from=len(prompt))),
         lambda text: tidal.cache_bytes(1 + len(tokenizer.encode(text))),
     )]  # fmt: skip
     coders = {"byte": BYTES, "token": coder_of(tokenizer)}
@@ -227,13 +226,6 @@ def tidal_units(tokenizer: MixedTokenizer, text: str) -> list[int]:
     """All that Tidal writes for a text."""
     blocks = tokenizer.split(text)
     return [u for b in blocks for u in (*tokenizer.write_units(b), tokenizer.eob_id)] + [tokenizer.eos_id]
-
-
-def tidal_full(model: TidalTransformer, tokenizer: MixedTokenizer, prompt: str, new: str) -> Tensor:
-    """Log-probabilities of a continuation in the packed pass."""
-    table = BlockTable(tokenizer)
-    batch = pack([[passage(table, prompt, new)]], table, steps=model.config.shape.steps)
-    return model.log_probs(batch.to(model.device)).cpu()
 
 
 # --------------------------------------------------------------------------------------------------- timing
