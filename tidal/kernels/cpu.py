@@ -163,7 +163,7 @@ class Tiles:
         self.n_batch, self.n_heads, self.n_queries, self.head_dim = q.shape
         self.n_kv_heads, self.n_keys = k.shape[1], k.shape[2]
         self.n_products = self.n_batch * self.n_kv_heads
-        self.q, self.tile_q, self.scale = q, tile_q, scale
+        self.tile_q, self.scale = tile_q, scale
         self.k_zkd = k.to(self.dtype).reshape(self.n_products, self.n_keys, self.head_dim)
         self.v_zkd = v.to(self.dtype).reshape(self.n_products, self.n_keys, self.head_dim)
         self.ranges, self.q_position, self.k_position = ranges, q_position, k_position
