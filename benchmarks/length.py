@@ -67,7 +67,7 @@ def run(argv: list[str]) -> None:
     from tidal.prepare.documents import read_documents
 
     documents = [d.prompt + d.completion for d in read_documents(settings.data)]
-    folder = checkpoint.resolve(Path(settings.checkpoint) if settings.checkpoint else None)
+    folder = checkpoint.resolve(settings.checkpoint or None)
     model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)
     try:

@@ -253,7 +253,7 @@ def newest_verified(run_dir: Path) -> Path:
     raise UserError(f"nothing to resume: {run_dir} has no intact checkpoint; choose another run, or train anew")
 
 
-def resolve(path: Path | None, which: Pointer = "best") -> Path:
+def resolve(path: str | os.PathLike[str] | None, which: Pointer = "best") -> Path:
     """The checkpoint meant by a path: a checkpoint itself, or a run's `which`, else its latest one.
 
     None means the newest run under ./runs, by the time of its latest checkpoint. Nothing is verified yet.
@@ -262,7 +262,7 @@ def resolve(path: Path | None, which: Pointer = "best") -> Path:
         UserError: there is no checkpoint there, or it cannot be read.
     """
     try:
-        return _resolved(newest_run(_last) if path is None else path, which)
+        return _resolved(newest_run(_last) if path is None else Path(path), which)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}; choose another run") from error
 

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tidal.cli import UserError, main, note, parse
@@ -66,7 +65,7 @@ def run(argv: list[str]) -> int:
         if folder is None:
             report = _of_new_models(settings, texts, device)
         else:
-            report = examine_checkpoint(checkpoint.resolve(Path(folder)), texts=texts, quick=settings.quick,
+            report = examine_checkpoint(checkpoint.resolve(folder), texts=texts, quick=settings.quick,
                                         checks=settings.checks or None, device=device, dtype=_dtype(settings),
                                         tell=note)  # fmt: skip
     print(json.dumps(report.to_dict(), ensure_ascii=False) if settings.json else report.table())

@@ -104,7 +104,7 @@ def _learnt(patient: Patient, meter: Meter, folder: Path, trainer: dict[str, Any
 def _given(meter: Meter, source: str, folder: Path) -> Tensors:
     """The weights of the checkpoint that the run in whose `folder` we are began with, if it is still there."""
     try:
-        if (there := checkpoints.resolve(Path(source))).resolve().parent == folder.resolve().parent:
+        if (there := checkpoints.resolve(source)).resolve().parent == folder.resolve().parent:
             raise UserError(f"{source} is this run")
         return checkpoints.read_checkpoint(there)[1]
     except UserError as error:

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidal.cli import UserError, check_least, finite, main, note, parse
@@ -161,7 +160,7 @@ def run(argv: list[str]) -> None:
     from tidal.train.memory import memory_for
 
     given = list(read_documents(settings.data)) if isinstance(settings, OnText) and settings.data else []
-    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
+    folder = checkpoint.resolve(settings.checkpoint)
     with memory_for("the model; try another --device"):
         model, tokenizer, trainer = load_with_trainer(folder, device=pick_device(settings.device))
     set_threads(model.config.shape.d_model)

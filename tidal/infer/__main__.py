@@ -110,7 +110,7 @@ def run(argv: list[str]) -> None:
     device = pick_device(settings.device)
     if settings.cuda_graphs and device.type != "cuda":  # before the model is loaded, too
         raise UserError(f"--cuda-graphs needs a CUDA device, not {device}; leave it out")
-    folder = checkpoint.resolve(None if settings.checkpoint is None else Path(settings.checkpoint))
+    folder = checkpoint.resolve(settings.checkpoint)
     with memory_for("the model; try another --device, or --precision bf16"):
         model, tokenizer, trainer = load_with_trainer(
             folder, device=device, dtype=torch.bfloat16 if settings.precision == "bf16" else None)  # fmt: skip

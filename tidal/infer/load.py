@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.devi
 def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
                       dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer, dict[str, Any]]:
     """Like `load`, with the content of trainer.json: the step and the settings of the training."""
-    folder = checkpoint.resolve(None if path is None else Path(path))
+    folder = checkpoint.resolve(path)
     values, tensors, trainer = checkpoint.read_checkpoint(folder)
     try:
         config = TidalConfig.from_dict(values)
