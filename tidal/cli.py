@@ -116,7 +116,7 @@ def parse(
 
     if "--" in argv:
         raise UserError("'--' is no flag; a value that begins with a dash is given as --flag=VALUE")
-    flags, several = _flags(argv), _variadic(config_type)
+    flags, several = [_spelling(a) for a in argv if a.startswith("--")], _variadic(config_type)
     for flag in flags:
         if flag in several and flags.count(flag) > 1:  # only the last one's values would be taken
             raise UserError(f"{flag} is given twice; give all its values after one {flag}")
@@ -173,12 +173,8 @@ def _captured(width: int) -> Iterator[io.StringIO]:
             os.environ["COLUMNS"] = columns
 
 
-def _flags(argv: Sequence[str]) -> list[str]:
-    """The flags among the arguments, spelled as the help spells them."""
-    return [_spelling(argument) for argument in argv if argument.startswith("--")]
-
-
 def _spelling(flag: str) -> str:
+    """A flag as the help spells it, without its value."""
     return flag.partition("=")[0].replace("_", "-")
 
 

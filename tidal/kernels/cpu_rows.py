@@ -47,11 +47,6 @@ def row_ends(ranges: Tensor, n_keys: int) -> Tensor:
     return ranges[..., 1].amax(dim=(1, 2)).clamp(1, n_keys)
 
 
-def query_ends(blind_bq: Tensor) -> Tensor:
-    """int64 [B]: the end of the last query of a row that sees a key; those of shorter rows are padding behind it."""
-    return (blind_bq.logical_not() * torch.arange(1, blind_bq.shape[1] + 1)).amax(1)
-
-
 def attend_rows(
     q: Tensor,
     k: Tensor,
@@ -100,7 +95,8 @@ def rows_bias(
             return sighted, tuple(kept)
     n_keys, dtype = k_position.shape[1], slopes_gr11.dtype
     blind_bq = blind_queries(ranges, n_keys)
-    n_queries = query_ends(blind_bq)
+    # up to the last query of a row that sees a key; those of shorter rows are padding behind it
+    n_queries = (blind_bq.logical_not() * torch.arange(1, blind_bq.shape[1] + 1)).amax(1)
     sighted = slopes_gr11.new_empty(0)
     if bool((blind_bq.sum(1) + n_queries > blind_bq.shape[1]).any()):
         sighted = blind_bq.logical_not()[:, None, :, None].to(dtype)

@@ -31,7 +31,7 @@ from tidal.train.memory import first_line, memory_for, out_of_memory
 from tidal.train.optim import Optimizer, learning_rate
 from tidal.train.parallel import Parallel, shard_like
 from tidal.train.presets import GREEDY
-from tidal.train.records import Metrics, bad_batch, show_samples, write_samples, write_settings
+from tidal.train.records import Metrics, bad_batch, write_samples, write_settings
 from tidal.train.resume import Found, Saved
 from tidal.train.stop import Stop, Stopped
 from tidal.train.watch import Watch
@@ -314,7 +314,8 @@ class Run:
             completions = self._if_memory("sampling", lambda: generate(
                 model.to(self.device), self.recipe.tokenizer, self.recipe.sample_prompts(step),
                 temperature=temperature, seed=step)) or []  # fmt: skip
-            show_samples(completions)
+            for c in completions:
+                note(f"  {c.prompt!r} → {c.completion!r}")
         if held_out.get("quality", -math.inf) >= (-math.inf if saved.best is None else saved.best):
             saved.best, saved.best_name = held_out.get("quality"), checkpoint.name_of(step)  # of equals the later one,
             self._write(lambda: checkpoint.set_pointer(self.out, "best", checkpoint.name_of(step)))  # which knows more

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tidal.cli import note
 from tidal.config import Train
 from tidal.files import atomic_write
 from tidal.infer.engine import Completion
@@ -75,12 +74,6 @@ def write_samples(path: Path, step: int, completions: Iterable[Completion]) -> N
     """Store what the model writes after `step` steps. OSError: nothing was done."""
     lines = [json.dumps({"step": step, **c.to_dict(per_unit=False)}, ensure_ascii=False) + "\n" for c in completions]
     append(path, "".join(lines), sync=True)  # the next checkpoint takes them for granted
-
-
-def show_samples(completions: Iterable[Completion]) -> None:
-    """Print what the model writes now."""
-    for c in completions:
-        note(f"  {c.prompt!r} → {c.completion!r}")
 
 
 @torch.no_grad()
