@@ -16,6 +16,7 @@ from tests.tokenizer.strategies import hostile_text
 from tidal.blocks import NOTHING, BlockTable, Passage, passage
 from tidal.boundary_dropout import cut_at_random
 from tidal.config import Shape, TidalConfig
+from tidal.doctor import specimen
 from tidal.model import TidalTransformer
 from tidal.prepare.documents import Document, _hash, divide
 from tidal.streams import Batch
@@ -70,17 +71,8 @@ def config_of(tokenizer: MixedTokenizer, shape: Shape) -> TidalConfig:
 
 def random_model(tokenizer: MixedTokenizer, shape: Shape, dtype: torch.dtype = torch.float64,
                  seed: int = 0) -> TidalTransformer:  # fmt: skip
-    """A model in which everything matters: no weight is zero, and `<eob>` and `<eos>` are likely enough."""
-    model = TidalTransformer(config_of(tokenizer, shape), tokenizer.spelling)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if "norm" in name else noise * shape.d_model**-0.5)
-        model.unit_embedding.weight[[tokenizer.eob_id, tokenizer.eos_id]] *= 3
-        if shape.suffix_rows:
-            model.suffix_embedding.weight[0] = 0
-    return model.to(dtype).eval()
+    """A model in which everything matters."""
+    return specimen.random_model(tokenizer, shape, seed).to(dtype)
 
 
 @functools.cache

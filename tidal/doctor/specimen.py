@@ -22,15 +22,10 @@ OF_SHAPE = range(7, 17)
 """Checks in which the two could differ: of attention, streams and decoding."""
 
 
-def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTokenizer]:
-    """A model in which everything matters, and a tokenizer of words, digits and bytes; float32, evaluation mode.
-
-    `<eob>` and `<eos>` are made likely enough for blocks and documents to end.
+def random_model(tokenizer: MixedTokenizer, shape: Shape, seed: int = 0) -> TidalTransformer:
+    """A model in which everything matters, float32, in evaluation mode: no weight is zero, and `<eob>` and `<eos>` are
+    likely enough for blocks and documents to end.
     """
-    plain = [d.text for d in BUILT_IN if "def" not in d.text]  # é becomes a unit, 你 and 👍 are spelt in bytes
-    words = [block.strip() for text in plain for block in find_blocks(text) if block.strip().isalpha()]
-    prose = [" ".join(words[i:] + words[:i]) + ", " for i in range(len(words))]
-    tokenizer = MixedTokenizer.train([*prose * 4, *plain], 520, max_block_units=12)
     model = TidalTransformer.of(tokenizer, shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -40,4 +35,13 @@ def make(shape: Shape = SHAPE, seed: int = 0) -> tuple[TidalTransformer, MixedTo
         model.unit_embedding.weight[[tokenizer.eob_id, tokenizer.eos_id]] *= 3
         if shape.suffix_rows:
             model.suffix_embedding.weight[0] = 0
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def make(shape: Shape = SHAPE) -> tuple[TidalTransformer, MixedTokenizer]:
+    """Such a model, and a tokenizer of words, digits and bytes."""
+    plain = [d.text for d in BUILT_IN if "def" not in d.text]  # é becomes a unit, 你 and 👍 are spelt in bytes
+    words = [block.strip() for text in plain for block in find_blocks(text) if block.strip().isalpha()]
+    prose = [" ".join(words[i:] + words[:i]) + ", " for i in range(len(words))]
+    tokenizer = MixedTokenizer.train([*prose * 4, *plain], 520, max_block_units=12)
+    return random_model(tokenizer, shape), tokenizer
