@@ -46,7 +46,12 @@ class Watch:
         self.settings, self.tokenizer, self.device = settings, tokenizer, device
         self.health = Health(settings.max_steps, settings.optim.warmup_steps, rows, settings.init_from is not None)
         self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS)
-        self._board = board(out, int(rows[-1]["step"]) if rows else 0) if settings.tensorboard else None
+        self._board: SummaryWriter | None = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            last = int(rows[-1]["step"]) if rows else 0  # what an earlier process wrote after it is hidden
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)
 
     def timed(self, step: Callable[[float], dict[str, float]], rate: float) -> dict[str, float]:
         """Do a step; to its figures come `units_per_second` (of the last steps) and `memory_mib` (the peak so far),
@@ -162,10 +167,3 @@ def _other(char: str, rng: np.random.Generator) -> str:
     """Another letter or digit of the same kind, any of them as likely; what is neither stays."""
     others = next((kind.replace(char, "") for kind in KINDS if char in kind), char)
     return others[rng.integers(len(others))]
-
-
-def board(out: Path, step: int) -> SummaryWriter:
-    """A writer into `out/tensorboard`; what an earlier process wrote after `step` is hidden."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
