@@ -204,10 +204,10 @@ def stand_in_gpu() -> Iterator[list[str]]:
         "max_memory_allocated": lambda *_: 2**30, "empty_cache": lambda: None, "synchronize": lambda *_: None,
         "Event": Event, "_sleep": lambda *_: None, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
-    stream = mock.Mock(is_capturing=lambda: False)
+    stream = mock.Mock(**{"is_capturing.return_value": False})
     OnGpu.waits.clear()
     with (mock.patch.multiple(torch.cuda, create=True, **cuda),
-          mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream),
+          mock.patch.object(torch.accelerator, "current_stream", return_value=stream),
           mock.patch.multiple(torch, autocast=Autocast, is_autocast_enabled=lambda t: enabled(on_cpu(t)),
                               get_autocast_dtype=lambda t: dtype_of(on_cpu(t)),
                               _has_compatible_shallow_copy_type=alike,
