@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from tidal.tokenizer import Block, MixedTokenizer, mixed
 
@@ -197,3 +199,21 @@ def test_other_models_are_refused() -> None:
             MixedTokenizer(data)
     with pytest.raises(ValueError, match="max_block_units must be at least 4, not 3"):
         MixedTokenizer(laws.tokenizer("mixed")._model_bytes, 3)
+
+
+@pytest.mark.parametrize("wrong", [(), ("add_dummy_prefix",), ("remove_extra_whitespaces",),
+                                   ("add_dummy_prefix", "remove_extra_whitespaces")], ids=str)  # fmt: skip
+def test_models_that_change_text_are_refused(wrong: tuple[str, ...]) -> None:
+    """Both together are what sentencepiece does unless told otherwise."""
+    lines, model = [line for text in laws.CORPUS for line in text.splitlines()] * 20, io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=300, hard_vocab_limit=False, minloglevel=2,
+        bos_id=-1, eos_id=-1, normalization_rule_name="identity",
+        **{name: name in wrong for name in ("add_dummy_prefix", "remove_extra_whitespaces")},
+    )  # fmt: skip
+    if not wrong:
+        for law in laws.TEXT_LAWS:
+            law(MixedTokenizer(model.getvalue()), "  the cat\n " + laws.CORPUS[2])
+        return
+    with pytest.raises(ValueError, match="not a model of MixedTokenizer: it changes text"):
+        MixedTokenizer(model.getvalue())

@@ -90,6 +90,10 @@ class MixedTokenizer:
         strays = set().union(*longer).difference(alphabet).union(c for c in alphabet if not may_be_unit(c))
         if strays:
             raise ValueError(f"not a model of MixedTokenizer: its pieces hold {sorted(strays)}")
+        known = "".join(reversed(alphabet))  # a space comes last: a prefix would make good a first one that is dropped
+        if "".join(pieces.get(index, "") for index in self._processor.encode(known)) != known:
+            raise ValueError("not a model of MixedTokenizer: it changes text; train one with normalization_rule_name "
+                             "identity, without add_dummy_prefix and remove_extra_whitespaces")  # fmt: skip
 
         self.eob_id, self.eos_id = _EOB, _EOS
         self.n_writable = _FIRST_CHAR + len(alphabet)
