@@ -106,6 +106,7 @@ CASES = {
     "evaluate addition --checkpoint folder": "folder is not a run or checkpoint folder",
     "train --device abacus": "device 'abacus' cannot be used",
     "train --device cuda:99": "device 'cuda:99' cannot be used",
+    "train --device hpu": "device 'hpu' cannot be used .No module named 'torch.hpu'.; try --device cpu",
     "infer --prompt a --device cpu --cuda-graphs": "--cuda-graphs needs a CUDA device, not cpu; leave it out",
     "infer --prompt a --trace - --cuda-graphs": "--cuda-graphs does nothing with --trace",
     "infer --prompt a --device abacus": "device 'abacus' cannot be used",

@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
     except TypeError as error:  # of MPS
         raise UserError(f"device {name!r} has no float64, which decoding and validation need; give --device cpu or cuda"
                         ) from error  # fmt: skip
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # ImportError: torch knows of it by an extension only
         raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
     return device
 
