@@ -15,7 +15,7 @@ from tests.strategies import SHAPES, config_of, random_model, tiny, tokenizers
 from tidal import model as model_module
 from tidal import streams
 from tidal.blocks import NOTHING, BlockTable, passage
-from tidal.config import Shape, TidalConfig
+from tidal.config import MOST_PLACES, Shape, TidalConfig
 from tidal.infer.decoder import Decoder
 from tidal.kernels import TilePlan
 from tidal.model import TidalTransformer
@@ -78,10 +78,25 @@ def test_values_of_another_type_are_refused(wrong: dict[str, Any]) -> None:
     {"d_model": 0}, {"d_model": 30, "n_heads": 4}, {"n_heads": 4, "n_kv_heads": 3}, {"n_heads": 0}, {"n_kv_heads": 0},
     {"reader_layers": -1}, {"writer_layers": 0}, {"reader_ff": 0}, {"writer_ff": 0}, {"suffix_rows": -1},
     {"writer_attention": "all"}, {"query_gain": -1}, {"place_jitter": -1}, {"step_stride": -0.5},
+    {"step_stride": float("nan")}, {"query_gain": float("inf")}, {"reader_ff": 10**30}, {"step_window": 2**31},
 ])  # fmt: skip
 def test_shapes_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Shape(**bad)
+
+
+def test_a_config_may_not_ask_for_any_number_of_places() -> None:
+    """They are computed when the model is built, in memory that no file has to hold."""
+    assert TidalConfig(400, 353, 384, MOST_PLACES - 1, "f").n_places == MOST_PLACES
+    with pytest.raises(ValueError, match=f"make {MOST_PLACES + 1} places, more than {MOST_PLACES}"):
+        TidalConfig(400, 353, 384, MOST_PLACES - 1, "f", Shape(place_jitter=1))
+
+
+def test_attention_begins_as_sharp_as_asked() -> None:
+    model = TidalTransformer.of(tokenizers()["english"], Shape(query_gain=2.0))
+    gains = {name: weight for name, weight in model.named_parameters() if "norm_query" in name}
+    assert len(gains) == 4
+    assert all((gain == 2.0).all() for gain in gains.values())
 
 
 # ---------------------------------------------------------------------------------------------- accounts
