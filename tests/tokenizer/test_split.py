@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import unicodedata
 
@@ -54,6 +55,14 @@ def test_unspaced_scripts_are_cut_along_tokens() -> None:
     run = "你好中国"
     pieces = [tokenizer.id_bytes[i].decode() for i in tokenizer.encode_block(run).tokens]
     assert tokenizer.split(run) == pieces
+
+
+def test_rules_one_hold_these_scripts_unspaced() -> None:
+    """Trained models read blocks cut by these rules. When this must change, raise `RULES_VERSION` and write it anew."""
+    assert rules.RULES_VERSION == 1
+    unspaced = [code for code in range(sys.maxunicode + 1) if rules.UNSPACED.match(chr(code))]
+    assert len(unspaced) == 171131
+    assert hashlib.sha256(repr(unspaced).encode()).hexdigest()[:16] == "b43b57219523c75e"
 
 
 def test_combining_marks_lie_where_the_pattern_looks_for_them() -> None:

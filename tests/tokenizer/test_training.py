@@ -78,6 +78,15 @@ def test_a_large_alphabet_leaves_room_for_pieces() -> None:
     assert tokenizer.encode_block(" running").tokens[0] > tokenizer.bos_id
 
 
+def test_digits_are_read_one_by_one_and_indentation_at_once() -> None:
+    """However often a number comes: else nobody could know the place of each digit."""
+    lines = [f"{indent * ' '}{word} = {year}\n"
+             for indent in (4, 8, 12) for word in ("the", "cat", "ran") for year in range(1900, 2000)]  # fmt: skip
+    tokenizer = MixedTokenizer.train(["".join(lines) * 3], 700)
+    assert [tokenizer.piece_name(token) for token in tokenizer.encode_block(" 1984").tokens] == list("▁1984")
+    assert len(tokenizer.encode_block("\n" + 7 * " ").tokens) == 2
+
+
 def test_coverage_leaves_rare_characters_to_bytes() -> None:
     texts = ["a" * 9990 + "é" * 9 + "ж"]
     assert {"é", "ж"} <= set(laws.alphabet(MixedTokenizer.train(texts, character_coverage=1.0)))
