@@ -179,7 +179,7 @@ class Addition:
     digits: int = 5
     """Most digits of an operand in training; one run sees all lengths up to it."""
     lengths: Lengths = "uniform"
-    """Of operands: `uniform`: each as often; `rising`: long ones more; `equal`: in a problem; or of random `numbers`."""
+    """`uniform`: each length alike; `rising`: more long ones; `equal`: one a problem; `numbers`: as random numbers."""
     samples: int = 0
     """Size of a finite training set of different problems, drawn once; 0: new problems all the time."""
     operations: str = "+"

@@ -59,6 +59,19 @@ def test_autocast_changes_nothing(dense: bool, monkeypatch: pytest.MonkeyPatch) 
         assert interval_attention(*inputs, backend="cpu").equal(wanted)
 
 
+def test_gradients_may_be_taken_inside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch advises against it, but few know."""
+    monkeypatch.setattr(cpu, "DENSE_LIMIT", -1)
+    inputs = make_case(0, dtype=torch.float32).inputs()
+    learnt = [x for x in inputs if x.requires_grad]
+    out = interval_attention(*inputs, backend="cpu")
+    wanted = torch.autograd.grad(out.sum(), learnt, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out.sum(), learnt)
+    assert len(got) == 4
+    assert all(map(torch.equal, got, wanted))
+
+
 def test_a_second_derivative_is_refused() -> None:
     """And not taken for zero."""
     case = make_case(0)

@@ -301,7 +301,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dout):  # type: ignore[no-untyped-def]
     need_slopes = ctx.needs_input_grad[6]
-    dq, dk, dv, dslopes = attend_tiled_backward(dout, *ctx.saved_tensors, ctx.tile_q, ctx.scale, need_slopes)
+    with torch.autocast("cpu", enabled=False):  # as in the forward pass, should this one be called inside of it, too
+        dq, dk, dv, dslopes = attend_tiled_backward(dout, *ctx.saved_tensors, ctx.tile_q, ctx.scale, need_slopes)
     return dq, dk, dv, None, None, None, (dslopes if need_slopes else None), None, None, None
 
 
