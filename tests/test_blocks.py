@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -19,6 +20,7 @@ from tidal.blocks import (
     BlockTable,
     Growing,
     Passage,
+    joined,
     passage,
     share_rows,
     suffix_hashes,
@@ -229,6 +231,9 @@ def test_windows_are_cut_before_blocks_are() -> None:
     cut = cut_at_random(passage(table, "", "the light"), table, np.random.default_rng(0), 1)
     with pytest.raises(ValueError, match=r"blocks \(1, 3\) .* read only"):
         windows(cut, table, 2, 2)
+    stray = dataclasses.replace(passage(table, "", "the light"), n_stray=1, stray_offset=5)
+    with pytest.raises(ValueError, match="1 are strays"):
+        windows(stray, table, 2, 2)
 
 
 @settings(max_examples=60)
@@ -240,6 +245,18 @@ def test_windows_of_text_join_to_it_and_overlap_as_asked(text: str, reader_budge
     for window in cut:
         context = window.blocks[1 : window.supervise_from]
         assert table.n_tokens(context).sum() <= overlap
+
+
+@settings(max_examples=60)
+@given(hostile_text(max_size=16), st.integers(20, 40), st.integers(1, 8), st.integers(0, 16))
+def test_windows_that_overlap_are_cut_as_if_nothing_were_prompt(text: str, budget: int, overlap: int,
+                                                                n_prompt: int) -> None:  # fmt: skip
+    """And those without anything to learn are left out: the end of a long prompt gets no window of its own."""
+    table = BlockTable(tokenizers()["chinese"])
+    split = tokenizers()["chinese"].split(text)
+    whole = windows(joined(table, [], split), table, budget, 1000, overlap)
+    cut = windows(joined(table, split[:n_prompt], split[n_prompt:]), table, budget, 1000, overlap)
+    assert [w.blocks.tolist() for w in cut] == [w.blocks.tolist() for w in whole[-len(cut) :]]
 
 
 @settings(max_examples=60)
@@ -257,6 +274,11 @@ def test_rows_keep_budgets_and_lose_nothing(data: st.DataObject, name: str, read
         assert len(row) == 1 or (len(row) > 1 and (sizes[row].sum(0) <= (reader_budget, writer_budget)).all())
     by_definition = fill_rows(many, table, reader_budget, writer_budget)
     assert [[id(many[i]) for i in row] for row in rows] == [[id(p) for p in row] for row in by_definition]
+
+
+def test_of_equally_long_passages_the_first_comes_first() -> None:
+    order, _ = share_rows(np.tile([[5, 9], [4, 9]], (50, 1)), 5, 100)
+    assert order.tolist() == [*range(0, 100, 2), *range(1, 100, 2)]
 
 
 @pytest.mark.parametrize("longest", [64, 400, 700])
