@@ -248,7 +248,7 @@ def windows(p: Passage, table: BlockTable, reader_budget: int, writer_budget: in
     """
     if p.read_only or p.n_stray:
         raise ValueError(f"blocks {p.read_only} are read only and {p.n_stray} are strays; cut windows before that")
-    body, n_prompt = p.blocks[1:], max(0, p.supervise_from - 1)
+    body, n_prompt = p.blocks[1:], p.supervise_from - 1
     n_tokens, n_steps = table.n_tokens(body), table.n_targets(body)
     n_steps[:n_prompt] = 0
     if 1 + n_tokens.sum() <= reader_budget and n_steps.sum() <= writer_budget:
@@ -286,7 +286,7 @@ def spans(n_tokens: Ints, n_steps: Ints, reader_budget: int, writer_budget: int,
     start, end = 0, 0
     while end < len(n_tokens):
         least = max(n_read[end] - overlap, n_read[end + 1] + 1 - reader_budget)  # room for the next block
-        start = min(int(np.searchsorted(n_read, least)), end) if end else 0
+        start = min(int(np.searchsorted(n_read, least)), end)
         by_reader = np.searchsorted(n_read, n_read[start] - 1 + reader_budget, side="right") - 1
         by_writer = np.searchsorted(n_written, n_written[end] + writer_budget, side="right") - 1
         first, end = end, max(int(min(by_reader, by_writer)), end + 1)

@@ -41,7 +41,7 @@ def cut_blocks(p: Passage, table: BlockTable, rng: np.random.Generator,
     places = starts[chosen] + np.array([rng.integers(1, n) for n in n_chars[chosen]], np.int64)
     if not len(places):
         return p
-    first, end = max(1, p.supervise_from), len(p.blocks) - (p.blocks[-1] == EOS_BLOCK)
+    first, end = p.supervise_from, len(p.blocks) - (p.blocks[-1] == EOS_BLOCK)
     n_prompt = n_chars[:first].sum()
     prompt, _ = _cut(table, p.blocks[1:first].tolist(), places[places < n_prompt].tolist())
     completion, made = _cut(table, p.blocks[first:end].tolist(), (places[places >= n_prompt] - n_prompt).tolist())
@@ -70,15 +70,15 @@ def _cut_once(table: BlockTable, blocks: list[int], at: int) -> tuple[list[int],
     while at >= len(text := table.texts[blocks[i]]):
         at, i = at - len(text), i + 1
     beginning, rest = text[:at], text[at:]
-    left, before = i, [beginning] if at else []
-    while left and _were_one(earlier := table.texts[blocks[left - 1]], (before or [rest])[0]):
+    left, before = i, [beginning]
+    while left and _were_one(earlier := table.texts[blocks[left - 1]], before[0]):
         left, before = left - 1, [earlier, *before]
     right, after = i + 1, [rest]
     while right < len(blocks) and _were_one(after[-1], later := table.texts[blocks[right]]):
         right, after = right + 1, [*after, later]
     again = table.tokenizer.split("".join(before))
     n_same = 0
-    while n_same < min(i - left, len(again)) and again[n_same] == before[n_same]:
+    while n_same < i - left and again[n_same] == before[n_same]:
         n_same += 1
     return ([*blocks[:left], *table.indices(again).tolist()], left + n_same,
             [*table.indices(table.tokenizer.split("".join(after))).tolist(), *blocks[right:]])  # fmt: skip

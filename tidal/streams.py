@@ -236,7 +236,7 @@ class _Blocks:
         self.position_scale = np.array([p.position_scale for p in passages], np.float64)[self.passage]
         offsets = np.array([(p.place_offset, p.stray_offset, p.n_stray) for p in passages], np.int64)
         own, stray, n_stray = offsets[self.passage].T
-        self.place_offset = np.where((self.rank > 0) & (self.rank <= n_stray), stray, own)
+        self.place_offset = np.where(self.rank <= n_stray, stray, own)  # that of `<bos>` moves nothing
         self.n_tokens = table.n_tokens(self.index)
         self.n_targets = table.n_targets(self.index)
         self.n_steps = self.n_targets * self.supervised
@@ -246,7 +246,7 @@ class _Blocks:
         self.document_column = self.token_column[first][self.passage]
 
     def _columns(self, counts: Ints) -> Ints:
-        row_starts = _starts(np.bincount(self.row, counts, self.n_rows).astype(np.int64))
+        row_starts = _starts(np.bincount(self.row, counts).astype(np.int64))
         return _starts(counts) - row_starts[self.row]
 
 
