@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from benchmarks import fuzz
-from tests.strategies import tiny, tiny_copy
-from tidal.infer.completion import Completion, Limits, degenerate
+from tests.strategies import tiny, tiny_copy, tokenizers
+from tidal.infer.completion import Completion, Limits, Request, degenerate
 from tidal.infer.decoder import Decoder, RaggedView
 from tidal.infer.engine import Engine, generate, stream
 from tidal.infer.grammar import Grammar
@@ -248,7 +250,9 @@ def test_names_and_log_probs_are_of_the_same_units() -> None:
 def test_what_is_degenerate() -> None:
     named: list[tuple[list[str], str | None]] = [
         ([], "empty"), ([" ", "\n"], "empty"), (["a"] * 3, None), (["a"] * 4, "repeats"), ([" "] * 4, "repeats"),
-        (["a"] * 4 + ["b"], None)]  # fmt: skip
+        (["a"] * 4 + ["b"], None), ([*"ab"] * 4, "repeats"), ([*"abc"] * 4, "repeats"), ([*"abcbabc"], None),
+        ([*"abcd"] * 4, None), ([*"bcdef"] + ["a"] * 5, "repeats"), ([*"bcdefg"] + ["a"] * 4, None),
+        ([*"defghijk"] + [*"ab"] * 4, "repeats"), ([*"defghijklm"] + [*"ab"] * 4, None)]  # fmt: skip
     for blocks, name in named:
         assert degenerate(blocks) == name
 
@@ -335,6 +339,26 @@ def test_garbage_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Grammar, "_finishes", in_bytes_too)
     with pytest.raises(AssertionError, match="is not the spelling"):
         fuzz.main()
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=8),
+       st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))  # fmt: skip
+@example(["a", "bab", "b"], ["bb", "ab"])
+def test_stop_strings_are_found_in_the_block_that_completes_them(blocks: list[str], stop: list[str]) -> None:
+    """And of several the first in the text."""
+    tokenizer = tokenizers()["english"]
+    request = Request(0, "", [], Sampling(), Limits(10**6, stop=stop), np.random.default_rng(0))
+    text = ""
+    for block in blocks:
+        for unit in (*tokenizer.write_units(block), tokenizer.eob_id):
+            request.write(unit, -1.0, tokenizer)
+        text += block
+        found = [text.index(string) for string in stop if string in text]
+        wanted = text[: min(found, default=len(text))]
+        assert ("".join(request.blocks), request.stop_reason) == (wanted, "stop_string" if found else None)
+        assert all(request.blocks)
+        if found:
+            break
 
 
 def test_a_stop_string_may_begin_the_text() -> None:
