@@ -43,8 +43,9 @@ def test_one_plan_for_many_layers() -> None:
     for _ in range(2):
         out = interval_attention(*case.inputs(), plan=plan)
         assert torch.equal(out, interval_attention(*case.inputs()))
-    moved = (*case.inputs()[:4], other.q_position, other.k_position, case.slopes)  # the memo must notice
-    assert torch.equal(interval_attention(*moved, plan=plan), interval_attention(*moved))
+    for positions in ((other.q_position, case.k_position), (other.q_position, other.k_position)):
+        moved = (*case.inputs()[:4], *positions, case.slopes)  # the memo must notice either
+        assert torch.equal(interval_attention(*moved, plan=plan), interval_attention(*moved))
     with torch.inference_mode():
         interval_attention(*case.inputs(), plan=plan)
     out_and_gradients(case, "cpu", plan)
@@ -94,6 +95,7 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
     q, k, _, *others = case.inputs()
     drawn = torch.randn(2, 5, k.shape[1], 2 * k.shape[2], k.shape[3], generator=torch.Generator().manual_seed(0))
     cache = drawn[:, :, :, : k.shape[2]]  # not in one stretch
+    still = q.detach()  # in place is only what wants no gradients
     for rows in ([3, 0, 4], [0, 1, 2], [2, 2, 1]):
         wanted = interval_attention(q, *cache[:, rows], *others, backend="reference")
         found = interval_attention(q, *cache, *others, backend=name, rows=rows)
@@ -103,11 +105,15 @@ def test_rows_of_a_cache(backend: str, queries: int, monkeypatch: pytest.MonkeyP
         halves = interval_attention(q.bfloat16(), *cache.bfloat16(), *others, backend=name, rows=rows)
         torch.testing.assert_close(halves, wanted.bfloat16(), rtol=0.05, atol=0.05)
     ranges, *positions, slopes = (x.detach() for x in others)
-    plan, at = TilePlan.build(ranges, k.shape[2]), positions
-    for moved, steeper in ((1, 1), (1, 2), (3, 2)):  # what a plan remembers is of these positions and slopes, too
-        at, slopes = at if moved == 1 else [position * moved for position in positions], slopes * steeper
-        wanted = interval_attention(q, *cache[:, rows], ranges, *at, slopes, backend="reference")
-        found = interval_attention(q, *cache, ranges, *at, slopes, backend=name, rows=rows, plan=plan)
+    half = (x.bfloat16() for x in (still, *cache))
+    halves = interval_attention(*half, ranges, *positions, slopes, backend=name, rows=rows)
+    torch.testing.assert_close(halves, wanted.detach().bfloat16(), rtol=0.05, atol=0.05)
+    plan, (q_at, k_at) = TilePlan.build(ranges, k.shape[2]), positions
+    far, (steep, steeper) = q_at * 3, (slopes * 2, slopes * 3)
+    for *at, slopes in ((q_at, k_at, steep), (q_at, k_at, steeper), (far, k_at, steeper), (far, k_at * 2, steeper)):
+        # what a plan remembers is of these positions and slopes, too
+        wanted = interval_attention(still, *cache[:, rows], ranges, *at, slopes, backend="reference")
+        found = interval_attention(still, *cache, ranges, *at, slopes, backend=name, rows=rows, plan=plan)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     rows, blind = [3, 0, 4], torch.zeros_like(ranges)
     for seen in (ranges, blind):  # what was remembered without gradients does not cut them off, nor does seeing nothing
@@ -269,6 +275,12 @@ def test_a_row_ends_at_its_own_end(queries: int, monkeypatch: pytest.MonkeyPatch
         q[0, :, 1:] = q[3] = math.nan
         found = interval_attention(q, k, v, ranges, *others, backend="cpu", rows=range(4))
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        if queries == 3:  # one that sees nothing, before others that do
+            ranges[1, 1], q[1] = 0, 1.0
+            wanted = interval_attention(q[1:2], k[1:2, :, :7], v[1:2, :, :7], ranges[1:2], others[0][1:2],
+                                        others[1][1:2, :7], others[2], backend="reference")  # fmt: skip
+            found = interval_attention(q, k, v, ranges, *others, backend="cpu", rows=range(4))
+            torch.testing.assert_close(found[1:2], wanted, rtol=1e-12, atol=1e-12)
         alike = torch.full_like(ranges[:, :, 0, 1], 400)
         ranges[:, :, 0, 1] = alike
         assert not cpu_rows.in_place(q, k, ranges, range(4), None), "one product serves rows as long as each other"
