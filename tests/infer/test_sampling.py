@@ -159,6 +159,14 @@ def test_seeds() -> None:
 def test_min_p_is_a_share_of_the_likeliest() -> None:
     logits, allowed = np.array([5.0, 4.0, 1.0]), np.ones(3, np.bool_)
     assert draw(logits, allowed, Sampling(1.0, min_p=0.3), [0.0, np.nextafter(1.0, 0.0)]) == [0, 1]
+    logits[1] = logits[0]
+    assert draw(logits, allowed, Sampling(1.0, min_p=1.0), [0.0, np.nextafter(1.0, 0.0)]) == [0, 1], "as many as it"
+
+
+def test_of_equally_likely_units_the_first_are_kept() -> None:
+    logits, allowed, most = np.zeros(400), np.ones(400, np.bool_), np.nextafter(1.0, 0.0)
+    assert draw(logits, allowed, Sampling(1.0, top_k=3), [0.0, 0.5, most]) == [0, 1, 2]
+    assert draw(logits[:4], allowed[:4], Sampling(1.0, top_p=0.5), [0.0, most]) == [0, 1], "which reach 0.5"
 
 
 @pytest.mark.parametrize("how", [Sampling(), Sampling(1.0), Sampling(1.0, 3, 0.5, 0.1)])
