@@ -52,7 +52,7 @@ def test_prompts_of_jsonl_may_have_line_breaks(infer: Command, tmp_path: Path) -
     """So the held-out pairs of a run can be asked as they are."""
     prompts = ["1 + 1 =", "2 + 2 =\n3 + 3 =", "", "４ + 4 ="]
     lines = [json.dumps({"prompt": prompt, "completion": " 2\n"}) for prompt in prompts]
-    (path := tmp_path / "asked.jsonl").write_text("\ufeff" + "\r\n".join([*lines[:2], " ", *lines[2:], ""]))
+    (path := tmp_path / "asked.JSONL").write_text("\ufeff" + "\r\n".join([*lines[:2], " ", *lines[2:], ""]))
     done = infer("--prompt-file", str(path), "--json", "--max-new-units", "2")
     assert done.code == 0, done.err
     assert [answer["prompt"] for answer in objects(done.lines)] == prompts
