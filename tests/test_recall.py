@@ -51,6 +51,7 @@ def test_a_copy_grows_on_its_own() -> None:
     other.read(units(" tea"), EOB)
     assert told(one, "ea")[0] == "s"
     assert told(other, "ea")[0] == "t"
+    assert told(recollection("a", "b", "c", "a", "b").copy(), "") == "-cc", "it stands where the other stood"
 
 
 def test_numbers_are_recalled_too() -> None:
