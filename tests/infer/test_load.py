@@ -115,12 +115,12 @@ def test_nothing_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load()
 
 
-@pytest.mark.parametrize("sizes", [{"reader_layers": 10**12}, {"d_model": 2**40, "reader_ff": 2**40},
-                                   {"suffix_rows": 2**50}, {"place_jitter": 10**12}])  # fmt: skip
+@pytest.mark.parametrize("sizes", [{"reader_layers": 2**30}, {"d_model": 2**30, "reader_ff": 2**30},
+                                   {"suffix_rows": 2**30}, {"place_jitter": 2**30}, {"d_model": 2**40}])  # fmt: skip
 def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> None:
     model, tokenizer = tiny("english", "memory")
     complaint = refused(write(tmp_path, model, tokenizer, lambda values: values["shape"].update(sizes)))
-    assert "weights do not fit its config.json" in complaint or "places" in complaint
+    assert "weights do not fit its config.json" in complaint or "places" in complaint or "2^31" in complaint
 
 
 def test_no_memory_for_the_model_is_no_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,12 +79,23 @@ def test_low_precision_error(structure: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("slope", [1e-3, 30.0])
+@pytest.mark.parametrize("slope", [1e-3, 64 / TILE, 30.0])
 def test_far_positions(dtype: torch.dtype, slope: float) -> None:
-    """A document far into a long text, and slopes for which the shifted form would cost precision."""
+    """A document far into a long text, and slopes for which the shifted form needs its origin, or costs precision."""
     case = triton_case(4, "causal", dtype, 1, 1, 1, q_tiles=2.0, k_tiles=3.0)
     case = replace(case, q_position=case.q_position + 2**20, k_position=case.k_position + 2**20)
     assert_right(replace(case, slopes=torch.full_like(case.slopes, slope).requires_grad_()))
+
+
+def test_keys_of_a_tile_that_lie_far_apart() -> None:
+    """The shifted form would add millions to the scores of those that are near."""
+    case = triton_case(4, "causal", torch.bfloat16, 1, 1, 1, q_tiles=1.0, k_tiles=1.0)
+    index = torch.arange(TILE, device=DEVICE).float()[None]
+    ranges = torch.zeros_like(case.ranges)
+    ranges[:, :, 0, 1] = TILE
+    position = torch.where(index < TILE // 2, index - 2**20, index)
+    slopes = torch.full_like(case.slopes, 64 / TILE).requires_grad_()
+    assert_right(replace(case, ranges=ranges, q_position=index + TILE, k_position=position, slopes=slopes))
 
 
 def test_fixed_slopes_use_the_shifted_form_backward_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,18 @@ from triton_cases import DEVICE, STRUCTURES, exact, fused, poisoned, structured,
 
 from tidal.kernels import TilePlan, triton_attention
 from tidal.kernels.reference import visible_keys
-from tidal.kernels.triton_plan import HEAD, MERGED, N_BOTH, N_FULL, N_SINGLE, PARTIAL, PAST, ROW, interval_plan
+from tidal.kernels.triton_plan import (
+    HEAD,
+    LOW,
+    MERGED,
+    N_BOTH,
+    N_FULL,
+    N_SINGLE,
+    PARTIAL,
+    ROW,
+    SPREAD,
+    interval_plan,
+)
 from tidal.kernels.triton_tiles import work_of
 
 EMPTY, FIRST, SECOND, BOTH, FULL = range(5)
@@ -62,6 +74,14 @@ def tiled(x: Tensor, fill: float, tile_q: int, tile_k: int) -> Tensor:
     return padded.view(-1, n_q, tile_q, n_k, tile_k).transpose(2, 3).flatten(3)
 
 
+def check_positions(table: Tensor, position: Tensor, tile: int, past: Tensor) -> None:
+    """What rows or columns say of the positions of their own tile."""
+    low, high = (tiled(sign * position[:, :, None], math.inf, tile, 1).amin((2, 3)) * sign for sign in (1, -1))
+    spread, lowest = (table[..., at.value].contiguous().view(torch.float32) for at in (SPREAD, LOW))
+    assert torch.equal(lowest, low)
+    assert torch.equal(spread, torch.where(past, high - low, math.inf))
+
+
 def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: int, tile_k: int) -> None:
     n_keys = k_position.shape[1]
     on_device = [x.to(DEVICE) for x in (ranges, q_position, k_position)]
@@ -89,8 +109,8 @@ def check_plan(ranges: Tensor, q_position: Tensor, k_position: Tensor, tile_q: i
 
     ahead = (k_position[:, None, :] > q_position[:, :, None]).float()
     mixed = tiled(ahead, 0.0, tile_q, tile_k).amax(-1) > 0
-    assert torch.equal(rows[..., PAST.value] == 1, ~(mixed & (states == FULL)).any(2))
-    assert torch.equal(columns[..., PAST.value] == 1, ~(mixed & (by_columns == FULL)).any(1))
+    check_positions(rows, q_position, tile_q, past=~(mixed & (states == FULL)).any(2))
+    check_positions(columns, k_position, tile_k, past=~(mixed & (by_columns == FULL)).any(1))
     for order, work in ((rows_order, (states > 0).sum(2)), (columns_order, (states > 0).sum(1))):
         wanted = work.flatten().argsort(descending=True, stable=True)
         assert torch.equal(order.long(), wanted), "not the longest first"

@@ -44,7 +44,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     ),
     "full tiles missing from the transpose": ("plan", "causal", "full = (full_0 | full_1) &", "full = full_1 &"),
     "short last tile without a mask": ("plan", "causal", "= (t + 1) * TILE_Q > n_queries,", "= t < 0,"),
-    "mixed tiles said to lie in the past": ("plan", "positions", "(high <= low).to(tl.int32)", "1"),
+    "mixed tiles said to lie in the past": ("plan", "positions", "tl.where(past,", "tl.where(True,"),
     "shift not taken off log Σ exp": ("forward", "causal", "highest - shift + logarithm", "highest + logarithm"),
     "running sum not rescaled": ("forward", "causal", "total * decay + tl.sum", "total + tl.sum"),
     "log Σ exp in the wrong base": ("forward", "causal", "logarithm(total, FAST)", "tl.log2(total) * 0.69314718"),

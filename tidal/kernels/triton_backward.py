@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from tidal.kernels.triton_plan import HEAD, N_BOTH, N_FULL, N_SINGLE, PAST, ROW
+from tidal.kernels.triton_plan import HEAD, N_BOTH, N_FULL, N_SINGLE, ROW
 from tidal.kernels.triton_tiles import (
     LENGTHS,
     add_rows,
@@ -112,7 +112,7 @@ def dq_kernel(
     n_full, segments = full_tiles(row)
     if FAST and not SLOPES:  # the slopes' gradient needs distances anyway
         q_position_m = tl.load(q_position + local, mask=inside, other=0.0)
-        shifts, origin = may_shift(q_position_m, inside, tl.load(row + PAST), slope)
+        shifts, origin = may_shift(row, slope)
         lse_shifted = lse_m1 + tl.fma(q_position_m, slope, -origin)[:, None]
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
@@ -234,7 +234,7 @@ def dkdv_kernel(
     column = columns + slot * (2 * n_query_tiles + HEAD)
     n_full, last = tl.load(column + N_FULL), column + HEAD + n_query_tiles - 1
     if FAST:
-        shifts, origin = may_shift(k_position_n, key < n_keys, tl.load(column + PAST), slope)
+        shifts, origin = may_shift(column, slope)
         n_shifted, tile = tl.where(shifts, n_full, 0), tl.load(last)
         for i in range(0, n_shifted):
             following = tl.load(last - tl.minimum(i + 1, n_shifted - 1))

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from tidal.kernels.triton_plan import PAST, ROW
+from tidal.kernels.triton_plan import ROW
 from tidal.kernels.triton_tiles import (
     LENGTHS,
     LOWEST,
@@ -91,7 +91,7 @@ def forward_kernel(
     shift, origin = tl.zeros([M], dtype=tl.float32), 0.0
     if FAST:
         q_position_m = tl.load(q_position + local, mask=local < n_left, other=0.0)
-        shifts, origin = may_shift(q_position_m, local < n_left, tl.load(row + PAST), slope)
+        shifts, origin = may_shift(row, slope)
         for i in range(0, tl.where(shifts, n_full, 0)):
             tile = segment_tile(i, segments)
             state = forward_tile(state, tile, q_md, keys, 0.0, 0, 0.0, origin, scale, slope, N, D, 0, True, FAST)

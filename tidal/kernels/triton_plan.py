@@ -15,10 +15,10 @@
               ranges. A tile that the last queries do not fill is partial here, so that full ones are loaded without
               a mask.
 
-Both carry a flag, "past": in every full tile the keys' positions do not exceed the queries', so that ALiBi needs
-no absolute value (tidal/kernels/triton_tiles.py). Memory is O((Lq / tile) · (Lk / tile)), time O((Lq / tile) · Lk), and
-nothing waits for the device. What is planned at once, for forward and backward, takes three launches: all rows, all
-columns, and the order of both.
+Both say how far the positions of their own tile lie apart if in every full tile the keys' positions do not exceed
+the queries', so that ALiBi needs no absolute value (tidal/kernels/triton_tiles.py); else +inf. Memory is O((Lq /
+tile) · (Lk / tile)), time O((Lq / tile) · Lk), and nothing waits for the device. What is planned at once, for
+forward and backward, takes three launches: all rows, all columns, and the order of both.
 """
 
 from collections.abc import Sequence
@@ -34,13 +34,14 @@ from torch import Tensor
 from tidal.kernels.operators import operator
 from tidal.kernels.plan import TilePlan
 
-WORK, PAST = tl.constexpr(0), tl.constexpr(1)
-"""where a row or column has the number of its tiles, and its flag"""
-MERGED, LOWEST, PARTIAL, FULL, ROW = (tl.constexpr(x) for x in (2, 3, 4, 12, 16))
-"""int32 numbers of a tile of queries: whether its runs are merged, the bits of the lowest position, (start, end) of 4
-partial segments and of 2 full ones; how many numbers there are"""
-N_SINGLE, N_FULL, N_BOTH, HEAD = (tl.constexpr(x) for x in (2, 3, 4, 5))
-"""int32 numbers of a tile of keys: how many query tiles need one range, no mask, both ranges; where its lists begin"""
+WORK, SPREAD, LOW = (tl.constexpr(x) for x in range(3))
+"""where a row or column, int32, has the number of its tiles, the spread of its positions and the lowest one (bits of
+float32)"""
+MERGED, PARTIAL, FULL, ROW = (tl.constexpr(x) for x in (3, 4, 12, 16))
+"""what a tile of queries has, too: whether its runs are merged, (start, end) of 4 partial segments and of 2 full ones;
+how many numbers there are"""
+N_SINGLE, N_FULL, N_BOTH, HEAD = (tl.constexpr(x) for x in range(3, 7))
+"""and a tile of keys: how many query tiles need one range, no mask, both ranges; where its lists begin"""
 Item = TypeVar("Item")
 CHUNK, KEYS = tl.constexpr(64), tl.constexpr(4096)
 """how many tiles, and how many positions of keys, a planning kernel looks at in one step"""
@@ -73,7 +74,8 @@ def plan_row(
     batch, tile = (slot // n_tiles).to(tl.int64), slot % n_tiles
     # The last tile is filled up with copies of the last query, which change nothing.
     query = batch * n_queries + tl.minimum(tile * TILE_Q + tl.arange(0, TILE_Q), n_queries - 1)
-    low = tl.min(tl.load(q_position + query), 0)
+    position = tl.load(q_position + query)
+    low = tl.min(position, 0)
     lo_0, a_0, b_0, hi_0 = hull_and_core(ranges + query * 4, n_keys, n_key_tiles, TILE_K)
     lo_1, a_1, b_1, hi_1 = hull_and_core(ranges + query * 4 + 2, n_keys, n_key_tiles, TILE_K)
 
@@ -102,9 +104,8 @@ def plan_row(
     k_position += batch * n_keys
     high = tl.maximum(highest(k_position, a_0 * TILE_K, b_0 * TILE_K), highest(k_position, a_1 * TILE_K, b_1 * TILE_K))
     tl.store(row + WORK, tiles)
-    tl.store(row + PAST, (high <= low).to(tl.int32))
+    put_positions(row, high <= low, low, tl.max(position, 0))
     tl.store(row + MERGED, merged.to(tl.int32))
-    tl.store(row + LOWEST, low.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -135,6 +136,14 @@ def highest(position, start, end):
 
 
 @triton.jit
+def put_positions(entry, past, low, high):
+    """Store what a row or column says of its positions, which lie between low and high."""
+    spread = tl.where(past, high - low, float("inf"))
+    tl.store(entry + SPREAD, spread.to(tl.int32, bitcast=True))
+    tl.store(entry + LOW, low.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def put(pointer, start, end):
     """Store the segment [start, end) and return its length."""
     tl.store(pointer, start)
@@ -153,7 +162,8 @@ def columns_kernel(
     slot, n_tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n_keys, TILE_K)
     batch, tile = slot // n_tiles, (slot % n_tiles).to(tl.int32)
     key = tile * TILE_K + tl.arange(0, TILE_K)
-    high = tl.max(tl.load(k_position + batch * n_keys + key, mask=key < n_keys, other=float("-inf")), 0)
+    position = tl.load(k_position + batch * n_keys + tl.minimum(key, n_keys - 1))
+    high = tl.max(position, 0)
     column = columns + slot * (2 * n_query_tiles + HEAD)
     single_list, both_list = column + HEAD, column + HEAD + n_query_tiles
     n_single, n_both, n_full, n_ahead = 0, 0, 0, 0
@@ -169,7 +179,7 @@ def columns_kernel(
         single = (first_range | second_range) & ~merged
         both = (first_range | second_range) & merged
         full = (full_0 | full_1) & ~short
-        low = tl.load(row + LOWEST, mask=inside, other=0).to(tl.float32, bitcast=True)
+        low = tl.load(row + LOW, mask=inside, other=0).to(tl.float32, bitcast=True)
         n_ahead += tl.sum((full & (low < high)).to(tl.int32), 0)
         # cumsum counts from 1
         entry = 2 * t + second_range.to(tl.int32)
@@ -182,7 +192,7 @@ def columns_kernel(
     clear(single_list, n_single, n_query_tiles - n_full)
     clear(both_list, n_both, n_query_tiles)
     tl.store(column + WORK, n_single + n_both + n_full)
-    tl.store(column + PAST, tl.where(n_ahead == 0, 1, 0))
+    put_positions(column, n_ahead == 0, tl.min(position, 0), high)
     tl.store(column + N_SINGLE, n_single)
     tl.store(column + N_FULL, n_full)
     tl.store(column + N_BOTH, n_both)

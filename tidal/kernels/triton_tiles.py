@@ -23,7 +23,7 @@ in the softmax. With an origin o = slope · r, where r is a position near the qu
 costs one fused multiply-add a score and one a key, instead of three operations a score; o is rounded once, and so
 cancels. Both forms meet in one row of the softmax, so the running maximum is of score + shift everywhere. The shift
 costs precision: half an ulp of slope · p_j − o for keys near the query, so the form is used only where
-slope · (spread of the queries' positions) < SPREAD. In dkdv the roles are exchanged: r is near the keys.
+slope · (spread of the queries' positions) < MOST_SPREAD. In dkdv the roles are exchanged: r is near the keys.
 
 Registers decide how large a tile can be. What a loop needs is loaded right before it; results are stored under
 masks of 64 bits, because those of the loads, being equal, would be kept through all loops.
@@ -36,14 +36,14 @@ import torch
 import triton
 import triton.language as tl
 
-from tidal.kernels.triton_plan import FULL, MERGED, PARTIAL
+from tidal.kernels.triton_plan import FULL, LOW, MERGED, PARTIAL, SPREAD
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)
 """below any score, and finite: the maximum of no scores (−inf would give NaN in differences)"""
-SPREAD = tl.constexpr(256.0)
+MOST_SPREAD = tl.constexpr(256.0)
 """limit of the shifted form: float32 then errs by at most 2^−16 in the score of a key near the query"""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LENGTHS = ("n_heads", "group", "n_queries", "n_keys", "n_tiles", "n_query_tiles")
@@ -230,11 +230,12 @@ def score_of(
 
 
 @triton.jit
-def may_shift(positions, inside, past, slope):
+def may_shift(entry, slope):
     """Whether a program uses the shifted form in its full tiles, and the origin to use it with.
 
-    positions float32 and inside bool, of the tile's queries or keys; past: the plan's flag.
+    entry: the plan's row or column. What it says is the same for all threads, as what they would find out together is,
+    too; but the compiler knows, and need not keep addresses of shared memory in each thread's registers.
     """
-    high = tl.max(tl.where(inside, positions, float("-inf")), 0)
-    low = tl.min(tl.where(inside, positions, float("inf")), 0)
-    return (past != 0) & (tl.abs(slope) * (high - low) < SPREAD), slope * high
+    spread, low = tl.load(entry + SPREAD), tl.load(entry + LOW)
+    shifts = tl.abs(slope) * spread.to(tl.float32, bitcast=True) < MOST_SPREAD
+    return shifts, slope * low.to(tl.float32, bitcast=True)
