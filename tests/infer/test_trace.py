@@ -187,6 +187,13 @@ def test_what_the_writer_is_told_besides() -> None:
     assert page.count("last token foretold") == len(traced.blocks)
 
 
+def test_more_runners_up_than_there_are_units() -> None:
+    model, tokenizer = tiny("english", "none")
+    [block, *_] = trace(model, tokenizer, "the", max_new_units=30, max_new_blocks=1, runners_up=10**6).blocks
+    assert {len(step.runners_up) for step in block.steps} == {tokenizer.n_writable - 1}
+    assert len(block.foretold) == len(tokenizer.spelling.order) + 1
+
+
 def test_a_forced_end_is_told() -> None:
     model, tokenizer = tiny_copy("bytes", "memory")
     with torch.no_grad():
@@ -323,6 +330,7 @@ def test_nothing_written_is_shown() -> None:
         model.unit_embedding.weight.zero_()  # every unit equally likely: the first that is allowed is <eos>
     traced = trace(model, tokenizer, "")
     assert (traced.completion, traced.stop_reason, traced.units) == ("", "eos", 1)
+    assert traced.blocks[0].steps[0].rank == 1
     assert math.isnan(traced.bits_per_byte)
     for form in (render_text(traced), render_html(traced)):
         assert "no text" in form
@@ -344,8 +352,9 @@ def test_names_and_percentages() -> None:
     names = [shown(tokenizer, i) for i in range(tokenizer.n_writable)]
     assert len(set(names)) == len(names)
     assert visible("a \n\t\0\u200d\u202e␣▁") == "a␣↵⇥⟨U+0000⟩⟨U+200D⟩⟨U+202E⟩⟨U+2423⟩▁"
-    assert [percent(p) for p in (0.0, 1e-9, 0.5, 0.999949, 0.99999, 1.0)] == [
-        "0%", "<0.01%", "50.00%", "99.99%", ">99.99%", "100%"]  # fmt: skip
+    assert visible("\u00a0\u2028\ue000\ufe0f") == "⟨U+00A0⟩⟨U+2028⟩⟨U+E000⟩⟨U+FE0F⟩"
+    assert [percent(p) for p in (0.0, 1e-9, 0.00006, 0.5, 0.999949, 0.99999, 1.0)] == [
+        "0%", "<0.01%", "0.01%", "50.00%", "99.99%", ">99.99%", "100%"]  # fmt: skip
 
 
 def test_the_page_is_written_in_one_piece(tmp_path: Path) -> None:
