@@ -38,7 +38,7 @@ class Grammar:
         tail = b""
         for unit in reversed(written):  # the byte written last stands first in reading order
             byte = self._spelling[unit]
-            if not FIRST_BYTE <= unit < FIRST_BYTE + 256 or not 0x80 <= byte[0] < 0xC0:
+            if not 0x80 <= byte[0] < 0xC0:  # whole characters begin with none of these
                 break
             tail += byte
         room = self.tokenizer.max_block_units - len(written)

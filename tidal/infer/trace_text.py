@@ -21,7 +21,7 @@ def percent(p: float) -> str:
 
 def nats(log_prob: float) -> str:
     """A log-probability for people."""
-    return f"{log_prob + 0.0:.6g} nats"
+    return f"{log_prob:.6g} nats"
 
 
 def totals(t: Trace) -> list[tuple[str, str]]:
