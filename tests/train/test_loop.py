@@ -225,9 +225,9 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 def test_a_gradient_by_hand() -> None:
     """Of the mean over units, and of `aux_weight` of that over the blocks that were asked about."""
     settings = dataclasses.replace(SETTINGS, optim=dataclasses.replace(SETTINGS.optim, clip=1e9, accumulate=2))
-    found, figures = gradient(settings, step=0)
+    found, figures = gradient(settings, step=3)
     recipe = Hooked(settings)
-    model, batches = model_for(settings, recipe.tokenizer).double(), [recipe.batch(i) for i in range(2)]
+    model, batches = model_for(settings, recipe.tokenizer).double(), [recipe.batch(i) for i in (6, 7)]
     sums = [model(batch) for batch in batches]
     units, asked = sum(s.n_units for s in sums), sum(s.n_aux for s in sums)
     loss = sum(s.units for s in sums) / units + settings.optim.aux_weight * sum(s.aux for s in sums) / asked
@@ -313,6 +313,45 @@ def test_rows_that_are_rarely_met_learn_as_fast(dtype: torch.dtype) -> None:
     assert table[5].abs().min() > 1e-2
     assert not table[7:].any(), "a row that was not met moves"
     assert same(others, before)
+
+
+def test_tables_and_gains_learn_as_adamw_has_them() -> None:
+    settings = dataclasses.replace(SETTINGS.optim, table_lr_scale=10.0, beta2=0.7)
+    model = model_for(SETTINGS, AdditionRecipe(SETTINGS).tokenizer)
+    optimizer, generator = Optimizer(model, settings), torch.Generator().manual_seed(0)
+    learnt = (model.token_embedding.weight, 0.1), (model.reader_norm.weight, 0.01)
+    alone = {weight: torch.nn.Parameter(weight.detach().clone()) for weight, _ in learnt}
+    wanted = torch.optim.AdamW([{"params": [alone[weight]], "lr": rate} for weight, rate in learnt],
+                               betas=(0.9, 0.7), eps=1e-12, weight_decay=0.0)  # fmt: skip
+    for _ in range(3):
+        for weight, one in alone.items():
+            weight.grad = one.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step(0.01)
+        wanted.step()
+    for weight, one in alone.items():
+        torch.testing.assert_close(weight, one)
+
+
+def test_a_rate_of_zero_moves_nothing() -> None:
+    recipe, settings = AdditionRecipe(SETTINGS), dataclasses.replace(SETTINGS.optim, lr=0.0, sharpen=1.0)
+    model = model_for(SETTINGS, recipe.tokenizer)
+    before = copy.deepcopy(model.state_dict())
+    train_step(model, Optimizer(model, settings), recipe, 0, learning_rate(0, 4, settings), SETTINGS, CPU)
+    assert same(model.state_dict(), before)
+
+
+def test_moments_of_another_model_are_refused() -> None:
+    model = model_for(SETTINGS, AdditionRecipe(SETTINGS).tokenizer)
+    optimizer = Optimizer(model, SETTINGS.optim)
+    moments = optimizer.state()
+    for wrong, said in ((("0.0.momentum_buffer", torch.zeros(3, 2)), r"momentum_buffer is \[3, 2\], not \[16, 16\]"),
+                        (("1.0.step", torch.zeros(1)), r"1\.0\.step is \[1\], not "),
+                        (("1.99.step", torch.zeros(())), r"knows nothing of 1\.99\.step")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            optimizer.load_state({**moments, wrong[0]: wrong[1]})
+    del moments["1.0.step"]
+    with pytest.raises(ValueError, match=r"1\.0\.step is missing"):
+        optimizer.load_state(moments)
 
 
 # -------------------------------------------------------------------------------------------- metrics

@@ -36,7 +36,9 @@ def test_singular_values_come_near_one_and_nothing_else_changes(shape: tuple[int
         assert s.max() < 1.25
 
 
-def test_no_gradient_is_no_update() -> None:
+def test_a_small_gradient_is_as_large_an_update_and_none_is_none() -> None:
+    g = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(newton_schulz(1e-6 * g), newton_schulz(g))
     assert torch.equal(newton_schulz(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
