@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,40 @@ def test_both_forms_tell_the_same(language: str, dtype: torch.dtype, tolerance: 
     one, other = both_ways(tokenizer.spelling, tokenizer.vocab_size, tokenizer.n_head, dtype)
     assert one.shape == other.shape
     torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_rare_tokens_keep_their_digits_next_to_a_likely_one(dtype: torch.dtype, tolerance: float) -> None:
+    """By hand, every sum for itself; also where tokens are so rare that their probability is 0."""
+    tokenizer = tokenizers()["english"]
+    spelling, generator = tokenizer.spelling, torch.Generator().manual_seed(0)
+    foretold = Foretold(TidalConfig(tokenizer.vocab_size, 64, 64, 16, "", SHAPE), spelling).to(dtype)
+    foretold.embedding = torch.nn.Embedding.from_pretrained(torch.eye(tokenizer.n_head, dtype=dtype))
+    logits = torch.randn(tokenizer.vocab_size, dtype=dtype, generator=generator)
+    logits[spelling.order[0]] = 20.0
+    logits[spelling.order[len(spelling.order) // 2 :]] = -math.inf
+    log_probs = logits.log_softmax(-1)
+    p = log_probs.double().exp()[spelling.order].tolist()
+    nodes = torch.arange(len(spelling.nodes))
+    told = foretold(foretold.sums(log_probs[None]), torch.zeros_like(nodes), nodes)
+    for node, weights in enumerate(told):
+        wanted = torch.zeros_like(weights)
+        of_node = math.fsum(p[spelling.node_from[node] : spelling.node_to[node]])
+        for child in range(spelling.first_child[node], spelling.first_child[node + 1]):
+            share = math.fsum(p[spelling.child_from[child] : spelling.child_to[child]]) / (of_node + 1e-6)
+            wanted[spelling.child_unit[child]] = math.log(1 + share / 1e-3) / math.log(1 + 1 / 1e-3)
+        torch.testing.assert_close(weights, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_reader_does_not_learn_from_what_the_writer_is_told() -> None:
+    tokenizer = tokenizers()["english"]
+    foretold = TidalTransformer.of(tokenizer, SHAPE).foretold
+    assert foretold is not None
+    log_probs = torch.randn(1, tokenizer.vocab_size).log_softmax(-1).requires_grad_()
+    nodes = torch.arange(9)
+    foretold(foretold.sums(log_probs), torch.zeros_like(nodes), nodes).sum().backward()
+    assert log_probs.grad is None
+    assert foretold.embedding.weight.grad is not None
 
 
 def test_without_a_spelling_it_says_what_is_missing() -> None:

@@ -111,9 +111,8 @@ class Foretold(nn.Module):
         spread = told.new_zeros(len(told), len(table)).scatter_add_(1, units[..., 0], told)
         return (spread @ table).view(*nodes.shape, table.shape[1])
 
-    @torch.no_grad()
     def _weights(self, of_child: Tensor, of_node: Tensor) -> Tensor:
-        share = of_child.clamp(min=0) / (of_node + 1e-6)
+        share = of_child / (of_node + 1e-6)
         return (share / self.FLOOR).log1p() / math.log1p(1 / self.FLOOR)
 
 

@@ -167,6 +167,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     assert same(optimizer.state(), moments)
 
 
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = AdditionRecipe(SETTINGS)
+    model = model_for(SETTINGS, recipe.tokenizer)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda batch: (it := forward(batch))._replace(units=it.units + math.inf))
+    with pytest.raises(UserError, match=r"step 7: loss inf and gradient norm \d"):
+        train_step(model, Optimizer(model, SETTINGS.optim), recipe, 7, 1e-2, SETTINGS, CPU)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_compiling_without_a_compiler(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet …"
@@ -220,6 +229,11 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert apart(gradients([texts[:2], texts[2:]], 2), together) < 1e-12
     assert apart(gradients([[text] for text in texts], 4), together) < 1e-12
     assert apart(gradients([texts[:2]], 1), together) > 1e-3
+
+
+def test_a_batch_without_text_is_learnt() -> None:
+    """Of completions that are all empty, the end."""
+    assert any(gradient.any() for gradient in gradients([[""]], 1))
 
 
 def test_a_gradient_by_hand() -> None:

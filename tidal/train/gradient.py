@@ -52,7 +52,7 @@ def gradients(model: nn.Module, optimizer: Optimizer, recipe: Source, step: int,
                 losses = model(part.to(device))
             loss = losses.units / n_units
             if settings.optim.aux_weight:
-                loss = loss + settings.optim.aux_weight * losses.aux / max(1, n_aux)
+                loss = loss + settings.optim.aux_weight * losses.aux / n_aux
             (loss * parallel.size).backward()  # DDP and FSDP take the mean over processes
         sums += losses.units.detach()
     norms = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip))
