@@ -251,6 +251,7 @@ def test_a_gradient_by_hand() -> None:
     assert figures["loss"] == pytest.approx(nats / units, rel=1e-12)
     n_bytes = sum(b.n_bytes for b in batches)
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-12)
+    assert figures["units"] == units
     assert len({units, asked, n_bytes}) == 3
 
 
