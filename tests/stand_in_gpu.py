@@ -205,6 +205,8 @@ def stand_in_gpu() -> Iterator[list[str]]:
         "Event": Event, "_sleep": lambda *_: None, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
     stream = mock.Mock(**{"is_capturing.return_value": False})
+    with torch.device("meta"):
+        torch.empty(0)  # a torch.device remembers, when it is first used, which functions make tensors: not ours
     OnGpu.waits.clear()
     with (mock.patch.multiple(torch.cuda, create=True, **cuda),
           mock.patch.object(torch.accelerator, "current_stream", return_value=stream),
