@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from tests.infer.test_engine import same
-from tests.strategies import SHAPES, tiny
+from tests.strategies import SHAPES, tiny, tiny_copy
 from tidal.infer.beam import beam_search
 from tidal.infer.completion import Completion, Limits
 from tidal.infer.decoder import Decoder
@@ -67,10 +68,35 @@ def test_rows_are_read_in_any_order(rows: list[int], in_place: int, shape: str,
         decoder.read(range(4), begun)
         decoder.read(rows, [blocks[row] for row in rows])
         found = decoder.step(range(4), [[]] * 4)
+        torch.testing.assert_close(decoder.step(rows, [[]] * len(rows)), found[rows], rtol=0, atol=1e-9)
         for row in range(4):
             alone = Decoder(model, tokenizer, 1)
             alone.read([0], [begun[row] + (blocks[row] if row in rows else [])])
             torch.testing.assert_close(found[row], alone.step([0], [[]])[0], rtol=0, atol=1e-9)
+
+
+@shapes
+@pytest.mark.parametrize("rows", [[3, 1, 0, 0], [1, 2, 1]], ids=str)
+@torch.inference_mode()
+def test_rows_move_before_they_are_read(rows: list[int], shape: str) -> None:
+    """What a row has still to read, its `<bos>`, goes with it."""
+    model, tokenizer = tiny("english", shape)
+    decoder, block = Decoder(model, tokenizer, 4), tokenizer.encode_block(" dog")
+    decoder.read([0, 2], [[block]] * 2)
+    decoder.select(rows)
+    found = decoder.step(range(len(rows)), [[]] * len(rows))
+    for row, old in enumerate(rows):
+        alone = Decoder(model, tokenizer, 1)
+        alone.read([0], [[block] if old in (0, 2) else []])
+        torch.testing.assert_close(found[row], alone.step([0], [[]])[0], rtol=0, atol=1e-9)
+
+
+def test_one_logit_that_is_not_finite_is_said() -> None:
+    model, tokenizer = tiny_copy("english", "memory")
+    with torch.no_grad():
+        model.unit_embedding.weight[5] = math.nan
+    with pytest.raises(RuntimeError, match="the weights are damaged"):
+        score(model, tokenizer, "the", "decode")
 
 
 @shapes

@@ -26,8 +26,9 @@ from tests.infer.test_engine import PROMPTS, same
 from tests.strategies import random_model, tiny, tiny_copy, tokenizers
 from tidal.config import Shape
 from tidal.infer import recorded, sampling
+from tidal.infer.completion import Limits
 from tidal.infer.decoder import Decoder
-from tidal.infer.engine import generate, stream
+from tidal.infer.engine import Engine, generate, stream
 from tidal.model import TidalTransformer
 
 FUSED = Shape(d_model=64, n_heads=2, n_kv_heads=1, reader_layers=1, writer_layers=2, reader_ff=32,
@@ -143,6 +144,18 @@ def test_a_recording_ends_with_its_stream(recorder: Recorder) -> None:
         assert recordings in ([], [None]), "the last one may live on in the error's frames"
     finally:
         gc.enable()
+
+
+def test_more_rows_are_recorded_anew(recorder: Recorder) -> None:
+    model, tokenizer = tiny("english", "none")
+    engine, done = Engine(model, tokenizer, cuda_graphs=True), dict[int, Any]()
+    for prompt in ("the cat", "a"):
+        engine.submit(prompt, limits=Limits(5))
+        done.update(engine.step())
+    done.update(engine.drain())
+    for i, alone in enumerate(generate(model, tokenizer, ["the cat", "a"], max_new_units=5)):
+        same(done[i], alone, 1e-9)
+    assert recorder.recordings == 2
 
 
 def test_what_waits_is_not_recorded(recorder: Recorder) -> None:

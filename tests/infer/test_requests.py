@@ -248,7 +248,8 @@ def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:
     """Its memory is given back once it has left, its row costs nothing until another joins; nothing else changes."""
     model, tokenizer = tiny("english", "memory")
     engine = Engine(model, tokenizer, batch_size=4)
-    long = engine.submit("the cat sat on the mat " * 300, limits=Limits(3))
+    much = "the cat sat on the mat " * 300
+    long = engine.submit(much, limits=Limits(3))
     asked = [(prompt, Sampling(1.0), Limits(60), seed) for seed, prompt in enumerate(("the cat", "a", "sat"))]
     numbers = [engine.submit(*request) for request in asked]
     events, sizes, longest = [], [], []
@@ -259,15 +260,14 @@ def test_one_long_prompt_does_not_make_all_rows_long_for_ever() -> None:
                                                   for cache in engine._decoder.reader_caches)))  # fmt: skip
         longest.append(max(builder.n_read for builder in engine._decoder.builders))
     done = dict(events)
-    assert isinstance(done[long], Completion)
-    for number, request in zip(numbers, asked, strict=True):
+    for number, request in ((long, (much, Sampling(), Limits(3), 0)), *zip(numbers, asked, strict=True)):
         completion = done[number]
         assert isinstance(completion, Completion)
         same(completion, alone(*request), 1e-9)
     assert longest[-1] < 100
     assert sizes[0][0] > 2000 > 400 > sizes[-1][0]
     assert sizes[0][1] > 4 * sizes[-1][1], "not only a smaller view of the same memory"
-    engine.submit("the cat sat on the mat " * 300, limits=Limits(3))
+    engine.submit(much, limits=Limits(3))
     while engine.unfinished:
         engine.step()
     assert engine._decoder

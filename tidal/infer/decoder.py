@@ -146,7 +146,6 @@ class Decoder:
         """Forget what these rows held. Until they are opened, what their steps give means nothing, and costs little."""
         for row in rows:
             self.builders[row] = self._new_builder()
-            self._unread.discard(row)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order; a row named twice is copied. As many rows as before stay where
