@@ -213,3 +213,9 @@ def test_degenerate_hypotheses_are_named() -> None:
         (best,), = beam_search(model, tokenizer, [""], num_beams=1, max_new_units=limit)
         assert best.degenerate == name
         assert best.to_dict()["degenerate"] == name
+
+
+def test_probabilities_have_more_digits_than_logits() -> None:
+    logits = torch.tensor([[0.25, 0.5, -1.0]])
+    _, _, (found,) = beam._take(logits.bfloat16(), torch.ones(1, 3, dtype=torch.bool), [-1.0], 1)
+    assert_close(found, [logits.double().log_softmax(-1).max() - 1], EXACT)
