@@ -187,3 +187,5 @@ def test_bits_per_byte_charge_every_unit() -> None:
     assert n_units == sum(streams.pack([row], table).n_units for row in rows)
     assert bits == pytest.approx(nats / np.log(2) / n_bytes, abs=1e-12)
     assert np.isnan(score.bits_per_byte(model, [[passage(table, "the", "", ends=False)]], table)[0])
+    nothing, n_units, n_bytes = score.bits_per_byte(model, [[passage(table, "", "")]], table)
+    assert (np.isnan(nothing), n_units, n_bytes) == (True, 1, 0), "<eos> alone"

@@ -246,6 +246,12 @@ def test_messages_about_heads_plan_and_ranges() -> None:
         interval_attention(*two.inputs())
     with pytest.raises(ValueError, match=r"plan was built for .*\(2, 13, 18\), the tensors have \(2, 13, 17\)"):
         interval_attention(*case.inputs(), plan=TilePlan.build(case.ranges, 18))
+    with pytest.raises(ValueError, match=r"plan was built for .*\(1, 13, 17\), the tensors have \(2, 13, 17\)"):
+        interval_attention(*case.inputs(), plan=TilePlan.build(case.ranges[:1], 17))
+    with pytest.raises(ValueError, match=r"ranges must lie in \[0, 17\].*got \[-1, "):
+        TilePlan.build(case.ranges - 1, 17)
+    with pytest.raises(ValueError, match="v is on meta, q on cpu"):
+        interval_attention(*case.inputs()[:2], case.v.to("meta"), *case.inputs()[3:])
     with pytest.raises(ValueError, match=r"ranges must lie in \[0, 9\]"):
         TilePlan.build(case.ranges, 9)
 
@@ -255,6 +261,8 @@ def test_a_compiled_graph_cuts_ranges_to_the_keys(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     ranges = torch.tensor([[[[-2, 15], [0, 0]]]], dtype=torch.int32)
     assert TilePlan.build(ranges, 12).slices.tolist() == [[[0, 12, 1], [0, 0, 1]]]
+    ranges = torch.tensor([[[[-2, 0], [0, 5]]]], dtype=torch.int32)
+    assert TilePlan.build(ranges, 12).slices.tolist() == [[[0, 0, 1], [0, 5, 1]]]
 
 
 @pytest.mark.parametrize("queries", [1, 3])
