@@ -82,6 +82,9 @@ def test_unexpected_and_exchanged_files_are_found(tmp_path: Path) -> None:
     (folder / "extra").touch()
     assert "extra is unexpected" in refused(verify, folder)
     (folder / "extra").unlink()
+    (folder / "tokenizer/manifest.json").touch()
+    assert "tokenizer/manifest.json is unexpected" in refused(verify, folder)
+    (folder / "tokenizer/manifest.json").unlink()
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     said = refused(verify, folder)
     assert "model.safetensors has SHA-256" in said
@@ -119,7 +122,7 @@ def test_a_crash_leaves_the_old_checkpoint(
         patch.setattr(home, name, fail)
         with pytest.raises((UserError, KeyboardInterrupt)):
             write(tmp_path, 500 if same_step else 600, fill=2.0)
-    assert checkpoints(tmp_path) == [old]
+    assert os.listdir(old.parent) == [old.name], "what is half-written takes no space"
     assert resolve(tmp_path) == old
     assert torch.equal(read_checkpoint(old)[1]["a"], torch.ones(3, 4))
     again = write(tmp_path, 600, fill=3.0)
@@ -202,6 +205,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path, monkeypatch: pyte
 def test_remains_of_a_kill_are_ignored_and_cleared(tmp_path: Path) -> None:
     old = write(tmp_path)
     (tmp_path / "checkpoints" / "step-000600.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-000600.tmp" / "tokenizer").mkdir()
     (tmp_path / "checkpoints" / "step-000600.tmp" / "model.safetensors").write_bytes(b"half")
     assert resolve(tmp_path) == newest_verified(tmp_path) == old
     verify(write(tmp_path, 600))

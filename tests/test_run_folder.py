@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
         write(tmp_path, step)
     set_pointer(tmp_path, "best", "step-000010")
     set_pointer(tmp_path, "latest", "step-1000001")
+    prune(tmp_path, keep=6)
+    assert len(checkpoints(tmp_path)) == 5, "there are not so many"
     prune(tmp_path, keep=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == [
         "step-000010",
@@ -28,6 +31,18 @@ def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     ]
     prune(tmp_path, keep=0)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-1000001"]
+
+
+def test_an_interrupted_removal_damages_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(folder: Path, **how: object) -> None:
+        (folder / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    kept = [write(tmp_path, step) for step in (1, 2)][1]
+    monkeypatch.setattr(shutil, "rmtree", torn)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, keep=1)
+    assert checkpoints(tmp_path) == [kept]
 
 
 def test_resume_skips_damaged_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +71,8 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     os.utime(other, (4e9, 4e9))
     Path("runs/z").mkdir()
     assert resolve(None) == other
+    os.utime(third, (5e9, 5e9))  # the newest checkpoint of a run tells its age
+    assert resolve(None) == first
     assert capsys.readouterr().err == ""
     (run / "best").write_text("../../elsewhere\n")
     assert resolve(run) == second
