@@ -237,5 +237,4 @@ def differences(then: Train, now: Train) -> dict[str, str]:
     """Settings that differ, by name, as `--rows 32 (now 64)`; those of another recipe do not count."""
     unused = {"addition", "characters", "text"} - {now.recipe}
     old, new = (flat(dataclasses.asdict(s), unused) for s in (then, now))
-    return {name: f"{flag_of(name)} {old.get(name)} (now {new.get(name)})"
-            for name in {**old, **new} if old.get(name) != new.get(name)}  # fmt: skip
+    return {name: f"{flag_of(name)} {old[name]} (now {new[name]})" for name in new if old[name] != new[name]}
