@@ -45,6 +45,9 @@ def test_pairs_keep_their_promises() -> None:
         assert {p.start, p.boundary, p.end} <= set(bounds)
         assert p.inside not in bounds
         assert p.start < min(p.boundary, p.inside) < max(p.boundary, p.inside) < p.end
+        first, last = sorted((p.boundary, p.inside))
+        assert p.start == min(*(b for b in bounds if b >= last - 40), max(b for b in bounds if b < first))
+        assert p.end == min(b for b in bounds if b >= last + 20)
         assert all(abs(b - p.inside) >= abs(p.boundary - p.inside) for b in bounds)
     assert pairs == cut_pairs(tokenizer, TEXTS, count=30, context_chars=40, continuation_chars=20, seed=3)
     assert pairs != cut_pairs(tokenizer, TEXTS, count=30, context_chars=40, continuation_chars=20, seed=4)

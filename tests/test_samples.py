@@ -23,6 +23,7 @@ def test_prompts_come_from_the_texts() -> None:
     assert all(any(prompt + "".join(rest) in text for text in TEXTS) for prompt, rest in found)
     assert {len(rest) for _, rest in found} == {0, 1, 2, 3}  # fewer at the end of a text
     assert len({prompt for prompt, _ in found}) > 5
+    assert 0 < sum(prompt == "a b" for prompt, _ in found) < 30, "the shorter text, of 2 blocks in 58"
     assert found == prompts_from(tokenizer, TEXTS, 200, 4, 0, 3) != prompts_from(tokenizer, TEXTS, 200, 4, 1, 3)
     last = prompts_from(tokenizer, ["a b"], 50, 1, 0, follow=9)  # the last window, too
     assert {(prompt, *rest) for prompt, rest in last} == {("a", " b"), (" b",)}
@@ -65,7 +66,8 @@ def test_shares_by_hand() -> None:
 ])  # fmt: skip
 def test_loops_are_counted(blocks: list[str], share: float) -> None:
     """Of one block, and of two or three in turn, also behind other text."""
-    assert count_degenerate([Completion.of("", blocks, "length", [], [], 0.1)])["repeating"] == share
+    figures = count_degenerate([Completion.of("", blocks, "length", [], [], 0.1)])
+    assert (figures["repeating"], figures["ended_at_once"]) == (share, 0.0)
 
 
 def test_the_data_are_counted_as_well() -> None:
