@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -244,6 +245,19 @@ def test_a_new_model_knows_nothing(shape: str) -> None:
         losses = model(batch_for(model, TEXT))
     uniform = float(torch.tensor(float(model.config.n_writable)).log())
     assert uniform - 0.5 < float(losses.units) / losses.n_units < uniform + 1.5
+
+
+def test_a_new_model_begins_with_votes_and_quiet_layers() -> None:
+    """What is recalled or foretold speaks for itself, nothing recalled says nothing, and layers add little."""
+    model = TidalTransformer.of(tokenizers()["english"], SHAPES["none"])
+    units, recalled = model.unit_embedding.weight, model.recall_embedding.weight.view(3, -1, 16)
+    assert not recalled[:, 0].any()
+    torch.testing.assert_close(recalled[:, 1:], (units / math.sqrt(3)).expand(3, -1, -1))
+    assert model.foretold
+    assert torch.equal(model.foretold.embedding.weight, units)
+    for layer in (*model.reader, *model.writer):
+        ratio = layer.mlp.up.weight.std() / layer.mlp.down.weight.std()
+        assert ratio.item() == pytest.approx(math.sqrt(2 * 5), rel=0.2)
 
 
 def test_losses_are_float32_or_better_of_logits_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
