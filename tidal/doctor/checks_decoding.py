@@ -1,4 +1,4 @@
-"""Checks 13, 14 and 16: one pass, block by block, step by step and in beams are the same."""
+"""Checks 13 and 14: one pass, block by block and step by step are the same."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from tidal.doctor.registry import (
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
 from tidal.doctor.texts import BUILT_IN
-from tidal.infer.beam import Hypothesis, beam_search
-from tidal.infer.decoder import Decoder
+from tidal.infer.beam import Hypothesis
 from tidal.infer.engine import Completion, generate
 from tidal.infer.score import score
 from tidal.model import TidalTransformer
@@ -193,14 +192,14 @@ def _generated(patient: Patient, meter: Meter) -> None:
         done = generate(model, patient.tokenizer, prompts, temperature=temperature, seed=7,
                         max_new_units=16 if patient.quick else 48)  # fmt: skip
         for one in done:
-            log_probs = _trained_log_probs(model, patient, one)
+            log_probs = trained_log_probs(model, patient, one)
             meter.same("generated text", one.completion, "".join(one.blocks), Where(one.text), ("text", "blocks"))
             meter.close("log-probabilities of generated text", log_probs, np.array(one.log_probs), EXACT,
                         Where(one.text), (TRAINED, "generation"))  # fmt: skip
 
 
 @torch.inference_mode()
-def _trained_log_probs(model: TidalTransformer, patient: Patient, one: Completion | Hypothesis) -> Tensor:
+def trained_log_probs(model: TidalTransformer, patient: Patient, one: Completion | Hypothesis) -> Tensor:
     """One training pass over what was generated."""
     before = patient.tokenizer.split(one.prompt)
     indices = patient.table.indices([*before, *one.blocks])
@@ -228,70 +227,3 @@ def _name_layer(where: Where, patient: Patient, document: Document, other: dict[
             values = f"{a[index, column]:.9g}", f"{b[index, column]:.9g}"
             return dataclasses.replace(place, layer=layer, tensor=tensor, sides=(TRAINED, side), values=values)
     return where
-
-
-@check(16, "beams", "beam search reads logits of the wrong shape, or its caches are not reordered")
-def beams(patient: Patient, meter: Meter) -> None:
-    """One beam is greedy decoding; cached and recomputed searches agree; a hypothesis has the log-probability that
-    training gives its blocks; they are sorted, different, and the same alone and side by side.
-    """
-    _reordered(patient, meter)
-    prompts = [document.prompt for document in patient.documents][: 2 if patient.quick else 4]
-    tokenizer, units = patient.tokenizer, 14 if patient.quick else 24
-    model = lively(patient.exact)
-    greedy = generate(model, tokenizer, prompts, max_new_units=units)
-    single = beam_search(model, tokenizer, prompts, num_beams=1, max_new_units=units)
-    for one, found in zip(greedy, single, strict=True):
-        meter.same("blocks", one.blocks, found[0].blocks, Where(one.prompt), ("greedy", "one beam"))
-        meter.close("log-probabilities", np.array(one.log_prob), np.array(found[0].log_prob), EXACT, Where(one.prompt),
-                    ("greedy", "one beam"))  # fmt: skip
-    for num_beams, wanted, penalty, willing in ((2, 1, 0.5, WILLING), (4, 4, 1.0, UNWILLING)):
-        model = lively(patient.exact, willing)  # a willing one's searches do not all end at once
-        search = partial(beam_search, model, tokenizer, num_beams=num_beams, wanted=wanted, length_penalty=penalty,
-                         max_new_units=units)  # fmt: skip
-        cached, anew = search(prompts), search(prompts, cached=False)
-        alone = [search([prompt])[0] for prompt in prompts]
-        for prompt, mine, others in zip(prompts, cached, zip(anew, alone, strict=True), strict=True):
-            here = Where(prompt)
-            for other, side in zip(others, ("recomputed", "alone"), strict=True):
-                meter.same("hypotheses", [h.blocks for h in other], [h.blocks for h in mine], here, (side, "cached"))
-                meter.close("log-probabilities", np.array([h.log_prob for h in other]),
-                            np.array([h.log_prob for h in mine]), EXACT, here, (side, "cached"))  # fmt: skip
-            scores = [h.score for h in mine]
-            meter.same("scores in order", sorted(scores, reverse=True), scores, here, ("sorted", "given"))
-            meter.same("different hypotheses", len(mine), len({(*h.blocks, h.stop_reason) for h in mine}), here,
-                       ("given", "different"))  # fmt: skip
-            for hypothesis in mine:
-                trained = _trained_log_probs(model, patient, hypothesis).sum()
-                meter.close("log-probabilities", trained, np.array(hypothesis.log_prob), EXACT, Where(hypothesis.text),
-                            (TRAINED, "beam search"))  # fmt: skip
-
-
-@torch.inference_mode()
-def _reordered(patient: Patient, meter: Meter) -> None:
-    """A row of a decoder that is moved or copied goes on as it would have where it was, inside a block and after it."""
-    documents = [d for d in patient.documents if len(patient.tokenizer.split(d.completion)) > 1][:3]
-    n = len(documents)
-    blocks = [[patient.tokenizer.encode_block(b) for b in patient.tokenizer.split(d.completion)[:2]] for d in documents]
-    written = [list(second.units[::-1][:2]) for _, second in blocks]
-
-    def opened() -> Decoder:
-        decoder = Decoder(patient.exact, patient.tokenizer, n)
-        decoder.read(range(n), [[first] for first, _ in blocks])
-        for t in range(2):
-            rows = [i for i in range(n) if len(written[i]) >= t]
-            decoder.step(rows, [written[i][:t] for i in rows])
-        return decoder
-
-    plain = opened()
-    inside = plain.step(range(n), written)
-    plain.read(range(n), [[second] for _, second in blocks])
-    after = plain.step(range(n), [[]] * n)
-    for order in ([*range(1, n), 0], [n - 1] * n, [0, *range(n - 1)]):
-        moved, sides = opened(), ("where it was", "moved")
-        moved.select(order)
-        meter.close("logits inside a block", inside[order], moved.step(range(n), [written[i] for i in order]), EXACT,
-                    Where(documents[order[0]].text), sides)  # fmt: skip
-        moved.read(range(n), [[blocks[i][1]] for i in order])
-        meter.close("logits after a block", after[order], moved.step(range(n), [[]] * n), EXACT,
-                    Where(documents[order[0]].text), sides)  # fmt: skip

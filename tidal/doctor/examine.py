@@ -14,6 +14,7 @@ from tidal.config import Train
 from tidal.device import set_threads
 from tidal.doctor import (
     checks_attention,
+    checks_beams,
     checks_decoding,
     checks_head,
     checks_kernels,
@@ -33,8 +34,8 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.loop import Recipe, model_for
 from tidal.train.memory import memory_for, out_of_memory
 
-MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_kernels, checks_weights,
-           checks_run)  # fmt: skip
+MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_decoding, checks_beams, checks_kernels,
+           checks_weights, checks_run)  # fmt: skip
 """To be imported is all they need: each registers its checks."""
 NARROW = 256
 """Models of less width are examined on one thread: where other programs run, two threads wait for each other (198 s in
