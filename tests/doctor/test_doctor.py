@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,17 @@ def test_an_empty_document_is_no_false_alarm() -> None:
     texts = [Document("", ""), Document("the light", "", ends=False)]
     report = run(model, tokenizer, texts=texts, quick=True, checks=[1, 11])
     assert report.ok, report.table()
+
+
+@pytest.mark.parametrize("without", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_not_wanted_are_no_false_alarm(without: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Frozen weights, and wherever the doctor is called."""
+    with without():
+        model, tokenizer = make()
+        model.requires_grad_(False)
+        report = run(model, tokenizer, quick=True, checks=[10, 13, 17], trained=True)
+    assert report.ok, report.table()
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -66,6 +66,7 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
         _as_training_computes(patient, meter)
 
 
+@torch.no_grad()
 def _as_training_computes(patient: Patient, meter: Meter) -> None:
     """The packed pass with autocast as training has it, and without if that has none, against float64.
 
@@ -76,7 +77,7 @@ def _as_training_computes(patient: Patient, meter: Meter) -> None:
 
     def log_probs(batch: Batch) -> Floats:
         with products_in(patient.precision, device):
-            return model.log_probs(batch.to(device)).detach().double().cpu().numpy()
+            return model.log_probs(batch.to(device)).double().cpu().numpy()
 
     def loss(batch: Batch) -> Tensor:
         with products_in(patient.precision, device):

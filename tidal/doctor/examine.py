@@ -69,12 +69,13 @@ def run(model: TidalTransformer, tokenizer: MixedTokenizer, *, texts: Iterable[s
     try:
         if model.config.shape.d_model < NARROW:
             torch.set_num_threads(1)
-        patient = _patient(model, tokenizer, given, quick, trained, checkpoint)
-        patient.feed, patient.not_examined, patient.precision = feed, not_examined, precision
-        results = []
-        for number in wanted:
-            tell(CHECKS[number])
-            results.append(_result(CHECKS[number], patient))
+        with torch.inference_mode(False), torch.enable_grad():  # wherever it is called: gradients are examined, too
+            patient = _patient(model, tokenizer, given, quick, trained, checkpoint)
+            patient.feed, patient.not_examined, patient.precision = feed, not_examined, precision
+            results = []
+            for number in wanted:
+                tell(CHECKS[number])
+                results.append(_result(CHECKS[number], patient))
     finally:
         model.train(was_training)
         torch.random.set_rng_state(generator)
