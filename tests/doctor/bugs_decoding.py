@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 
 from tests.doctor.bugs_model import of_another_row
-from tests.doctor.plant import Plant
+from tests.doctor.plant import Patch, Plant, replacing
+from tidal.blocks import BlockTable, Passage
+from tidal.doctor.report import Floats
 from tidal.infer import beam
+from tidal.infer import decoder as decoding
+from tidal.infer.completion import Request
 from tidal.infer.decoder import Decoder, KeyValueCache
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling
 from tidal.model import TidalTransformer
+from tidal.recall import Recollection
 from tidal.streams import DocumentBuilder, WriterStep
 from tidal.tokenizer import MixedTokenizer
 
@@ -104,6 +110,91 @@ def slots_of_the_searches_that_go_on(right: Callable[..., None]) -> Callable[...
                 rows.go_on(kept, [one.ended for search in active for one in search.beams])
 
     return search
+
+
+def last_characters_only(submit: Callable[..., int]) -> Callable[..., int]:
+    return lambda self, prompt, *how, **more: submit(self, prompt[-512:], *how, **more)
+
+
+def all_penalized(units: Callable[..., set[int]]) -> Callable[..., set[int]]:
+    return lambda self, written: set().union(*self._next.values())
+
+
+def blocks_turned_round_again(write: Callable[..., str | None]) -> Callable[..., str | None]:
+    """What is streamed, not what the completion holds."""
+
+    def bugged(self: Request, *unit: Any) -> str | None:
+        block = write(self, *unit)
+        return block and block[::-1]
+
+    return bugged
+
+
+def in_order_of_length(unit_log_probs: Callable[..., list[Floats]]) -> Callable[..., list[Floats]]:
+    """As they were computed."""
+
+    def bugged(model: TidalTransformer, passages: Sequence[Passage], table: BlockTable, *rest: int) -> list[Floats]:
+        sizes = [int(table.n_tokens(p.blocks).sum()) for p in passages]
+        found = unit_log_probs(model, passages, table, *rest)
+        return [found[i] for i in sorted(range(len(sizes)), key=sizes.__getitem__)]
+
+    return bugged
+
+
+def in_nats(bits_per_byte: Callable[..., tuple[float, int, int]]) -> Callable[..., tuple[float, int, int]]:
+    def bugged(*args: Any) -> tuple[float, int, int]:
+        bits, *counts = bits_per_byte(*args)
+        return bits * math.log(2), counts[0], counts[1]
+
+    return bugged
+
+
+def positions_in_the_dtype_of_the_weights(patch: Patch) -> None:
+    """Where a decoder keeps them, and where it feeds them."""
+    of: list[torch.dtype] = [torch.float32]
+    upload = decoding.upload
+
+    def rounded(values: Any, device: torch.device, *dtype: torch.dtype) -> Tensor:
+        there = upload(values, device, *dtype)
+        return there.to(of[0]).float() if there.dtype == torch.float32 else there
+
+    def with_dtype(right: Callable[..., Any]) -> Callable[..., Any]:
+        def bugged(self: Decoder, *args: Any, **how: Any) -> Any:
+            of[0] = self.context.dtype
+            return right(self, *args, **how)
+
+        return bugged
+
+    patch.setattr(decoding, "upload", rounded)
+    for name in ("_append", "step"):
+        replacing(Decoder, name, with_dtype)(patch)
+
+
+def copy_shares_what_was_read(copy: Callable[..., Recollection]) -> Callable[..., Recollection]:
+    def bugged(self: Recollection) -> Recollection:
+        other = copy(self)
+        other._followed = self._followed
+        return other
+
+    return bugged
+
+
+def with_penalty(change: Callable[[float], float]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hypotheses are ranked by another length penalty than searches are pruned by."""
+
+    def wrap(finish: Callable[..., None]) -> Callable[..., None]:
+        def bugged(self: beam._Search, *rest: Any) -> None:
+            right, self.length_penalty = self.length_penalty, change(self.length_penalty)
+            finish(self, *rest)
+            self.length_penalty = right
+
+        return bugged
+
+    return wrap
+
+
+def first_hypothesis_ends(may_improve: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda self, live: not self.finished and may_improve(self, live)
 
 
 def louder_in_training(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

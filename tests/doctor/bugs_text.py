@@ -183,3 +183,9 @@ def one_more_in_beams(take: Callable[..., Any]) -> Callable[..., Any]:
                     allowed | must_end & either, *rest)  # fmt: skip
 
     return bugged
+
+
+def no_lead_of(byte: int) -> Plant:
+    """As where an overlong spelling is to be refused."""
+    return replacing(Grammar, "_finishes", lambda right: lambda self, spelling: spelling[0] != byte and right(
+        self, spelling))  # fmt: skip

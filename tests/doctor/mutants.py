@@ -17,7 +17,7 @@ from tidal import blocks, checkpoint, recall, streams
 from tidal.blocks import BlockTable
 from tidal.boundary_dropout import cut_at_random
 from tidal.foretold import Foretold
-from tidal.infer import beam, engine, sampling
+from tidal.infer import beam, completion, engine, sampling, score
 from tidal.infer import decoder as decoding
 from tidal.infer.grammar import Grammar
 from tidal.kernels import api, cpu, cpu_rows
@@ -33,6 +33,8 @@ MUTANTS: tuple[Mutant, ...] = (
            replacing(MixedTokenizer, "encode_block", of_text.cache_without_space)),
     Mutant("training text is lower-cased", 1, replacing(BlockTable, "_entry", of_text.lower_case_in_training)),
     Mutant("U+2581 in a text becomes a space", 1, replacing(MixedTokenizer, "_make_block", of_text.mark_is_space)),
+    Mutant("prompts are cut to their last 512 characters", 1,
+           replacing(engine.Engine, "submit", of_decoding.last_characters_only)),
     Mutant("blocks are turned round twice", 2, with_block(lambda self, block: {"units": block.units[::-1]})),
     Mutant("blocks are not turned round when read back", 2,
            replacing(MixedTokenizer, "unreverse", lambda right: lambda self, units: right(self, units[::-1]))),
@@ -65,6 +67,11 @@ MUTANTS: tuple[Mutant, ...] = (
            replacing(sampling, "_draw", of_decoding.tempered_the_wrong_way)),
     Mutant("the repetition penalty is forgotten", 6,
            everywhere(sampling.choose, of_decoding.penalty_forgotten(sampling.choose))),
+    Mutant("the repetition penalty forgets what was written", 6,
+           replacing(sampling.Repetition, "add", lambda right: lambda self, written: None)),
+    Mutant("the repetition penalty falls on all that was written", 6,
+           replacing(sampling.Repetition, "units", of_decoding.all_penalized)),
+    Mutant("characters whose first byte is 0xE0 cannot be written", 6, of_text.no_lead_of(0xE0)),
     Mutant("forbidden units get logit 0 in beams", 6, replacing(beam, "_take", of_text.beams_masked_with_zero),
            stops="IndexError: index 13 is out of bounds for dimension 1 with size 13"),
     Mutant("a block at the cap may go on, in beams", 6, replacing(beam, "_take", of_text.one_more_in_beams)),
@@ -146,6 +153,11 @@ MUTANTS: tuple[Mutant, ...] = (
            replacing(TidalTransformer, "_placed", of_model.turned_by_place_zero), shape={"rotary_places": True}),
     Mutant("the loss is rounded to bfloat16, log-probabilities are not", 13,
            replacing(torch.nn.functional, "nll_loss", of_decoding.loss_in_bfloat16)),
+    Mutant("the memory learns nothing", 13,
+           replacing(TidalTransformer, "memory", lambda right: lambda self, states, places: right(
+               self, states.detach(), places))),
+    Mutant("the auxiliary loss does not reach the reader", 13,
+           replacing(TidalTransformer, "foretell", lambda right: lambda self, states: right(self, states.detach()))),
     Mutant("cache slots off by one", 14, replacing(decoding.KeyValueCache, "put", of_model.slot_off_by_one)),
     Mutant("the memory is not cached after 24 tokens", 14,
            replacing(decoding.KeyValueCache, "put", of_model.memory_of_first_block_only)),
@@ -167,6 +179,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a prompt is read as one block", 14, replacing(decoding.Decoder, "read", of_model.prompt_as_one_block)),
     Mutant("log-probabilities of tempered logits", 14,
            everywhere(sampling.choose, of_model.logits_tempered_in_place(sampling.choose))),
+    Mutant("positions have the precision of the weights, in decoding", 14,
+           of_decoding.positions_in_the_dtype_of_the_weights, spoil=lambda model: model.bfloat16()),
+    Mutant("scores of several texts come in the order of their lengths", 14,
+           everywhere(score.unit_log_probs, of_decoding.in_order_of_length(score.unit_log_probs))),
+    Mutant("bits per byte are nats", 14,
+           everywhere(score.bits_per_byte, of_decoding.in_nats(score.bits_per_byte))),
     Mutant("the context of another row of the batch", 15,
            replacing(decoding.Decoder, "step", of_model.of_another_row("context"))),
     Mutant("what is foretold of another row of the batch", 15,
@@ -185,17 +203,28 @@ MUTANTS: tuple[Mutant, ...] = (
            replacing(decoding.KeyValueCache, "resize", of_decoding.trimmed_in_front)),
     Mutant("one random generator for a batch", 15,
            everywhere(sampling.choose, of_model.one_generator(sampling.choose))),
+    Mutant("all prompts draw the same numbers", 15,
+           replacing(engine, "_generator", lambda right: lambda seed: right(
+               seed[0] if isinstance(seed, tuple) else seed))),
+    Mutant("streamed blocks are turned round again", 15,
+           replacing(completion.Request, "write", of_decoding.blocks_turned_round_again)),
     Mutant("caches are not reordered", 16, of_model.select(lambda self, rows: False)),
     Mutant("caches are not reordered when two beams share a parent", 16,
            of_model.select(lambda self, rows: len(set(rows)) == len(rows))),
     Mutant("caches are reordered as if searches that ended were still there", 16,
            replacing(beam, "_search", of_decoding.slots_of_the_searches_that_go_on)),
     Mutant("beams share what they recall", 16, replacing(recall.Recollection, "copy", lambda right: lambda self: self)),
+    Mutant("copies recall what others read", 16,
+           replacing(recall.Recollection, "copy", of_decoding.copy_shares_what_was_read)),
     Mutant("the context is not reordered", 16, of_model.select(lambda self, rows: True, context=False)),
     Mutant("beams take candidates apart by a wrong width", 16,
            replacing(beam, "_take", of_model.beams_count_in_writable)),
     Mutant("finished blocks of every second beam are not read", 16,
            replacing(beam._Cached, "go_on", of_model.not_read_in_beams)),
+    Mutant("the length penalty is forgotten", 16,
+           replacing(beam._Search, "_finish", of_decoding.with_penalty(lambda penalty: 0.0))),
+    Mutant("a search ends with its first hypothesis", 16,
+           replacing(beam._Search, "_may_improve", of_decoding.first_hypothesis_ends)),
     Mutant("gradients through tiles are halved", 17, replacing(cpu, "softmax_backward", of_model.half_gradient)),
     Mutant("tiles use their first slice of keys only", 17, replacing(cpu, "key_slices", of_model.first_slice_only)),
     Mutant("tiles are taken to be full", 17, replacing(cpu, "key_slices", of_model.every_tile_full)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tidal.doctor.patient import UNWILLING, WILLING, Patient, lively
 from tidal.doctor.registry import EXACT
 from tidal.doctor.report import Meter, Where
+from tidal.doctor.tape import stand_in
 from tidal.doctor.texts import BUILT_IN
 from tidal.infer.completion import Completion, Limits
 from tidal.infer.decoder import Decoder
@@ -32,8 +35,10 @@ def in_any_batch(patient: Patient, meter: Meter) -> None:
         model = lively(patient.exact, willing)
         continued = partial(generate, model, patient.tokenizer, temperature=temperature, max_new_units=units)
         alone = [continued([prompt], seed=[i])[0] for i, prompt in enumerate(prompts)]
-        others = {"in a batch": continued(prompts, seed=range(len(prompts))),
-                  "in turn": _come_and_go(model, patient, few, Sampling(temperature), Limits(units))}  # fmt: skip
+        in_turn, streamed = _come_and_go(model, patient, few, Sampling(temperature), Limits(units))
+        for one, blocks in zip(in_turn, streamed, strict=True):
+            meter.same("streamed blocks", one.blocks, blocks, Where(one.prompt), ("completion", "streamed"))
+        others = {"in a batch": continued(prompts, seed=range(len(prompts))), "in turn": in_turn}
         for side, those in others.items():
             for one, other in zip(alone, those, strict=False):  # in turn not all
                 here, sides = Where(one.prompt), ("alone", side)
@@ -41,9 +46,25 @@ def in_any_batch(patient: Patient, meter: Meter) -> None:
                 meter.close("log-probabilities", np.array(one.log_probs), np.array(other.log_probs), EXACT, here, sides)
 
 
+def numbers_of_their_own(patient: Patient, meter: Meter) -> None:
+    """A prompt that is given twice is continued in two ways, where one unit is as likely as another."""
+
+    def head(states: Tensor) -> Tensor:
+        logits = torch.zeros(len(states), patient.model.config.n_head, dtype=states.dtype)
+        logits[:, 0] = math.log(logits.shape[1])  # <eob>: half of the time, or nothing is kept
+        return logits
+
+    prompt, even = BUILT_IN[0].text, stand_in(patient.exact, head=head)
+    one, other = generate(even, patient.tokenizer, [prompt] * 2, temperature=1.0, seed=1, max_new_units=24)
+    meter.holds(one.completion != other.completion or one.units < 2, "two samples of a prompt are the same",
+                Where(prompt, tensor="completion", sides=("both", ""), values=(repr(one.completion), "")))  # fmt: skip
+
+
 def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], sampling: Sampling,
-                 limits: Limits) -> list[Completion]:  # fmt: skip
-    """The first two are being written when the others come: one gets a new row, the rest the rows of finished ones."""
+                 limits: Limits) -> tuple[list[Completion], list[list[str]]]:  # fmt: skip
+    """The first two are being written when the others come: one gets a new row, the rest the rows of finished ones.
+    Completions, and the blocks that came before each.
+    """
     engine = Engine(model, patient.tokenizer, batch_size=ROWS)
     events = []
     for i, prompt in enumerate(prompts):
@@ -53,7 +74,9 @@ def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], 
         engine.submit(prompt, sampling, limits, i)
     events += engine.drain()
     done = {number: event for number, event in events if isinstance(event, Completion)}
-    return [done[i] for i in range(len(prompts))]
+    streamed = [[event for number, event in events if number == i and isinstance(event, str)]
+                for i in range(len(prompts))]  # fmt: skip
+    return [done[i] for i in range(len(prompts))], streamed
 
 
 @torch.inference_mode()

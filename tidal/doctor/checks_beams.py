@@ -8,12 +8,15 @@ import numpy as np
 import torch
 
 from tidal.doctor.checks_decoding import trained_log_probs
-from tidal.doctor.patient import UNWILLING, WILLING, Patient, lively
-from tidal.doctor.registry import EXACT, TRAINED, check
+from tidal.doctor.patient import UNWILLING, WILLING, Patient, by_heart, lively
+from tidal.doctor.registry import EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
 from tidal.infer.beam import beam_search
 from tidal.infer.decoder import Decoder
 from tidal.infer.engine import generate
+
+KNOWN = 15.0
+"""Logit of the unit that is right, all others having 0: a text is likelier than any that differs by one unit."""
 
 
 @check(16, "beams", "beam search reads logits of the wrong shape, or its caches are not reordered")
@@ -22,6 +25,7 @@ def beams(patient: Patient, meter: Meter) -> None:
     training gives its blocks; they are sorted, different, and the same alone and side by side.
     """
     _reordered(patient, meter)
+    _by_heart(patient, meter)
     prompts = [document.prompt for document in patient.documents][: 2 if patient.quick else 4]
     tokenizer, units = patient.tokenizer, 14 if patient.quick else 24
     model = lively(patient.exact)
@@ -53,6 +57,20 @@ def beams(patient: Patient, meter: Meter) -> None:
                             (TRAINED, "beam search"))  # fmt: skip
 
 
+def _by_heart(patient: Patient, meter: Meter) -> None:
+    """A text that a model knows is found, although `<eos>` is found before, and has the score of the definition."""
+    document = next(d for d in patient.documents if d.ends and d.completion)
+    script = [step.target for step in patient.layout(document).steps]
+    for penalty in (0.0, 0.5, 2.0):
+        model = by_heart(patient.exact, script, KNOWN, 0.0)
+        best = beam_search(model, patient.tokenizer, [document.prompt], num_beams=2, wanted=1, length_penalty=penalty,
+                           max_new_units=len(script))[0][0]  # fmt: skip
+        here, sides = Where(document.text), (ORACLE, f"beam search, length penalty {penalty}")
+        meter.same("text found by beams", document.completion, best.completion, here, sides)
+        meter.close("scores of beams", np.array(best.log_prob / len(script) ** penalty), np.array(best.score), EXACT,
+                    here, sides)  # fmt: skip
+
+
 @torch.inference_mode()
 def _reordered(patient: Patient, meter: Meter) -> None:
     """A row of a decoder that is moved or copied goes on as it would have where it was, inside a block and after it."""
@@ -81,3 +99,14 @@ def _reordered(patient: Patient, meter: Meter) -> None:
         moved.read(range(n), [[blocks[i][1]] for i in order])
         meter.close("logits after a block", after[order], moved.step(range(n), [[]] * n), EXACT,
                     Where(documents[order[0]].text), sides)  # fmt: skip
+    parted = opened()
+    parted.select([0] * n)
+    parted.read(range(n), [[second] for _, second in blocks])
+    for i in range(n):
+        alone = Decoder(patient.exact, patient.tokenizer, 1)
+        alone.read([0], [[blocks[0][0], blocks[i][1]]])
+        for units in written:  # those of the block that another copy has read, too
+            for t in range(len(units) + 1):
+                one, other = alone.step([0], [units[:t]]), parted.step([i], [units[:t]])
+                meter.close("logits of copies that go on in different blocks", one, other, EXACT,
+                            Where(documents[0].text), ("alone", "copied"))  # fmt: skip

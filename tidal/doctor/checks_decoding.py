@@ -1,4 +1,4 @@
-"""Checks 13 and 14: one pass, block by block and step by step are the same."""
+"""Checks 13 and 14: one pass, block by block and step by step are the same, and so is what is learnt of them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,14 @@ from tidal.doctor.registry import (
 )
 from tidal.doctor.report import Floats, Found, Meter, Where
 from tidal.doctor.tape import FED, Tape
-from tidal.doctor.texts import BUILT_IN
+from tidal.doctor.texts import BUILT_IN, long_prompt
 from tidal.infer.beam import Hypothesis
 from tidal.infer.engine import Completion, generate
-from tidal.infer.score import score
+from tidal.infer.score import bits_per_byte, score, unit_log_probs
 from tidal.model import TidalTransformer
 from tidal.streams import Batch, pack
 from tidal.train.gradient import products_in
 
-LONG, LONG_IF_QUICK = 600, 300
-"""Tokens, at least, of a prompt: the decoder's caches begin with room for 256."""
 FAR = 1000
 """Tokens from the beginning of a document, where bfloat16 tells every fourth position apart."""
 
@@ -52,7 +50,8 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
         blocks = list(dict.fromkeys(step.block for step in layout.steps))
         if not blocks:
             continue
-        naive = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
+        with torch.inference_mode():
+            naive = [dense_block(patient.exact, layout, block, patient.dtype) for block in blocks]
         try:
             meter.close("log-probabilities", patient.packed(document), torch.cat([part[0] for part in naive]), EXACT,
                         partial(patient.where, document), (TRAINED, ORACLE))  # fmt: skip
@@ -62,8 +61,33 @@ def packed_is_naive(patient: Patient, meter: Meter) -> None:
                       for name, last in seen[-1].items()}  # fmt: skip
             found.where = _name_layer(found.where, patient, document, states, ORACLE)
             raise
+    _gradients(patient, meter)
     if patient.dtype == torch.float32:
         _as_training_computes(patient, meter)
+
+
+def _gradients(patient: Patient, meter: Meter) -> None:
+    """What every weight learns of a document, from both losses, less what it learns of the definition's. Block by
+    block, and nothing but the difference is kept: gradients of large models are large.
+    """
+    document, model = Document(BUILT_IN[-1].text, " the cat"), patient.exact  # what is recalled matters
+    layout, weights = patient.layout(document), dict(model.named_parameters())
+
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
+
+    losses = model(patient.pack([[document]]))
+    rest = gradients(losses.units + losses.aux)
+    limit = EXACT * max(1.0, *(float(gradient.abs().max()) for gradient in rest))
+    for block in dict.fromkeys(step.block for step in layout.steps):
+        log_probs, seen = dense_block(model, layout, block, patient.dtype)
+        foretold = (seen["reader_norm"][-1] @ model.token_embedding.weight.T).log_softmax(-1)
+        last = [patient.tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)][-1]
+        for gradient, more in zip(rest, gradients(log_probs.sum() + foretold[last]), strict=True):
+            gradient += more
+    for name, gradient in zip(weights, rest, strict=True):
+        meter.close("gradients", np.zeros(1), gradient.abs().max(), limit, Where(document.text, layer=name),
+                    ("no difference", f"{TRAINED} less {ORACLE}"))  # fmt: skip
 
 
 @torch.no_grad()
@@ -109,7 +133,7 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     against those of one training pass. Largest difference, 95th percentile and mean.
     """
     differences = []
-    for document in (*patient.documents, _long(patient)):
+    for document in (*patient.documents, long_prompt(patient.tokenizer, patient.quick)):
         try:
             differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
                                            EXACT, partial(patient.where, document), (TRAINED, DECODED)))
@@ -123,19 +147,14 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     _generated(patient, meter)
     if patient.dtype != torch.float64:
         own, documents = [], patient.documents[: 2 if patient.quick else None]
-        alone, together = (patient.decode(patient.model, some, capacity=3) for some in (documents[:1], documents))
-        for document, one in zip((documents[0], *documents), (*alone, *together), strict=True):
+        # far enough for bfloat16 to tell every fourth position apart only
+        far = long_prompt(patient.tokenizer, patient.quick and patient.dtype == torch.float32)
+        decoded = [one for some in (documents[:1], documents, [far]) for one in patient.decode(patient.model, some, 3)]
+        for document, one in zip((documents[0], *documents, far), decoded, strict=True):
             packed, limit = _own_dtype(patient, document, one, meter)
             own.append(meter.close("log-probabilities", packed, one, limit,
                                    partial(patient.where, document), (TRAINED, DECODED)))
         meter.note(f"{str(patient.dtype).removeprefix('torch.')}: {_spread(np.concatenate(own))}, limit {limit:.2g}")
-
-
-def _long(patient: Patient) -> Document:
-    """A sentence behind a prompt so long that what ends at a length has ended."""
-    text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if patient.quick else LONG
-    n_tokens = sum(len(patient.tokenizer.encode_block(block).tokens) for block in patient.tokenizer.split(text))
-    return Document(text * math.ceil(wanted / n_tokens), " the cat sat.\n")
 
 
 def _spread(differences: Floats) -> str:
@@ -173,7 +192,7 @@ def _float32_limit(patient: Patient, document: Document, left: Floats, right: Fl
 
 
 def _public_scores(patient: Patient, meter: Meter) -> None:
-    """`tidal.score`, in the three ways it offers."""
+    """`tidal.score`, in the three ways it offers, and what `tidal.evaluate` and validation compute."""
     document = patient.documents[0]
     text, first = document.text, len(document.prompt)
     ways = [score(patient.exact, patient.tokenizer, text, how, supervise_from=first)
@@ -183,6 +202,13 @@ def _public_scores(patient: Patient, meter: Meter) -> None:
                     (TRAINED, "score"))  # fmt: skip
     for name, way in zip(("naive", "decode"), ways[1:], strict=True):
         meter.close("scores", ways[0], way, EXACT, partial(patient.where, document), ("packed", name))
+    passages = [patient.passage(d) for d in patient.documents]
+    for d, units in zip(patient.documents, unit_log_probs(patient.exact, passages, patient.table), strict=True):
+        meter.close("unit_log_probs", patient.packed(d), units, EXACT, partial(patient.where, d), (TRAINED, "score"))
+    bits = -sum(float(patient.packed(d).sum()) for d in patient.documents) / math.log(2)
+    n_bytes = sum(len(d.completion.encode()) for d in patient.documents)
+    figure = bits_per_byte(patient.exact, [[p] for p in passages], patient.table, 2)[0]
+    meter.close("bits per byte", np.array(bits / n_bytes), np.array(figure), EXACT, Where(), (TRAINED, "score"))
 
 
 def _generated(patient: Patient, meter: Meter) -> None:

@@ -16,7 +16,9 @@ from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import EXACT, ORACLE, check
 from tidal.doctor.report import Floats, Meter, Where
 from tidal.doctor.tape import stand_in
+from tidal.doctor.texts import BUILT_IN, HOSTILE
 from tidal.infer.beam import beam_search
+from tidal.infer.completion import Limits, Request
 from tidal.infer.engine import generate
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import Sampling, choose
@@ -109,6 +111,8 @@ def masked(patient: Patient, meter: Meter) -> None:
                 meter.holds(bool(allowed[unit]), f"a forbidden unit, {tokenizer.piece_name(unit)}, was chosen by {how}",
                             Where(tensor="unit", values=(str(unit), ""), sides=("chosen", "")))  # fmt: skip
     _distributed(patient, meter)
+    _repeated(patient, meter)
+    _writable(patient, meter, grammar)
     for seed in range(8 if patient.quick else 24):
         _walk(patient, meter, grammar, np.random.default_rng(seed))
     index = torch.arange(config.n_head)
@@ -161,6 +165,34 @@ def _probabilities(logits: Floats, allowed: npt.NDArray[np.bool_], repeated: npt
     odds[order[before >= how.top_p]] = 0
     left: Floats = odds / odds.sum()
     return left
+
+
+def _repeated(patient: Patient, meter: Meter) -> None:
+    """What the repetition penalty falls on: units that follow what is written in a block written before, but for the
+    first ones. Of a request that writes each block of a text twice.
+    """
+    text = BUILT_IN[-1].text
+    request = Request(0, "", [], Sampling(1.0, repetition_penalty=2.0), Limits(10**6), np.random.default_rng(0))
+    before: list[list[int]] = []
+    for block in 2 * patient.tokenizer.split(text):
+        script = patient.oracle.script([block], False)
+        for t, unit in enumerate(script):
+            follow = {past[t] for past in before if 0 < t < len(past) and past[:t] == script[:t]}
+            meter.same("units to penalize", sorted(follow), sorted(request.repeated()), Where(text, block, t),
+                       (ORACLE, "request"))  # fmt: skip
+            request.write(unit, 0.0, patient.tokenizer)
+        before.append(script[:-1])
+
+
+def _writable(patient: Patient, meter: Meter, grammar: Grammar) -> None:
+    """Every block that the tokenizer makes of a text can be written, and ended."""
+    for text in (*HOSTILE, *(document.text for document in patient.documents)):
+        for block in patient.tokenizer.split(text):
+            script = patient.oracle.script([block], False)
+            for t, unit in enumerate(script):
+                meter.holds(bool(grammar.allowed(script[:t])[unit]),
+                            f"{patient.tokenizer.piece_name(unit)} may not be written, where text has it",
+                            Where(text, block, t))  # fmt: skip
 
 
 def _walk(patient: Patient, meter: Meter, grammar: Grammar, rng: np.random.Generator) -> None:

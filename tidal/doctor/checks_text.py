@@ -9,7 +9,7 @@ from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import DECODED, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
 from tidal.doctor.tape import Tape
-from tidal.doctor.texts import CONTROLS, HOSTILE
+from tidal.doctor.texts import CONTROLS, HOSTILE, long_prompt
 
 
 def _cut_inside(patient: Patient, document: Document) -> Document:
@@ -39,7 +39,8 @@ def same_ids(patient: Patient, meter: Meter) -> None:
             n = len(patient.oracle.spell(block))
             meter.holds(0 < n <= tokenizer.max_block_units,
                         f"a block has {n} units, not 1 to {tokenizer.max_block_units}", Where(text, block))  # fmt: skip
-    for document in [*patient.documents, *(_cut_inside(patient, d) for d in patient.documents if d.text)]:
+    cut = (_cut_inside(patient, d) for d in patient.documents if d.text)
+    for document in [*patient.documents, *cut, long_prompt(tokenizer, patient.quick)]:
         layout, tape = patient.layout(document), Tape(patient.exact)
         wanted = [token.id for token in layout.tokens]
         trained = patient.pack([[document]]).reader_ids[0]

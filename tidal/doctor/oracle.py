@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -262,10 +262,10 @@ def expected_units(model: TidalTransformer, state: Tensor, layout: Layout, writt
     return (1 + share / floor).log() / math.log(1 + 1 / floor) @ model.foretold.embedding.weight
 
 
-@torch.inference_mode()
 def dense_block(model: TidalTransformer, layout: Layout, block: int,
                 dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Log-probabilities [steps] of one block, everything before it read from scratch, and what every layer gave.
+    """Log-probabilities [steps] of one block, everything before it read from scratch, and what every layer gave. They
+    have gradients where these are wanted.
 
     The model must be float64 on the CPU; `dtype` is what it was rounded to before. Names are those of a
     `Tape`: "reader.0", …, "writer_norm"; [elements, width].
@@ -293,7 +293,10 @@ def dense_block(model: TidalTransformer, layout: Layout, block: int,
     seen["context"] = told = (states[-1] @ model.context.weight.T).expand_as(x)
     if shape.suffix_rows:
         rows = [[1 + h % shape.suffix_rows for h in step.suffixes if h >= 0] for step in steps]
-        table = torch.stack([model.suffix_embedding.weight[some].sum(0) for some in rows])
+        looked_up = F.embedding(torch.tensor([*chain(*rows)], dtype=torch.long), model.suffix_embedding.weight,
+                                sparse=True)  # fmt: skip
+        parts: Sequence[Tensor] = torch.split(looked_up, [len(some) for some in rows])
+        table = torch.stack([part.sum(0) for part in parts])
         x, told = x + table[:, shape.d_model :], told + told * table[:, : shape.d_model]
     x = x + told
     if shape.recall:

@@ -89,7 +89,7 @@ class Patient:
             self.model = with_noise(self.model)
         self.model.eval()
         self.dtype = self.model.unit_embedding.weight.dtype
-        self.exact = copy.deepcopy(self.model).to("cpu", torch.float64).eval()
+        self.exact = copy.deepcopy(self.model).to("cpu", torch.float64).requires_grad_().eval()
         self.oracle = Oracle(self.tokenizer, self.model.config.shape)
         self.table = BlockTable(self.tokenizer)
         self.layout = functools.cache(self._layout)
@@ -180,16 +180,23 @@ class Patient:
 
     def forced(self, model: TidalTransformer, document: Document, script: Sequence[int]) -> Completion:
         """What the engine makes of a model that has learnt one text by heart: it prefers the units of `script`."""
-        waiting = iter(script)
-
-        def head(states: Tensor) -> Tensor:
-            logits = torch.full((len(states), self.model.config.n_head), -FORCED, dtype=states.dtype)
-            logits[:, self.model.config.n_writable :] = -torch.inf
-            logits[:, next(waiting)] = FORCED
-            return logits
-
-        return generate(stand_in(model, head=head), self.tokenizer, [document.prompt],
+        return generate(by_heart(model, script, FORCED, -FORCED), self.tokenizer, [document.prompt],
                         max_new_units=len(script))[0]  # fmt: skip
+
+
+def by_heart(model: TidalTransformer, script: Sequence[int], known: float, others: float) -> TidalTransformer:
+    """A model that gives the logit `known` to the next unit of `script` at each step, whatever it is fed, and `others`
+    to the others.
+    """
+    waiting = iter(script)
+
+    def head(states: Tensor) -> Tensor:
+        logits = torch.full((len(states), model.config.n_head), others, dtype=states.dtype)
+        logits[:, model.config.n_writable :] = -torch.inf
+        logits[:, next(waiting)] = known
+        return logits
+
+    return stand_in(model, head=head)
 
 
 def lively(model: TidalTransformer, willing: float = UNWILLING) -> TidalTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,16 @@ BUILT_IN: tuple[Document, ...] = (
     Document("the cat sat on the mat", ", the cat saw the mat, the hat sat.\n"),  # what is recalled matters
 )
 """Used where there is no data; the laws hold for any text."""
+
+LONG, LONG_IF_QUICK = 600, 300
+"""Tokens, at least, of a prompt: the decoder's caches begin with room for 256."""
+
+
+def long_prompt(tokenizer: MixedTokenizer, quick: bool) -> Document:
+    """A sentence behind a prompt so long that what ends at a length has ended."""
+    text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if quick else LONG
+    n_tokens = sum(len(tokenizer.encode_block(block).tokens) for block in tokenizer.split(text))
+    return Document(text * math.ceil(wanted / n_tokens), " the cat sat.\n")
 
 
 def window(tokenizer: MixedTokenizer, document: Document, units: int) -> Document:
