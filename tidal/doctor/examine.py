@@ -40,6 +40,8 @@ MODULES = (checks_text, checks_head, checks_attention, checks_streams, checks_de
 NARROW = 256
 """Models of less width are examined on one thread: where other programs run, two threads wait for each other (198 s in
 place of 25 at width 128; where none does, 13.5 in place of 14.5)."""
+SAMPLES = 48
+"""To judge what a model writes. Of 24 sums, a healthy model knew 5% of the 3-grams of half, where 25% were right."""
 CRASHES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError,
            UserError, ValueError, OSError)  # fmt: skip
 """What the package under examination may raise where it is broken; that is a finding, not the doctor's failure."""
@@ -142,7 +144,7 @@ def _patient(model: TidalTransformer, tokenizer: MixedTokenizer, given: Sequence
     documents = [window(tokenizer, document, units) for document in (*given[: 2 if quick else 8], *BUILT_IN)]
     if (cap := tokenizer.max_block_units) <= (64 if quick else 256):  # its last step: nothing but <eob> may follow
         documents.append(Document("-" * cap, "x" * cap + " y\n"))
-    samples = prompts(tokenizer, given, 24 if quick else 48, 60 if quick else 120) if trained else []
+    samples = prompts(tokenizer, given, SAMPLES, 60 if quick else 120) if trained else []
     return Patient(model, tokenizer, tuple(dict.fromkeys(documents)), samples, quick, trained, checkpoint)
 
 
