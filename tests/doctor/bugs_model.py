@@ -219,6 +219,11 @@ def one_generator(right: Callable[..., Any]) -> Callable[..., Any]:
         logits, allowed, how, [generators[0]] * len(generators), *rest)  # fmt: skip
 
 
+def first_sampling(right: Callable[..., Any]) -> Callable[..., Any]:
+    """The rows of a batch are chosen as the first one asks for."""
+    return lambda logits, allowed, how, *rest: right(logits, allowed, [how[0]] * len(how), *rest)
+
+
 def select(reorder: Callable[[decoding.Decoder, Sequence[int]], bool], context: bool = True) -> Plant:
     """Rows are reordered, the caches only where `reorder` says so."""
 

@@ -203,6 +203,8 @@ MUTANTS: tuple[Mutant, ...] = (
            replacing(decoding.KeyValueCache, "resize", of_decoding.trimmed_in_front)),
     Mutant("one random generator for a batch", 15,
            everywhere(sampling.choose, of_model.one_generator(sampling.choose))),
+    Mutant("all of a batch are sampled as the first asks for", 15,
+           replacing(engine, "choose", of_model.first_sampling)),
     Mutant("all prompts draw the same numbers", 15,
            replacing(engine, "_generator", lambda right: lambda seed: right(
                seed[0] if isinstance(seed, tuple) else seed))),

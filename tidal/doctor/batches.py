@@ -23,11 +23,13 @@ from tidal.model import TidalTransformer
 ROWS, STEPS = 3, 5
 """Of an engine in which rows are added after so many steps, and taken over by others later."""
 ROOM = 4
+TOP_P = 0.5
+"""Of every other request of that engine."""
 
 
 def in_any_batch(patient: Patient, meter: Meter) -> None:
     """What is generated alone, with all others, and in an engine of fewer rows than requests, which do not come at
-    once.
+    once, nor ask for the same sampling.
     """
     prompts, units = [document.prompt for document in patient.documents], 16 if patient.quick else 40
     few = prompts[: 2 * ROWS if patient.quick else None]
@@ -35,12 +37,14 @@ def in_any_batch(patient: Patient, meter: Meter) -> None:
         model = lively(patient.exact, willing)
         continued = partial(generate, model, patient.tokenizer, temperature=temperature, max_new_units=units)
         alone = [continued([prompt], seed=[i])[0] for i, prompt in enumerate(prompts)]
-        in_turn, streamed = _come_and_go(model, patient, few, Sampling(temperature), Limits(units))
+        mixed = [one if i % 2 else continued([one.prompt], seed=[i], top_p=TOP_P)[0]
+                 for i, one in enumerate(alone[: len(few)])]  # fmt: skip
+        in_turn, streamed = _come_and_go(model, patient, few, temperature, Limits(units))
         for one, blocks in zip(in_turn, streamed, strict=True):
             meter.same("streamed blocks", one.blocks, blocks, Where(one.prompt), ("completion", "streamed"))
-        others = {"in a batch": continued(prompts, seed=range(len(prompts))), "in turn": in_turn}
-        for side, those in others.items():
-            for one, other in zip(alone, those, strict=False):  # in turn not all
+        together = continued(prompts, seed=range(len(prompts)))
+        for side, those, others in (("in a batch", alone, together), ("in turn", mixed, in_turn)):
+            for one, other in zip(those, others, strict=True):
                 here, sides = Where(one.prompt), ("alone", side)
                 meter.same("generated blocks", one.blocks, other.blocks, here, sides)
                 meter.close("log-probabilities", np.array(one.log_probs), np.array(other.log_probs), EXACT, here, sides)
@@ -60,7 +64,7 @@ def numbers_of_their_own(patient: Patient, meter: Meter) -> None:
                 Where(prompt, tensor="completion", sides=("both", ""), values=(repr(one.completion), "")))  # fmt: skip
 
 
-def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], sampling: Sampling,
+def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], temperature: float,
                  limits: Limits) -> tuple[list[Completion], list[list[str]]]:  # fmt: skip
     """The first two are being written when the others come: one gets a new row, the rest the rows of finished ones.
     Completions, and the blocks that came before each.
@@ -71,7 +75,7 @@ def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], 
         if i == ROWS - 1:
             for _ in range(STEPS):
                 events += engine.step()
-        engine.submit(prompt, sampling, limits, i)
+        engine.submit(prompt, Sampling(temperature, top_p=1.0 if i % 2 else TOP_P), limits, i)
     events += engine.drain()
     done = {number: event for number, event in events if isinstance(event, Completion)}
     streamed = [[event for number, event in events if number == i and isinstance(event, str)]
