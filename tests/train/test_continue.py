@@ -292,6 +292,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     assert said in refused(run, ["--resume", "run"])
 
 
+def test_a_checkpoint_without_an_optimizer_is_not_trained_on(here: Path) -> None:
+    undo(here / "run")
+    folder = here / "run/checkpoints/step-000002"
+    (folder / checkpoint.OPTIMIZER).unlink()
+    edited(folder, "trainer.json", lambda v: None)
+    before = tree(here)
+    assert "has no optimizer state" in refused(run, ["--resume", "run"])
+    assert tree(here) == before
+
+
 def test_missing_settings_have_their_defaults() -> None:
     values = json.loads(json.dumps(dataclasses.asdict(SETTINGS)))
     assert Train.from_dict(values) == SETTINGS
