@@ -71,21 +71,19 @@ def _gradients(patient: Patient, meter: Meter) -> None:
     block, and nothing but the difference is kept: gradients of large models are large.
     """
     document, model = Document(BUILT_IN[-1].text, " the cat"), patient.exact  # what is recalled matters
-    layout, weights = patient.layout(document), dict(model.named_parameters())
-
-    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
-
+    layout = patient.layout(document)
     losses = model(patient.pack([[document]]))
-    rest = gradients(losses.units + losses.aux)
-    limit = EXACT * max(1.0, *(float(gradient.abs().max()) for gradient in rest))
+    torch.autograd.backward(losses.units + losses.aux)
+    learnt = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    limit = EXACT * max(1.0, *(float(gradient.abs().max()) for gradient in learnt.values()))
     for block in dict.fromkeys(step.block for step in layout.steps):
         log_probs, seen = dense_block(model, layout, block, patient.dtype)
         foretold = (seen["reader_norm"][-1] @ model.token_embedding.weight.T).log_softmax(-1)
         last = [patient.tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)][-1]
-        for gradient, more in zip(rest, gradients(log_probs.sum() + foretold[last]), strict=True):
-            gradient += more
-    for name, gradient in zip(weights, rest, strict=True):
+        torch.autograd.backward(log_probs.sum() + foretold[last])
+    left = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    for name, gradient in left.items():
         meter.close("gradients", np.zeros(1), gradient.abs().max(), limit, Where(document.text, layer=name),
                     ("no difference", f"{TRAINED} less {ORACLE}"))  # fmt: skip
 
