@@ -76,6 +76,7 @@ def random_model(tokenizer: MixedTokenizer, shape: Shape, dtype: torch.dtype = t
 
 
 @functools.cache
+@torch.inference_mode(False)  # whichever test is the first to ask for it
 def _shared(tokenizer: str, shape: str, dtype: torch.dtype) -> TidalTransformer:
     return random_model(tokenizers()[tokenizer], SHAPES[shape], dtype)
 
