@@ -55,7 +55,7 @@ def numbers_of_their_own(patient: Patient, meter: Meter) -> None:
 
     def head(states: Tensor) -> Tensor:
         logits = torch.zeros(len(states), patient.model.config.n_head, dtype=states.dtype)
-        logits[:, 0] = math.log(logits.shape[1])  # <eob>: half of the time, or nothing is kept
+        logits[:, patient.tokenizer.eob_id] = math.log(logits.shape[1])  # half of the time, or nothing is kept
         return logits
 
     prompt, even = BUILT_IN[0].text, stand_in(patient.exact, head=head)
@@ -67,7 +67,7 @@ def numbers_of_their_own(patient: Patient, meter: Meter) -> None:
 def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], temperature: float,
                  limits: Limits) -> tuple[list[Completion], list[list[str]]]:  # fmt: skip
     """The first two are being written when the others come: one gets a new row, the rest the rows of finished ones.
-    Completions, and the blocks that came before each.
+    Returns the completions, and the blocks that were streamed before each.
     """
     engine = Engine(model, patient.tokenizer, batch_size=ROWS)
     events = []

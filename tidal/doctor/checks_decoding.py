@@ -72,19 +72,23 @@ def _gradients(patient: Patient, meter: Meter) -> None:
     """
     document, model = Document(BUILT_IN[-1].text, " the cat"), patient.exact  # what is recalled matters
     layout = patient.layout(document)
+
+    def largest() -> dict[str, float]:
+        """Of each weight that has a gradient, the entry furthest from zero."""
+        return {name: float(w.grad.abs().max()) for name, w in model.named_parameters() if w.grad is not None}
+
     losses = model(patient.pack([[document]]))
     torch.autograd.backward(losses.units + losses.aux)
-    learnt = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    limit = EXACT * max(1.0, *(float(gradient.abs().max()) for gradient in learnt.values()))
+    limit = EXACT * max(1.0, *largest().values())
     for block in dict.fromkeys(step.block for step in layout.steps):
         log_probs, seen = dense_block(model, layout, block, patient.dtype)
         foretold = (seen["reader_norm"][-1] @ model.token_embedding.weight.T).log_softmax(-1)
         last = [patient.tokenizer.eos_id, *(token.id for token in layout.tokens if token.block == block)][-1]
         torch.autograd.backward(log_probs.sum() + foretold[last])
-    left = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    left = largest()
     model.zero_grad()
-    for name, gradient in left.items():
-        meter.close("gradients", np.zeros(1), gradient.abs().max(), limit, Where(document.text, layer=name),
+    for name, difference in left.items():
+        meter.close("gradients", np.zeros(1), np.array(difference), limit, Where(document.text, layer=name),
                     ("no difference", f"{TRAINED} less {ORACLE}"))  # fmt: skip
 
 

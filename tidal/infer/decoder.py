@@ -87,8 +87,8 @@ class KeyValueCache:
         self.data = F.pad(self.data, (0, 0, 0, n_slots - self.data.shape[3]))
 
 
-def with_more(held: Tensor, more: int, dim: int = 0) -> Tensor:
-    """Zeros behind it. What has no elements keeps none; PyTorch 2.9 pads no such tensors."""
+def _with_more(held: Tensor, more: int, dim: int = 0) -> Tensor:
+    """`held` with `more` zeros behind it along `dim`; PyTorch 2.9 does not pad a tensor without elements."""
     return torch.cat([held, held.new_zeros(*held.shape[:dim], more, *held.shape[dim + 1 :])], dim)
 
 
@@ -180,9 +180,9 @@ class Decoder:
         """Add so many rows behind the others; they are free, as after `clear`."""
         self.recording = None
         for cache in self._caches():
-            cache.data = with_more(cache.data, more, 1)
+            cache.data = _with_more(cache.data, more, 1)
         self.positions, self.context, self.sums = (
-            with_more(held, more) for held in (self.positions, self.context, self.sums)
+            _with_more(held, more) for held in (self.positions, self.context, self.sums)
         )
         self.builders += [self._new_builder() for _ in range(more)]
 
