@@ -151,6 +151,8 @@ CASES = {
     "infer --prompt a --top-p 2": "top_p is 2.0",
     "infer --prompt a --top-p nan": "top_p is nan",
     "infer --prompt a --top-k -1": "top_k is -1",
+    "infer --prompt a --num-beams 2 --length-penalty nan": "length_penalty is nan; it must be a finite number",
+    "infer --prompt a --num-beams 2 --length-penalty 11": "length_penalty is 11.0; it must be a number from 0 to 10",
     "infer --prompt a --num-samples 0": "--num-samples is 0; it must be at least 1",
     "infer --prompt a --max-new-units 0": "--max-new-units is 0; it must be at least 1",
     "infer --prompt a --seed -1": "--seed is -1; it must be at least 0",

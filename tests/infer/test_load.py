@@ -115,6 +115,12 @@ def test_nothing_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load()
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "tpu", torch.device("cuda:99")])
+def test_a_device_that_is_not_there_is_refused(device: str | torch.device, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^device '{device}' cannot be used \(.*\); try --device cpu$"):
+        load(tmp_path, device=device)
+
+
 @pytest.mark.parametrize("sizes", [{"reader_layers": 2**30}, {"d_model": 2**30, "reader_ff": 2**30},
                                    {"suffix_rows": 2**30}, {"place_jitter": 2**30}, {"d_model": 2**40}])  # fmt: skip
 def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> None:

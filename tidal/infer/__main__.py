@@ -95,6 +95,7 @@ def run(argv: list[str]) -> None:
 
     from tidal import checkpoint
     from tidal.device import pick_device, set_threads
+    from tidal.infer.beam import as_length_penalty
     from tidal.infer.engine import Limits
     from tidal.infer.load import load_with_trainer
     from tidal.infer.sampling import Sampling
@@ -105,6 +106,7 @@ def run(argv: list[str]) -> None:
         Sampling(settings.temperature or 0.0, settings.top_k, settings.top_p, settings.min_p,
                  settings.repetition_penalty)  # fmt: skip
         Limits(settings.max_new_units, settings.max_new_blocks, settings.stop)
+        as_length_penalty(settings.length_penalty)
     except ValueError as error:
         raise UserError(str(error)) from error
     device = pick_device(settings.device)

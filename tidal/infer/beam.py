@@ -164,6 +164,14 @@ class _Search:
         self.finished = sorted(self.finished, key=lambda h: -h.score)[: self.wanted]
 
 
+def as_length_penalty(value: object) -> float:
+    """A length penalty as a float, also numpy's. Raises ValueError outside 0 … 10."""
+    penalty = as_float("length_penalty", value)
+    if not 0 <= penalty <= MAX_PENALTY:
+        raise ValueError(f"length_penalty is {penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
+    return penalty
+
+
 @torch.inference_mode()
 def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
                 wanted: int | None = None, length_penalty: float = 1.0, max_new_units: int = 256,
@@ -183,9 +191,7 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     wanted = num_beams if wanted is None else as_int("wanted", wanted, 1)
     if wanted > num_beams:
         raise ValueError(f"wanted is {wanted}; of {num_beams} beams there are no more")
-    length_penalty = as_float("length_penalty", length_penalty)
-    if not 0 <= length_penalty <= MAX_PENALTY:
-        raise ValueError(f"length_penalty is {length_penalty}; it must be a number from 0 to {MAX_PENALTY:g}")
+    length_penalty = as_length_penalty(length_penalty)
     model.config.check_tokenizer(tokenizer.fingerprint)
     # a lone surrogate is refused here, before anything is written
     searches = [_Search(p, tokenizer.split(p), num_beams, wanted, length_penalty, max_new_units) for p in prompts]

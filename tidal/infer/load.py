@@ -10,7 +10,7 @@ import torch
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import TidalConfig
-from tidal.device import shapes_only
+from tidal.device import pick_device, shapes_only
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -19,11 +19,12 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.devi
          dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer]:  # fmt: skip
     """Model (in evaluation mode) and tokenizer of a run folder (its best checkpoint) or of a checkpoint folder.
 
-    `None` takes the newest run under `runs/`. Every file is verified against the manifest first. Raises UserError
-    in one line for a path that is neither, a damaged file, a config that does not fit the weights, a weight that is
-    NaN or infinite, or a tokenizer that is not the checkpoint's own.
+    `None` takes the newest run under `runs/`; the device "auto" is a GPU where there is one. Every file is verified
+    against the manifest first. Raises UserError in one line for a device that cannot be used, a path that is neither, a
+    damaged file, a config that does not fit the weights, a weight that is NaN or infinite, or a tokenizer that is not
+    the checkpoint's own.
     """
-    model, tokenizer, _ = load_with_trainer(path, device=device, dtype=dtype)
+    model, tokenizer, _ = load_with_trainer(path, device=pick_device(str(device)), dtype=dtype)
     return model, tokenizer
 
 
