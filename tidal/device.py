@@ -29,6 +29,12 @@ def pick_device(name: str) -> torch.device:
         if name != "cuda":
             raise UserError(f"--device is {name}, but each of several processes takes its own GPU; give --device cuda")
         name = f"cuda:{ranks.local_rank()}"
+    return usable(name)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device itself, or of that name. Raises UserError for one that is not there, or has no float64."""
+    name = str(device)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # `meta` makes tensors, but they hold nothing

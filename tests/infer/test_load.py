@@ -121,6 +121,19 @@ def test_a_device_that_is_not_there_is_refused(device: str | torch.device, tmp_p
         load(tmp_path, device=device)
 
 
+def test_of_several_processes_each_names_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command has each process take its own GPU; whoever calls `load` under torchrun may name it."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^device 'cuda:99' cannot be used"):
+        load(tmp_path, device="cuda:99")
+
+
+def test_a_device_is_found(tmp_path: Path) -> None:
+    model, _ = load(write(tmp_path, *tiny("english", "memory")), device="auto")
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.mark.parametrize("sizes", [{"reader_layers": 2**30}, {"d_model": 2**30, "reader_ff": 2**30},
                                    {"suffix_rows": 2**30}, {"place_jitter": 2**30}, {"d_model": 2**40}])  # fmt: skip
 def test_absurd_sizes_cost_no_memory(tmp_path: Path, sizes: dict[str, int]) -> None:

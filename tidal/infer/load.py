@@ -10,7 +10,7 @@ import torch
 from tidal import checkpoint
 from tidal.cli import UserError
 from tidal.config import TidalConfig
-from tidal.device import pick_device, shapes_only
+from tidal.device import pick_device, shapes_only, usable
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
@@ -24,7 +24,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.devi
     damaged file, a config that does not fit the weights, a weight that is NaN or infinite, or a tokenizer that is not
     the checkpoint's own.
     """
-    model, tokenizer, _ = load_with_trainer(path, device=pick_device(str(device)), dtype=dtype)
+    device = pick_device("auto") if device == "auto" else usable(device)
+    model, tokenizer, _ = load_with_trainer(path, device=device, dtype=dtype)
     return model, tokenizer
 
 
