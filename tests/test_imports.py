@@ -54,3 +54,11 @@ def test_nothing_imports_upwards() -> None:
                                      "def f():\n    from tidal import train"])  # fmt: skip
 def test_an_import_upwards_shows(planted: str) -> None:
     assert len(upwards("streams.py", "import torch\nfrom tidal.blocks import Block\n" + planted)) == 1
+
+
+def test_all_names_can_be_imported_at_once() -> None:
+    names: dict[str, object] = {}
+    exec("from tidal import *; from tidal.kernels import *", names)
+    assert names["generate"] is tidal.generate
+    assert names["TilePlan"] is tidal.kernels.TilePlan
+    assert not names.keys() & {"annotations", "exports", "TYPE_CHECKING"}

@@ -172,6 +172,11 @@ def test_score_of_parts() -> None:
     for offset in (-1, 4):
         with pytest.raises(ValueError, match="3 characters"):
             score.score(model, tokenizer, "the", supervise_from=offset)
+    for offset in ("2", 1.0):
+        with pytest.raises(ValueError, match=f"supervise_from is {offset!r}; it must be an integer"):
+            score.score(model, tokenizer, "the", supervise_from=offset)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"text is \['the'\]; it must be a str"):
+        score.score(model, tokenizer, ["the"])  # type: ignore[arg-type]
     for how in ("packed", "naive", "decode"):
         with pytest.raises(ValueError, match="surrogate"):
             score.score(model, tokenizer, "\ud800", how)

@@ -80,6 +80,7 @@ def test_values_of_another_type_are_refused(wrong: dict[str, Any]) -> None:
     {"reader_layers": -1}, {"writer_layers": 0}, {"reader_ff": 0}, {"writer_ff": 0}, {"suffix_rows": -1},
     {"writer_attention": "all"}, {"query_gain": -1}, {"place_jitter": -1}, {"step_stride": -0.5},
     {"step_stride": float("nan")}, {"query_gain": float("inf")}, {"reader_ff": 10**30}, {"step_window": 2**31},
+    {"d_model": "32"}, {"n_heads": None},
 ])  # fmt: skip
 def test_shapes_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

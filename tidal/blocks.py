@@ -196,7 +196,8 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A document, or a window of one: block indices [n] with its BOS_BLOCK first, an EOS_BLOCK last if it ends."""
+    """A document, or a window of one: block indices [n] with its BOS_BLOCK first, an EOS_BLOCK last if it ends. They
+    mean nothing in another table than the one that gave them."""
 
     blocks: npt.NDArray[np.int32]
     supervise_from: int = 1

@@ -69,8 +69,9 @@ class Shape:
                             ("writer_layers", 1), ("reader_ff", 1), ("writer_ff", 1),
                             ("suffix_rows", 0), ("query_gain", 0), ("place_jitter", 0),
                             ("step_stride", 0), ("step_window", 0)):  # fmt: skip
-            if not least <= getattr(self, name) < 2**31:  # NaN too
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}, and less than 2^31")
+            value = getattr(self, name)
+            if not hasattr(value, "__float__") or not least <= value < 2**31:  # NaN too
+                raise ValueError(f"{name} is {value!r}; it must be at least {least}, and less than 2^31")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:

@@ -10,7 +10,7 @@ from typing import Any
 
 def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A package's `__getattr__` and `__dir__` (PEP 562), given the module in which each of its names lives; of a
-    module of its own, that module.
+    module of its own, that module. `from package import *` gives these names.
 
     Type checkers need the same imports under `if TYPE_CHECKING`.
     """
@@ -19,6 +19,8 @@ def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any
         if name in homes:
             home = importlib.import_module(homes[name])
             return home if homes[name] == f"{package}.{name}" else getattr(home, name)
+        if name == "__all__":
+            return [*homes]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return getattr_, lambda: [*vars(sys.modules[package]), *homes]

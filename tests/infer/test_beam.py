@@ -146,7 +146,11 @@ def test_it_says_what_is_wrong() -> None:
         beam_search(model, tokenizer, "the")
     with pytest.raises(ValueError, match="a prompt is b'the'; it must be a str"):
         beam_search(model, tokenizer, [b"the"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="prompts is None; give a list of strings"):
+        beam_search(model, tokenizer, None)  # type: ignore[arg-type]
     assert beam_search(model, tokenizer, ["the"], num_beams=True, max_new_units=3)
+    two = beam_search(model, tokenizer, ["the", "cat"], num_beams=2, max_new_units=9)
+    assert beam_search(model, tokenizer, (p for p in ("the", "cat")), num_beams=2, max_new_units=9) == two
     with pytest.raises(ValueError, match="tokenizer"):
         beam_search(model, tokenizers()["bytes"], ["the"])
     assert beam_search(model, tokenizer, []) == []

@@ -91,12 +91,30 @@ def test_rows_move_before_they_are_read(rows: list[int], shape: str) -> None:
         torch.testing.assert_close(found[row], alone.step([0], [[]])[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    """That of torch, which a notebook may have set."""
+    def all_of_it() -> list[object]:
+        model, tokenizer = tiny("english", "memory")
+        completions = generate(model, tokenizer, ["the", "a cat"], max_new_units=20, temperature=1.0)
+        return [*((c.text, c.log_probs) for c in completions), beam_search(model, tokenizer, ["the"], max_new_units=20),
+                *(score(model, tokenizer, "the light", how).tolist() for how in ("packed", "naive", "decode"))]
+
+    wanted, usual = all_of_it(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all_of_it() == wanted
+    finally:
+        torch.set_default_dtype(usual)
+
+
 def test_one_logit_that_is_not_finite_is_said() -> None:
     model, tokenizer = tiny_copy("english", "memory")
     with torch.no_grad():
         model.unit_embedding.weight[5] = math.nan
-    with pytest.raises(RuntimeError, match="the weights are damaged"):
-        score(model, tokenizer, "the", "decode")
+    for how in ("packed", "naive", "decode"):
+        with pytest.raises(RuntimeError, match="the weights are damaged"):
+            score(model, tokenizer, "the", how)
 
 
 @shapes

@@ -284,8 +284,15 @@ def test_what_prompts_and_seeds_may_be() -> None:
     model, tokenizer = tiny("english", "memory")
     with pytest.raises(ValueError, match="prompts is the string 'the light'; give a list"):
         generate(model, tokenizer, "the light")
-    two = [generate(model, tokenizer, ["a"], temperature=1.0, seed=seed)[0] for seed in (3, np.int64(3))]
-    assert two[0].text == two[1].text
+    with pytest.raises(ValueError, match="prompts is 5; give a list of strings"):
+        stream(model, tokenizer, 5)  # type: ignore[arg-type]
+    listed = generate(model, tokenizer, ["a", "the"], max_new_units=9)
+    assert [c.text for c in generate(model, tokenizer, (p for p in ("a", "the")), max_new_units=9)] == [
+        c.text for c in listed
+    ]
+    texts = {generate(model, tokenizer, ["a"], temperature=1.0, seed=seed)[0].text
+             for seed in (3, np.int64(3), torch.tensor(3))}  # type: ignore[arg-type]
+    assert len(texts) == 1
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=8),

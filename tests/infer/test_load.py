@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies import SHAPES, tiny, tokenizers
+from tests.strategies import SHAPES, tiny, tiny_copy, tokenizers
 from tidal.checkpoint import write_checkpoint
 from tidal.cli import UserError
 from tidal.infer.load import load, load_with_trainer
@@ -55,6 +55,21 @@ def test_what_was_written_comes_back(shape: str, dtype: torch.dtype, tmp_path: P
         assert (score(again, its_tokenizer, text) == score(model, tokenizer, text)).all()
         assert {p.dtype for p in again.parameters()} == {dtype}
     assert load_with_trainer(folder)[2] == {"step": 5}
+
+
+def test_float64_weights_are_not_rounded(tmp_path: Path) -> None:
+    model, tokenizer = tiny_copy("english", "memory")  # float64
+    with torch.no_grad():
+        model.unit_embedding.weight += 1e-10
+    folder = write(tmp_path / "run", model, tokenizer)
+    assert load(folder, dtype=torch.float64)[0].unit_embedding.weight.equal(model.unit_embedding.weight)
+    assert load(folder)[0].unit_embedding.weight.equal(model.unit_embedding.weight.float())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.complex64, torch.int8])
+def test_a_dtype_that_is_none_is_refused(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}; it must be torch.float32, .* or torch.float64$"):
+        load(write(tmp_path / "run", *tiny("english", "memory")), dtype=dtype)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

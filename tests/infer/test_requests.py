@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import queue
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,6 +161,28 @@ def test_requests_that_make_no_sense(request_: Any, message: str) -> None:
     assert not engine.unfinished
 
 
+def test_requests_come_from_several_threads() -> None:
+    """While another writes: each has a number of its own, and none is lost."""
+    engine, numbers = Engine(*tiny("english", "memory"), batch_size=8), queue.SimpleQueue[int]()
+    prompt = "the light, the fox " * 20  # splitting it takes long enough to be interrupted
+
+    def submit() -> None:
+        for _ in range(10):
+            numbers.put(engine.submit(prompt, limits=Limits(1)))
+
+    threads, done = [threading.Thread(target=submit) for _ in range(4)], []
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) or engine.unfinished:
+            done += [number for number, event in engine.step() if isinstance(event, Completion)]
+    finally:
+        sys.setswitchinterval(often)
+    assert sorted(numbers.get() for _ in range(40)) == sorted(done) == list(range(40))
+
+
 def test_seeds_of_requests_without_one() -> None:
     """Those that `generate` gives its prompts: none draws as another."""
     engine = Engine(*tiny("english", "memory"))
@@ -179,7 +204,7 @@ def test_seeds_of_requests_without_one() -> None:
     ({"temperature": "1"}, "temperature is '1'; it must be a number"), ({"top_p": None}, "top_p is None"),
     ({"seed": 1.7}, "seed is 1.7"), ({"seed": -1}, "seed is -1"), ({"seed": [5, -1]}, "seed is -1"),
     ({"seed": [1, 2.5]}, "seed is 2.5"), ({"batch_size": 2.0}, "batch_size is 2.0"), ({"stop": [3]}, "string is 3"),
-    ({"stop": 3}, "stop is 3"),
+    ({"stop": 3}, "stop is 3"), ({"seed": None}, "seed is None"),
 ])  # fmt: skip
 def test_settings_of_a_wrong_type(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import make_case, out_and_gradients
@@ -11,6 +12,7 @@ from tidal.kernels import TilePlan, alibi_slopes, available_backends, cpu, cpu_r
 from tidal.kernels.api import BACKEND_VARIABLE
 
 torch.set_num_threads(1)
+NAMES = ("q", "k", "v", "ranges", "q_position", "k_position", "slopes")
 
 
 @pytest.mark.parametrize("structure", ["random", "streams"])
@@ -239,6 +241,41 @@ def test_messages(index: int, change, message: str) -> None:  # type: ignore[no-
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("n_queries", [13, 200])
+@pytest.mark.parametrize("name", ["q", "k", "v", "slopes"])
+def test_forward_mode_is_refused(name: str, n_queries: int) -> None:
+    """And not taken for zero: an operator lets no tangent through."""
+    case = make_case(0, n_queries=n_queries, n_keys=200)
+    inputs = dict(zip(NAMES, (x.detach() for x in case.inputs()), strict=True))
+
+    def out(x: torch.Tensor, backend: str | None) -> torch.Tensor:
+        return interval_attention(**{**inputs, name: x}, backend=backend)
+
+    direction = torch.randn_like(inputs[name])
+    with pytest.raises(ValueError, match="no forward-mode derivative in backend 'cpu'; backend='reference' has"):
+        torch.func.jvp(lambda x: out(x, None), (inputs[name],), (direction,))
+    tangent = torch.func.jvp(lambda x: out(x, "reference"), (inputs[name],), (direction,))[1]
+    step = 1e-6 * direction
+    differences = (out(inputs[name] + step, None) - out(inputs[name] - step, None)) / 2e-6
+    torch.testing.assert_close(tangent, differences, rtol=1e-6, atol=1e-6)
+
+
+def test_what_learns_nothing_is_refused() -> None:
+    """At any length: a short row would have given it a gradient, by the way it is computed."""
+    case = make_case(0)
+    inputs = dict(zip(NAMES, case.inputs(), strict=True))
+    for name in ("q_position", "k_position"):
+        learnt = inputs[name].clone().requires_grad_()
+        with pytest.raises(ValueError, match="positions get no gradient; detach them"):
+            interval_attention(**{**inputs, name: learnt})
+        with torch.no_grad():
+            interval_attention(**{**inputs, name: learnt})
+    with pytest.raises(ValueError, match=r"scale is tensor\(0.5.*; it must be a number \(multiply q by a"):
+        interval_attention(**inputs, scale=torch.tensor(0.5))  # type: ignore[arg-type]
+    wanted = interval_attention(**inputs, scale=0.5)
+    assert interval_attention(**inputs, scale=np.float32(0.5)).equal(wanted)  # type: ignore[arg-type]
+
+
 def test_messages_about_heads_plan_and_ranges() -> None:
     case = make_case(0, n_heads=3, n_kv_heads=2 - 1)
     two = make_case(0, n_heads=4, n_kv_heads=3)
@@ -252,6 +289,8 @@ def test_messages_about_heads_plan_and_ranges() -> None:
         TilePlan.build(case.ranges - 1, 17)
     with pytest.raises(ValueError, match="v is on meta, q on cpu"):
         interval_attention(*case.inputs()[:2], case.v.to("meta"), *case.inputs()[3:])
+    with pytest.raises(ValueError, match="tile_q is 0; it must be at least 1"):
+        TilePlan.build(case.ranges, 17, tile_q=0)
     with pytest.raises(ValueError, match=r"ranges must lie in \[0, 9\]"):
         TilePlan.build(case.ranges, 9)
 

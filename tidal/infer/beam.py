@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from tidal.blocks import BOS_BLOCK, BlockTable, Passage
 from tidal.device import upload
 from tidal.infer.completion import Degenerate, Limits, StopReason, degenerate
 from tidal.infer.decoder import Decoder, evaluating
-from tidal.infer.engine import read_grouped, refuse_string
+from tidal.infer.engine import as_prompts, read_grouped
 from tidal.infer.grammar import Grammar
 from tidal.infer.sampling import NOT_FINITE, NOTHING_FOLLOWS, as_float, as_int
 from tidal.model import TidalTransformer
@@ -173,7 +173,7 @@ def as_length_penalty(value: object) -> float:
 
 
 @torch.inference_mode()
-def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, num_beams: int = 4,
+def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Iterable[str], *, num_beams: int = 4,
                 wanted: int | None = None, length_penalty: float = 1.0, max_new_units: int = 256,
                 batch_size: int = 16, cached: bool = True) -> list[list[Hypothesis]]:  # fmt: skip
     """For every prompt the best hypotheses that its search meets, best first: `wanted` different texts (none: as many
@@ -186,7 +186,7 @@ def beam_search(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Seq
     and on a tokenizer that is not the model's.
     """
     Limits(max_new_units)
-    refuse_string(prompts)
+    prompts = as_prompts(prompts)
     num_beams, batch_size = as_int("num_beams", num_beams, 1), as_int("batch_size", batch_size, 1)
     wanted = num_beams if wanted is None else as_int("wanted", wanted, 1)
     if wanted > num_beams:

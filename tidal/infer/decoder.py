@@ -129,7 +129,7 @@ class Decoder:
             KeyValueCache(model, n_rows, own + (room if model.has_memory and i == 0 else 0))
             for i in range(len(model.writer))
         ]
-        self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device)
+        self.positions = torch.zeros(n_rows, self.n_block + room, device=self.device, dtype=torch.float32)
         self.context = torch.zeros(n_rows, model.config.shape.d_model, device=self.device, dtype=dtype)
         n_sums = model.foretold.n_sums if model.foretold else ()
         self.sums = torch.zeros(n_rows, *n_sums, device=self.device, dtype=torch.float64)

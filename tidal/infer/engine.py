@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,7 +77,7 @@ class Engine:
         self.model, self.tokenizer, self.cuda_graphs = model, tokenizer, cuda_graphs
         self.batch_size = as_int("batch_size", batch_size, 1)
         self._watch, self._grammar = watch, Grammar(tokenizer)
-        self._n_submitted = 0
+        self._numbers = itertools.count()
         self._cancelled: set[int] = set()
         """since the latest step"""
         self._waiting: deque[Request] = deque()
@@ -96,10 +97,10 @@ class Engine:
                                   ("limits", limits, Limits)):  # fmt: skip
             if not isinstance(value, kind):
                 raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}")
-        number, split = self._n_submitted, self.tokenizer.split(prompt)
-        generator = _generator((0, number) if seed is None else seed)
+        split, given = self.tokenizer.split(prompt), None if seed is None else _generator(seed)
+        number = next(self._numbers)  # in one go, since other threads may submit, too
+        generator = given or _generator((0, number))
         self._waiting.append(Request(number, prompt, split, sampling, limits, generator))
-        self._n_submitted += 1
         return number
 
     @property
@@ -246,7 +247,7 @@ def _generator(seed: Seed) -> np.random.Generator:
     return np.random.default_rng(several or as_int("seed", seed, 0))
 
 
-def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
+def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Iterable[str], *, temperature: float = 0.0,
              top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
              seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
              stop: Sequence[str] = (), batch_size: int = 64,
@@ -258,6 +259,7 @@ def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequen
     `Engine.submit` with the seed (seed, i) draws the same. `cuda_graphs` replays recorded steps. Raises ValueError on a
     lone surrogate in a prompt, on settings that make no sense, on CUDA graphs without CUDA.
     """
+    prompts = as_prompts(prompts)
     events = stream(
         model, tokenizer, prompts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, max_new_units=max_new_units, max_new_blocks=max_new_blocks,
@@ -267,7 +269,7 @@ def generate(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequen
     return [done[i] for i in range(len(prompts))]
 
 
-def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence[str], *, temperature: float = 0.0,
+def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Iterable[str], *, temperature: float = 0.0,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
            seed: int | Sequence[int] = 0, max_new_units: int = 256, max_new_blocks: int = 0,
            stop: Sequence[str] = (), batch_size: int = 64,
@@ -276,14 +278,14 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
 
     Blocks of a stop string come out before it is complete; the Completion has the text without it.
     """
-    refuse_string(prompts)
+    prompts = as_prompts(prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     limits = Limits(max_new_units, max_new_blocks, stop)
     engine = Engine(model, tokenizer, batch_size=batch_size, cuda_graphs=cuda_graphs)
     seeds: list[Seed]
-    if isinstance(seed, Iterable):
-        seeds = list(seed)
-    else:
+    try:
+        seeds = list(seed)  # type: ignore[arg-type]
+    except TypeError:  # one, also as a tensor
         first = as_int("seed", seed, 0)
         seeds = [(first, i) for i in range(len(prompts))]
     if len(seeds) != len(prompts):
@@ -293,14 +295,18 @@ def stream(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: Sequence
     return engine.drain()
 
 
-def refuse_string(prompts: Sequence[str]) -> None:
-    """Raise ValueError where a string is given for the list of prompts, which would be one prompt a character, or one
-    of these is none."""
+def as_prompts(prompts: Iterable[str]) -> list[str]:
+    """Prompts as a list. Raises ValueError where one is no string, and on a string in place of the list, which would be
+    one prompt a character."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the string {prompts[:60]!r}; give a list of strings")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give a list of strings")
+    prompts = list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is {prompt!r}; it must be a str")
+    return prompts
 
 
 def read_grouped(decoder: Decoder, blocks: Mapping[int, Sequence[Block]]) -> None:

@@ -14,15 +14,17 @@ from tidal.device import pick_device, shapes_only, usable
 from tidal.model import TidalTransformer
 from tidal.tokenizer import MixedTokenizer
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
          dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer]:  # fmt: skip
     """Model (in evaluation mode) and tokenizer of a run folder (its best checkpoint) or of a checkpoint folder.
 
-    `None` takes the newest run under `runs/`; the device "auto" is a GPU where there is one. Every file is verified
-    against the manifest first. Raises UserError in one line for a device that cannot be used, a path that is neither, a
-    damaged file, a config that does not fit the weights, a weight that is NaN or infinite, or a tokenizer that is not
-    the checkpoint's own.
+    `None` takes the newest run under `runs/`; the device "auto" is a GPU where there is one; `dtype` is of the weights
+    (none: float32). Every file is verified against the manifest first. Raises UserError in one line for a device that
+    cannot be used, a path that is neither, a damaged file, a config that does not fit the weights, a weight that is NaN
+    or infinite, or a tokenizer that is not the checkpoint's own; ValueError for another dtype than DTYPES.
     """
     device = pick_device("auto") if device == "auto" else usable(device)
     model, tokenizer, _ = load_with_trainer(path, device=device, dtype=dtype)
@@ -32,6 +34,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str | torch.devi
 def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "cpu",
                       dtype: torch.dtype | None = None) -> tuple[TidalTransformer, MixedTokenizer, dict[str, Any]]:
     """Like `load`, with the content of trainer.json: the step and the settings of the training."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
     folder = checkpoint.resolve(path)
     values, tensors, trainer = checkpoint.read_checkpoint(folder)
     try:
@@ -58,5 +62,5 @@ def load_with_trainer(path: str | os.PathLike[str] | None = None, *, device: str
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder}: weights do not fit its config.json: {error}") from error
     model = TidalTransformer(config, tokenizer.spelling)
-    model.load_state_dict(tensors)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer, trainer
+    model.to(dtype=dtype or torch.float32).load_state_dict(tensors)  # in this order, so that none is rounded twice
+    return model.to(device=device).eval(), tokenizer, trainer

@@ -18,7 +18,7 @@ NOT_FINITE = "the logits of a step are NaN or infinite: the weights are damaged"
 NOTHING_FOLLOWS = "no unit that may follow has a probability above zero: the weights are damaged"
 
 
-def as_int(name: str, value: object, least: int, means: str = "") -> int:
+def as_int(name: str, value: object, least: float = -math.inf, means: str = "") -> int:
     """A setting as an int, also numpy's. Raises ValueError on what is no integer, and on one below `least`, whose
     meaning can be told."""
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, EOS_BLOCK, BlockTable, Passage, passage
 from tidal.infer.decoder import Decoder, evaluating
+from tidal.infer.sampling import NOT_FINITE, as_int
 from tidal.layers import log_softmax
 from tidal.model import TidalTransformer
 from tidal.streams import pack
@@ -27,11 +28,14 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
 
     `packed`: one training pass over the whole document. `naive`: one forward per block, its context re-read from
     scratch. `decode`: the cached step-by-step decoder, forced. The first `supervise_from` characters are a
-    prompt and not scored. Raises ValueError on lone surrogates, an unknown `how` or an offset outside the text.
+    prompt and not scored. Raises ValueError on lone surrogates, an unknown `how` or an offset outside the text;
+    RuntimeError where the weights give logits that are NaN or infinite.
     """
     if how not in ("packed", "naive", "decode"):
         raise ValueError(f"how is {how!r}; choose packed, naive or decode")
-    if not 0 <= supervise_from <= len(text):
+    if not isinstance(text, str):
+        raise ValueError(f"text is {text!r}; it must be a str")
+    if not 0 <= (supervise_from := as_int("supervise_from", supervise_from)) <= len(text):
         raise ValueError(f"supervise_from is {supervise_from}; the text has {len(text)} characters")
     model.config.check_tokenizer(tokenizer.fingerprint)
     table = BlockTable(tokenizer)
@@ -44,6 +48,8 @@ def score(model: TidalTransformer, tokenizer: MixedTokenizer, text: str,
             log_probs = torch.cat([_packed(model, table, [part]) for part in parts])
         else:
             log_probs = _decoded(model, tokenizer, table, whole)
+    if log_probs.isnan().any():
+        raise RuntimeError(NOT_FINITE)
     return log_probs.double().cpu().numpy()
 
 

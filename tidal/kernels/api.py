@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tidal.kernels import cpu, cpu_rows, reference
-from tidal.kernels.operators import learning
+from tidal.kernels.operators import learning, moving
 from tidal.kernels.plan import TilePlan
 
 BACKEND_VARIABLE = "TIDAL_ATTENTION_BACKEND"
@@ -130,13 +130,17 @@ def interval_attention(
     that does not overflow).
 
     Returns:
-        [B, Hq, Lq, D] in the dtype of q. Differentiable in q, k, v and slopes.
+        [B, Hq, Lq, D] in the dtype of q. Differentiable in q, k, v and slopes: once and backwards, but with
+        `backend="reference"` as often and in whatever way torch can.
 
     Raises:
-        ValueError: shapes, dtypes, rows or devices that do not fit, a backend that does not exist or cannot run here.
+        ValueError: shapes, dtypes, rows or devices that do not fit, positions or a scale that are to learn, a
+            forward-mode derivative, a backend that does not exist or cannot run here.
     """
     check_arguments(q, k, v, ranges, q_position, k_position, slopes, plan, rows)
     name = choose_backend(q.device, q.dtype, q.shape[-1], backend)
+    if name != "reference" and moving(q, k, v, slopes):
+        raise ValueError(f"there is no forward-mode derivative in backend {name!r}; backend='reference' has one")
     attend: Callable[..., Tensor] = BACKENDS[name].attend
     if rows is not None:
         if name == "cpu" and not learning(q, k, v, slopes) and cpu_rows.in_place(q, k, ranges, rows, plan):
@@ -147,8 +151,9 @@ def interval_attention(
             attend = functools.partial(attend, rows=rows)
         else:  # whole stretches: a half to a quarter of the time of indexing
             k, v = (torch.stack([x[row] for row in rows]) for x in (k, v))
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    if isinstance(scale, Tensor):
+        raise ValueError(f"scale is {scale!r}; it must be a number (multiply q by a learned one)")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if torch.is_autocast_enabled(q.device.type):  # a backend says itself what it computes in which precision
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, ranges, q_position, k_position, slopes, scale, plan)
@@ -234,6 +239,8 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, q_position:
         raise ValueError(f"ranges must be torch.int32, got {ranges.dtype}")
     if q_position.dtype != torch.float32 or k_position.dtype != torch.float32:
         raise ValueError(f"positions must be torch.float32, got {q_position.dtype} and {k_position.dtype}")
+    if learning(q_position, k_position):  # short rows would give them one, computed another way than long ones
+        raise ValueError("positions get no gradient; detach them")
     if not slopes.dtype.is_floating_point:
         raise ValueError(f"slopes must be floating point, got {slopes.dtype}")
     if plan is not None and plan.shape != (n_batch, n_queries, n_keys):

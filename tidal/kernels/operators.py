@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
@@ -37,6 +38,11 @@ def without_gradient(operator: OpOverload) -> None:
         raise NotImplementedError(f"{operator} cannot be differentiated")
 
     torch.library.register_autograd(operator, refuse)
+
+
+def moving(*tensors: Tensor) -> bool:
+    """Whether any of them has a tangent (forward-mode derivatives), which an operator would silently drop."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
 
 
 def learning(*tensors: Tensor) -> bool:

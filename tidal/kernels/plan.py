@@ -48,9 +48,12 @@ class TilePlan:
             tile_q: queries per tile.
 
         Raises:
-            ValueError: a range that is not empty reaches outside [0, n_keys]. Not checked in a compiled graph, nor on
-                a GPU, since the answer would have to be waited for; such ranges are cut to the keys there.
+            ValueError: tile_q below one, or a range that is not empty reaches outside [0, n_keys]. Ranges are not
+                checked in a compiled graph, nor on a GPU, since the answer would have to be waited for; such ones are
+                cut to the keys there.
         """
+        if tile_q < 1:
+            raise ValueError(f"tile_q is {tile_q}; it must be at least 1")
         n_batch, n_queries = ranges.shape[:2]
         shape, n_tiles = (n_batch, n_queries, n_keys), -(-n_queries // tile_q)
         if ranges.device.type != "cpu":
