@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,19 +72,20 @@ def _cut_once(table: BlockTable, blocks: list[int], at: int) -> tuple[list[int],
         at, i = at - len(text), i + 1
     beginning, rest = text[:at], text[at:]
     left, before = i, [beginning]
-    while left and _were_one(earlier := table.texts[blocks[left - 1]], before[0]):
+    while left and not _parted(earlier := table.texts[blocks[left - 1]], before[0]):
         left, before = left - 1, [earlier, *before]
-    right, after = i + 1, [rest]
-    while right < len(blocks) and _were_one(after[-1], later := table.texts[blocks[right]]):
-        right, after = right + 1, [*after, later]
+    right, after = i + 1, rest
+    while right < len(blocks) and not _parted(after, "".join(table.texts[j] for j in blocks[right : right + 2])):
+        right, after = right + 1, after + table.texts[blocks[right]]
     again = table.tokenizer.split("".join(before))
     n_same = 0
     while n_same < i - left and again[n_same] == before[n_same]:
         n_same += 1
     return ([*blocks[:left], *table.indices(again).tolist()], left + n_same,
-            [*table.indices(table.tokenizer.split("".join(after))).tolist(), *blocks[right:]])  # fmt: skip
+            [*table.indices(table.tokenizer.split(after)).tolist(), *blocks[right:]])  # fmt: skip
 
 
-def _were_one(before: str, after: str) -> bool:
-    """Whether the rules of character classes would not cut between these blocks."""
-    return find_blocks(before + after)[0] != before
+def _parted(before: str, after: str) -> bool:
+    """Whether the rules of character classes cut between these texts. What they do to an apostrophe or a mark, which
+    may be a block of its own, depends on its neighbours on both sides."""
+    return len(before) in itertools.accumulate(map(len, find_blocks(before + after)))

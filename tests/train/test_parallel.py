@@ -243,6 +243,16 @@ def test_one_process_without_memory_says_what_to_do(tmp_path: Path) -> None:
     assert first.startswith("another process of this run has ended")
 
 
+def test_others_wait_until_what_was_not_finite_is_written_down(tmp_path: Path) -> None:
+    """Or torchrun would end the first process in the middle of that."""
+    first, second = together(2, tmp_path, work.not_finite, tmp_path)
+    assert first[0].startswith("step 0: loss nan and gradient norm nan")
+    assert "bad-batch.json" in first[0]
+    assert second[0].startswith("step 0: loss nan")
+    assert first[1]
+    assert second[1]
+
+
 def test_no_memory_in_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are half updated are not saved; what was saved before stays, and continues."""
     real, steps = Optimizer.step, [0]

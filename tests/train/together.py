@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -175,6 +177,28 @@ def one_without_memory(home: Path) -> str:
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+def not_finite(home: Path) -> tuple[str, bool]:
+    """What each says of weights that are NaN, and whether what they were fed is written down by then; that takes the
+    first process a while."""
+    real_model, real_search = loop.model_for, loop.bad_batch
+
+    def damaged(*of: Any) -> TidalTransformer:
+        model = real_model(*of)
+        nn.init.constant_(model.writer_norm.weight, math.nan)
+        return model
+
+    def slow(*of: Any, **more: Any) -> dict[str, Any]:
+        time.sleep(1)
+        return real_search(*of, **more)
+
+    try:
+        with joined("ddp", CPU) as parallel, mock.patch.multiple(loop, model_for=damaged, bad_batch=slow):
+            train(SETTINGS, Hooked(SETTINGS), home, parallel=parallel)
+    except UserError as error:
+        return str(error), (home / "bad-batch.json").exists()
+    return "nothing", False
 
 
 # ------------------------------------------------------------------------------------------- gradients

@@ -214,7 +214,9 @@ class Run:
                                     self.settings, self.device, saved.parts, self.parallel)  # fmt: skip
                 break
             except NotFiniteError as error:
-                raise self._explained(error) from error
+                explained = self._explained(error)
+                self.parallel.barrier()  # who ends before has torchrun end the first process, too
+                raise explained from error
             except (RuntimeError, MemoryError) as error:
                 if self.settings.compile and (missing := NO_COMPILER.search(str(error))):
                     raise UserError(f"--compile: {missing[0]}; install g++ (and gcc), or leave it out") from error
