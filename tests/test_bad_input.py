@@ -49,6 +49,7 @@ CASES = {
     # data that is no data
     f"{TEXT} --data missing.txt": r"no such file or folder: 'missing.txt'",
     f"{TEXT} --data folder": "no text in 'folder'",
+    f"{TEXT} --data good.txt ./folder --out folder": "--out folder is the folder of the data ./folder; give the run a",
     f"{TEXT} --data *.nothing": r"no file matches '\*.nothing'",
     f"{TEXT} --data empty.txt": "no text in 'empty.txt'",
     f"{TEXT} --data blank.txt": "no text in 'blank.txt'",
@@ -59,7 +60,7 @@ CASES = {
     f"{TEXT} --data utf16.txt": "utf16.txt is not text: .*UTF-16: convert it",
     f"{TEXT} --data cut.txt.gz": "cut.txt.gz is not intact gzip",
     f"{TEXT} --data plain.gz": "plain.gz is not intact gzip",
-    f"{TEXT} --data broken.jsonl": "broken.jsonl:2 is not JSON",
+    f"{TEXT} --data broken.jsonl": "broken.jsonl:2 is not JSON: Expecting value at column 9; every",
     f"{TEXT} --data keys.jsonl": r"keys.jsonl:1 has the wrong keys \('content'\)",
     f"{TEXT} --data surrogate.jsonl": r"surrogate.jsonl:1: 'text' has a lone surrogate \(\\ud800\) at character 1",
     f"{TEXT} --data one.txt": "too little data",

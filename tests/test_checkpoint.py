@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert optimizer is not None
     assert torch.equal(optimizer["exp_avg"], torch.arange(6).view(2, 3).T)
     assert os.listdir(folder.parent) == ["step-000500"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_who_may_read_it_is_for_the_umask_to_say(mask: int, tmp_path: Path) -> None:
+    usual = os.umask(mask)
+    try:
+        folder = write(tmp_path)
+    finally:
+        os.umask(usual)
+    assert {stat.S_IMODE(os.stat(folder / name).st_mode) for name in FILES} == {0o666 & ~mask}
 
 
 def test_no_optimizer(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def write_checkpoint(
             save_file(moments, new / OPTIMIZER)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8", newline="")
+        for path in new.glob("*.safetensors"):  # which are its owner's alone at first, whatever the umask
+            shutil.copymode(new / "config.json", path)
         (new / MANIFEST).write_text(_manifest(step, _hashes(new)), encoding="utf-8", newline="")
         for path in (*new.rglob("*"), new):
             fsync(path)

@@ -15,6 +15,7 @@ import torch
 
 from tests.commands import Ran, assert_refused, objects
 from tests.strategies import SHAPES, tiny
+from tidal.infer import __main__ as module
 from tidal.infer import engine, load
 from tidal.infer.decoder import Decoder
 from tidal.infer.trace import visible
@@ -71,6 +72,13 @@ def test_a_line_of_jsonl_without_a_prompt(line: str, said: str, infer: Command, 
 
 
 # --------------------------------------------------------------------------------------------------- precision
+
+
+def test_a_long_prompt_is_said_to_take_long(infer: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONG_PROMPT", 9)
+    long, usual = (infer("--prompt", prompt, "--max-new-units", "2").err for prompt in ("1 + 11 + 1 =", "1 + 1 ="))
+    assert "a prompt has 12 characters; the time to read them grows with their square" in long
+    assert "characters" not in usual
 
 
 def test_in_bfloat16(infer: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,11 +200,14 @@ def test_it_is_said_where_what_is_held_out_may_have_been_learnt(
         (("--data", str(tmp_path / "new.txt")), False),
         (("--data", "text.txt", "--hold-out", "0.1"), True),
         (("--data", "text.txt", str(tmp_path / "new.txt")), True),
+        (("--data", str(tmp_path / "new.txt"), "--validation-data", "text.txt"), True),
+        (("--data", "text.txt", "--validation-data", str(tmp_path / "new.txt")), False),
+        (("--data", "text.txt", "--hold-out", "0.1", "--init-from", str(tmp_path / "1")), True),  # from base itself
     ]):  # fmt: skip
         with short_samples():
             run(["--init-from", "base", "--no-doctor", *BRIEF, "--max-steps", "1", "--out", str(tmp_path / f"{number}"),
                  *more])  # fmt: skip
-        said = re.search(r"may have been learnt by base/checkpoints/step-.*, which was trained on .*/text\.txt, too; "
+        said = re.search(r"may have been learnt by .*/checkpoints/step-.*, which was trained on .*/text\.txt, too; "
                          r"figures on it are no held-out figures", capsys.readouterr().err)  # fmt: skip
         assert bool(said) == learnt, more
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -138,6 +139,38 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(monkeypatch: pytest.Monk
         signal.signal(signal.SIGCHLD, hears)
         loader.close()
     assert children() == before
+
+
+def test_a_batch_that_cannot_be_handed_over_is_said_in_one_line(tmp_path: Path) -> None:
+    """As where a container has next to no shared memory."""
+    us = os.getpid()
+
+    def no_room(what: str, step: int) -> None:
+        if os.getpid() != us and step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # of files in shared memory, too
+
+    settings, before = dataclasses.replace(SETTINGS, workers=1), children()
+    said = refused(train, settings, Hooked(settings, no_room), tmp_path)
+    assert re.match(r"a worker, which builds batches, could not hand one over \(unable to (resize|allocate)", said)
+    assert said.endswith("; try --workers 0, or more (shared) memory")
+    assert children() == before
+
+
+def test_too_few_file_handles_are_said_in_one_line() -> None:
+    """A batch comes with one of its own."""
+    loader = PrefetchLoader(Hooked(SETTINGS), 1)
+    loader.batch(0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull, "rb") as highest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest.fileno() + 1, limits[1]))
+    said = "a batch that a worker built cannot be received (Too many open files); the last checkpoint is intact; try "
+    try:
+        with (pytest.raises(OwnError, match=f"^{re.escape(said)}--workers 0, or a higher ulimit -n$"),
+              workers.said_if_killed()):  # fmt: skip
+            loader.batch(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        loader.close()
 
 
 def test_workers_are_of_use_after_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

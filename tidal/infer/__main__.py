@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Continue prompts with a trained model. Prompts come from --prompt, from --prompt-file, from the lines
 of standard input, or, on a terminal, from you."""
 
+LONG_PROMPT = 20_000  # characters, a few seconds of reading on a CPU
+
 
 @dataclass(frozen=True)
 class Infer:
@@ -207,6 +209,8 @@ def _answer(model: TidalTransformer, tokenizer: MixedTokenizer, prompts: list[st
     """Continue the prompts, the number of the first of which is `first`, and print what comes, in their order."""
     from tidal.train.memory import memory_for
 
+    if (longest := max(map(len, prompts))) > LONG_PROMPT:
+        note(f"a prompt has {longest:,} characters; the time to read them grows with their square")
     smaller = f"what is written side by side; --batch-size is {settings.batch_size}: try a smaller one, "
     with memory_for(("what is traced; try " if settings.trace else smaller) + "shorter prompts, or --precision bf16"):
         try:

@@ -233,7 +233,7 @@ def _intact(folder: Path) -> str | None:
     try:
         return verify(folder)
     except UserError as error:
-        note(f"making {folder.name} again: {error}")
+        note(f"making {folder.name} again: {str(error).partition('; ')[0]}")
         shutil.rmtree(folder)
         return None
 

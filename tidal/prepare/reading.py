@@ -269,7 +269,7 @@ def _rows(rows: Iterable[dict[str, Any]], path: str) -> Iterator[Part]:
 def from_json(line: str, source: str) -> Any:
     """What a line of .jsonl holds. Raises UserError, which begins with `source`."""
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip())  # else the column is that of the next line
     except json.JSONDecodeError as error:
         what = f"{error.msg} at column {error.colno}"
         raise UserError(f"{source} is not JSON: {what}; every line must be one object") from error

@@ -89,6 +89,9 @@ def _run(argv: list[str]) -> int:
     if found is not None and os.path.realpath(str(settings.out)) != os.path.realpath(str(default.out)):
         raise UserError(f"--out is {settings.out}, but --resume continues in {default.out}; leave one of them out")
     wanted = Path(settings.out or f"runs/{settings.recipe}")
+    if same := [path for path in (*settings.text.data, *settings.text.validation_data)
+                if os.path.realpath(path) == os.path.realpath(wanted)]:  # fmt: skip
+        raise UserError(f"--out {wanted} is the folder of the data {same[0]}; give the run a folder of its own")
     with Stop() as stop:
         try:
             _train(settings, wanted, found, stop)

@@ -42,19 +42,24 @@ def defaults_from(path: Path) -> Train:
 
 
 def maybe_learnt(settings: Train, digest: str, source: Path) -> list[str]:
-    """Files of the data, by their real paths, of which the checkpoint `source` may have learnt what is held out now.
+    """Files of the data, by their real paths, of which the checkpoint `source`, or one that it began with, may have
+    learnt what is held out now.
 
-    Empty where it was trained on the same data with the same part held out, which their `digest` shows. Files of
+    None of those that were trained on the same data with the same part held out, which their `digest` shows. Files of
     prepared data are not known. Documents are held out by their numbers, so with one more file they are others.
     """
-    try:
-        trainer = json.loads((source / "trainer.json").read_text(encoding="utf-8"))
-        there = training_of(trainer)
-    except (OSError, ValueError, RecursionError):
-        return []
-    if settings.recipe != "text" or trainer.get("data") == digest:
-        return []
-    return also_trained_on(settings.text.data, there.text)
+    held_out, seen = settings.text.validation_data or settings.text.data, set[Path]()
+    while settings.recipe == "text" and source not in seen:
+        seen.add(source)
+        try:
+            trainer = json.loads((source / "trainer.json").read_text(encoding="utf-8"))
+            there, before = training_of(trainer), trainer["settings"].get("init_from")
+            if trainer.get("data") != digest and (files := also_trained_on(held_out, there.text)):
+                return files
+            source = checkpoint.resolve(Path(before)) if before else source
+        except (UserError, OSError, ValueError, TypeError, RecursionError):  # it is gone
+            return []
+    return []
 
 
 def load_weights(model: TidalTransformer, source: Path) -> None:

@@ -48,19 +48,26 @@ def n_workers(asked: int, device: torch.device, processes: int) -> int:
 @contextlib.contextmanager
 def said_if_killed() -> Iterator[None]:
     """Around all that is done beside workers. One that dies is heard of by a signal, anywhere, as a RuntimeError of
-    torch, which becomes one line; or as a `HandOverError`.
+    torch, which becomes one line; and so does a `HandOverError`.
     """
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, HandOverError) or str(error).startswith("DataLoader worker (pid")):
+        said = first_line(error)
+        if isinstance(error, HandOverError):
+            what = f"a worker, which builds batches, {said}"
+        elif said.startswith("DataLoader worker (pid"):
+            what = f"a worker, which builds batches, was killed ({said})"
+        elif said.startswith("Too many open files"):
+            what = "a batch that a worker built cannot be received (Too many open files)"
+        else:
             raise
-        raise OwnError(f"a worker, which builds batches, was killed ({first_line(error)}); the last checkpoint is "
-                       "intact; try --workers 0, or more (shared) memory") from error  # fmt: skip
+        more = "a higher ulimit -n" if "Too many open files" in said else "more (shared) memory"
+        raise OwnError(f"{what}; the last checkpoint is intact; try --workers 0, or {more}") from error
 
 
 class HandOverError(RuntimeError):
-    """A worker died while it handed over a batch, whose numbers come through a socket of their own."""
+    """A worker could not hand over a batch, or died as it did so (its numbers come through a socket of their own)."""
 
 
 class PrefetchLoader:
@@ -72,7 +79,7 @@ class PrefetchLoader:
 
     def __init__(self, recipe: Source, workers: int) -> None:
         self.recipe, self.workers = recipe, workers
-        self._coming: Iterator[Flat] = iter(())
+        self._coming: Iterator[Flat | HandOverError] = iter(())
         self._next: tuple[int, Share] | None = None
 
     def batch(self, step: int, share: Share = (0, 1)) -> Batch:
@@ -88,10 +95,13 @@ class PrefetchLoader:
             return self.recipe.batch(step, share)
         self._next = step + 1, share
         try:
-            return next(self._coming).batch()
+            coming = next(self._coming)
         except (ConnectionError, EOFError) as error:
             self.close()  # waits for the signal, which else would be heard of wherever this error is dealt with
-            raise HandOverError("while it handed over a batch") from error
+            raise HandOverError("was killed (while it handed over a batch)") from error
+        if isinstance(coming, HandOverError):
+            raise coming
+        return coming.batch()
 
     def close(self) -> None:
         """End the workers. (Torch ends them with their iterator, but the traceback of an error may hold on to that.)"""
@@ -138,12 +148,17 @@ class Flat:
         return self.rest
 
 
-class _Batches(Dataset[Flat]):
+class _Batches(Dataset[Flat | HandOverError]):
     def __init__(self, recipe: Source, share: Share) -> None:
         self.recipe, self.share = recipe, share
 
-    def __getitem__(self, step: int) -> Flat:
-        return Flat.of(self.recipe.batch(step, self.share))
+    def __getitem__(self, step: int) -> Flat | HandOverError:
+        flat = Flat.of(self.recipe.batch(step, self.share))
+        try:  # where torch shares it, in a thread, an error would end in a batch that never comes
+            flat.whole.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            return HandOverError(f"could not hand one over ({first_line(error)})")
+        return flat
 
 
 def _belong(parent: int, _: int) -> None:
