@@ -55,6 +55,7 @@ KERNELS = ("forward", "dq", "dkdv", "dkdv_atomic", "dq_slopes", "decode")
 TINY = [Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)]
 TINY_DECODE = [Launch(16, 4, 1, 1), Launch(32, 4, 1, 4)]
 CACHE = (32768, 8)  # keys and rows, for decoding
+SHARED_BYTES = 227 << 10  # of a block on sm_90
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 left_out.append(name)
                 continue
             tiny = (TINY_DECODE if kernel == "decode" else TINY) if args.tiny else None
-            tiles = candidates(kernel, now(kernel, head_dim, form), tiny)
+            tiles = candidates(kernel, head_dim, now(kernel, head_dim, form), tiny)
             try:
                 if pool:
                     list(pool.map(functools.partial(compile_one, form, kernel, head_dim), tiles))
@@ -129,17 +130,33 @@ def now(kernel: str, head_dim: int, form: Form) -> Tile | Launch:
 
 
 def candidates(
-    kernel: str, in_use: Tile | Launch, others: Sequence[Tile | Launch] | None = None
+    kernel: str, head_dim: int, in_use: Tile | Launch, others: Sequence[Tile | Launch] | None = None
 ) -> list[Tile | Launch]:
     """The tile in use, then those of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the
-    others; with three or four stages, since with two nothing is copied ahead. For decoding, 64 or 128 keys and two to
+    others; with three or four stages, since with two nothing is copied ahead; and only what may fit. For decoding, 64 or 128 keys and two to
     eight programs a multiprocessor."""
     if kernel == "decode" and others is None:
         others = [Launch(*fields) for fields in itertools.product((64, 128), (4, 8), (3, 4), (2, 4, 8))]
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
     if others is None:
-        others = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (3, 4))]
+        tiles = [Tile(m, n, warps, stages) for (m, n), warps, stages in itertools.product(sizes, (4, 8), (3, 4))]
+        others = [tile for tile in tiles if may_fit(kernel, tile, head_dim)]
     return list(dict.fromkeys([in_use, *others]))
+
+
+def may_fit(kernel: str, tile: Tile, head_dim: int) -> bool:
+    """Whether a tile of 16-bit operands leaves a block the shared memory that it may have on Hopper, and a thread
+    enough of its 255 registers. Others would take the compiler the longest, up to 48 s each, and then not launch, or
+    spill.
+    """
+    m, n = tile.m, tile.n
+    if kernel == "forward":  # q stays, k and v come; out and scores are summed up
+        kept, coming, sums = m, 2 * n, m * head_dim + m * n
+    elif kernel.startswith("dq"):  # q and dout stay, k and v come; dq, scores and their gradients
+        kept, coming, sums = 2 * m, 2 * n, m * head_dim + 2 * m * n
+    else:  # k and v stay, q and dout come; dk, dv, scores and their gradients
+        kept, coming, sums = 2 * n, 2 * m, 2 * n * head_dim + 2 * m * n
+    return 2 * head_dim * (kept + tile.stages * coming) <= SHARED_BYTES and sums < 255 * 32 * tile.warps
 
 
 def attention_with(p: Problem, kernel: str, tile: Tile | Launch) -> Attend:

@@ -13,7 +13,7 @@ from benchmarks import attention_problems, attention_tiles
 from benchmarks.attention_problems import Problem, problem
 from tests.test_attention_problems import FORM, nan_gradient, wrong_output
 from tidal.kernels import triton_attention
-from tidal.kernels.triton_attention import Tile
+from tidal.kernels.triton_attention import TILES, Config, Tile
 from tidal.kernels.triton_decode import Launch
 from tidal.kernels.triton_tiles import INTERPRETED
 
@@ -92,6 +92,20 @@ def test_tiles_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         of_decoding = (Launch(16, 4, 3), 1), (Launch(64, 4, 3), 0)
         of_training = (Tile(16, 128, 8, 3), 1), (Tile(64, 64, 8, 3), 0)
         for in_use, n in of_decoding if kernel == "decode" else of_training:
-            tiles = attention_tiles.candidates(kernel, in_use)
+            tiles = attention_tiles.candidates(kernel, 64, in_use)
             assert tiles[0] == in_use
-            assert len(set(tiles)) == len(tiles) == n + {"dkdv": 24, "dkdv_atomic": 24, "decode": 24}.get(kernel, 20)
+            assert len(set(tiles)) == len(tiles) == n + {"dq": 18, "dq_slopes": 18, "decode": 24}.get(kernel, 20)
+
+
+def test_tiles_that_cannot_be_launched_are_not_compiled() -> None:
+    """Those of three stages or more in use fit; those that were seen to want more than a block may have do not."""
+    for (itemsize, head_dim, arch), tiles in TILES.items():
+        for kernel, tile in zip(Config._fields, tiles, strict=True):
+            assert itemsize == 4 or arch != 90 or attention_tiles.may_fit(kernel, Tile(*tile), head_dim)
+    for kernel, tile in (  # at D 128, compiled by triton 3.6 for sm_90: 281 to 339 KB of shared memory, up to 48 s
+        ("dkdv", (128, 128, 4, 4)), ("dkdv", (128, 128, 8, 4)), ("dkdv", (128, 64, 4, 4)),
+        ("forward", (128, 128, 4, 4)), ("forward", (128, 128, 8, 4)), ("forward", (64, 128, 4, 4)),
+    ):  # fmt: skip
+        assert not attention_tiles.may_fit(kernel, Tile(*tile), 128)
+        assert Tile(*tile) not in attention_tiles.candidates(kernel, 128, Tile(32, 32, 8, 3))
+    assert len(attention_tiles.candidates("dkdv", 128, Tile(16, 128, 8, 3))) > 8

@@ -67,15 +67,16 @@ def test_low_precision_error(structure: str, dtype: torch.dtype) -> None:
 
     The largest error of a single case is luck, most of all in float32: those of several are added up.
     """
-    error, allowed = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    error, of_eager = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
     for seed in range(8 if dtype == torch.float32 else 2):
         case = triton_case(seed, structure, dtype, 1, 2, 1, q_tiles=0.9, k_tiles=2.4)
         wanted, got, eager = exact(case), fused(case), eager_in_same_dtype(case)
         for name in NAMES:
             assert got[name].dtype == eager[name].dtype
             error[name] += float((got[name].double() - wanted[name]).abs().max())
-            allowed[name] += float((eager[name].double() - wanted[name]).abs().max())
-    assert all(error[name] <= 2 * allowed[name] for name in NAMES), (error, allowed)
+            of_eager[name] += float((eager[name].double() - wanted[name]).abs().max())
+    ratios = {name: error[name] / of_eager[name] for name in NAMES}
+    assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
