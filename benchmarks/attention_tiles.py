@@ -133,8 +133,8 @@ def candidates(
     kernel: str, head_dim: int, in_use: Tile | Launch, others: Sequence[Tile | Launch] | None = None
 ) -> list[Tile | Launch]:
     """The tile in use, then those of 32 to 128 queries and keys; of 32 queries only for dkdv, of 32 keys only for the
-    others; with three or four stages, since with two nothing is copied ahead; and only what may fit. For decoding, 64 or 128 keys and two to
-    eight programs a multiprocessor."""
+    others; with three or four stages, since with two nothing is copied ahead; and only what may fit. For decoding, 64
+    or 128 keys and two to eight programs a multiprocessor."""
     if kernel == "decode" and others is None:
         others = [Launch(*fields) for fields in itertools.product((64, 128), (4, 8), (3, 4), (2, 4, 8))]
     sizes = [(128, 128), (128, 64), (64, 128), (64, 64)] + ([(32, 128), (32, 64)] if "dkdv" in kernel else [(128, 32)])
