@@ -289,7 +289,8 @@ def test_other_data_or_tokenizers_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 def check_changes_are_noticed(folder: Path) -> None:
-    """Data that change between the two readings stop the preparation, and leave nothing that looks finished."""
+    """Data that change between the two readings stop the preparation, and leave nothing that looks finished; and once
+    they are as before, shards that were made of the others are not kept."""
     path = folder / "a.txt"
     path.write_text(some_text(1, 300))
     with small():
@@ -299,6 +300,10 @@ def check_changes_are_noticed(folder: Path) -> None:
             prepare(data, tokenizers()["english"], folder / "out", workers=1)
         with pytest.raises(UserError, match="not finished"):
             make.load(folder / "out")
+        path.write_text(some_text(1, 300))
+        for name in ("out", "other"):
+            prepare(data, tokenizers()["english"], folder / name, workers=1)
+    assert files(folder / "out") == files(folder / "other")
 
 
 def test_data_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def shard_named_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(make, "_intact", named)
 
 
-def named(folder: Path) -> str | None:
+def named(folder: Path, group: object) -> str | None:
     """The digest of a shard that has its name, whatever is in it."""
     summary = folder / shards.SUMMARY
     return None if not folder.exists() else shards._sha256(summary) if summary.exists() else ""
@@ -101,7 +101,7 @@ def named(folder: Path) -> str | None:
 def everything_again(patch: pytest.MonkeyPatch) -> None:
     """What is intact is made again."""
 
-    def remove(folder: Path) -> None:
+    def remove(folder: Path, group: object) -> None:
         shards.shutil.rmtree(folder, ignore_errors=True)
 
     patch.setattr(make, "_intact", remove)

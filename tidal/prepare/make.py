@@ -214,7 +214,7 @@ def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: i
     with progress(data.n_bytes, "prepare", "bytes") as bar, _pool(workers, tokenizer) as pool:
         for held_out, number, group in _groups(data, tokenizer.max_block_units):
             name = f"{HELD_OUT}-{number:06d}" if held_out else f"shard-{number:06d}"
-            if (digest := _intact(out / name)) is not None:
+            if (digest := _intact(out / name, group)) is not None:
                 digests[name] = digest
             elif pool is None:
                 digests[name] = _write_one(group, out / name)
@@ -226,12 +226,16 @@ def _write_shards(data: Survey, tokenizer: MixedTokenizer, out: Path, workers: i
     return dict(sorted(digests.items()))
 
 
-def _intact(folder: Path) -> str | None:
-    """The digest of a shard that is there; None where there is none, or a damaged one, which is removed."""
+def _intact(folder: Path, group: list[Part]) -> str | None:
+    """The digest of a shard that is there; None where there is none, or one that is damaged or of other text, since the
+    data changed and changed back: that is removed."""
     if not folder.exists():
         return None
     try:
-        return verify(folder)
+        digest = verify(folder)
+        if not Shard.open(folder).holds(group):
+            raise UserError(f"{folder} was made of other text")
+        return digest
     except UserError as error:
         note(f"making {folder.name} again: {str(error).partition('; ')[0]}")
         shutil.rmtree(folder)

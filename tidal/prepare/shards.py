@@ -67,6 +67,13 @@ class Shard:
         longest = 4 * table.tokenizer.max_block_units  # bytes of a block; it has fewer tokens and steps
         return cls(np.frombuffer(text, np.uint8), sizes.astype(np.min_scalar_type(longest)), rows.astype(np.int32))
 
+    def holds(self, parts: Sequence[Part]) -> bool:
+        """Whether it was made of these parts."""
+        texts = [part.text.encode() for part in parts]
+        wanted = [(len(text), p.ends, bool(text) and p.is_prompt) for text, p in zip(texts, parts, strict=True)]
+        own = [(row[2], row[5] == 1, row[1] > 0) for row in self.parts.tolist()]
+        return own == wanted and self.text.tobytes() == b"".join(texts)
+
     def write(self, folder: Path) -> str:
         """Write the shard, as a whole or not at all; returns the SHA-256 of its shard.json. Raises OSError."""
         new = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
