@@ -112,6 +112,17 @@ def slots_of_the_searches_that_go_on(right: Callable[..., None]) -> Callable[...
     return search
 
 
+def context_of_sixteen_rows(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rows behind them are given none."""
+    return lambda self, some, end, data, q_position, context: write(
+        self, some, end, data, q_position, context * (data[:, :, decoding.ROW, None] < 16))  # fmt: skip
+
+
+def not_handed_on(name: str, usual: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A setting of `generate` that does not reach the engine."""
+    return lambda stream: lambda *args, **how: stream(*args, **{**how, name: usual})
+
+
 def last_characters_only(submit: Callable[..., int]) -> Callable[..., int]:
     return lambda self, prompt, *how, **more: submit(self, prompt[-512:], *how, **more)
 

@@ -26,6 +26,7 @@ from tidal.streams import Batch
 from tidal.train.presets import PRESETS
 from tidal.train.recipes import addition
 from tidal.train.recipes.text import TextRecipe
+from tidal.train.workers import Flat
 
 SHAPE = Shape(d_model=32, n_heads=2, n_kv_heads=2, reader_layers=1, writer_layers=1, reader_ff=48, writer_ff=48,
               suffix_rows=97, recall=True, place_jitter=9)  # fmt: skip
@@ -171,6 +172,10 @@ def reader_moved(right: Callable[..., Batch]) -> Callable[..., Batch]:
     return pack
 
 
+def writer_places_moved(batch: Callable[..., Batch]) -> Callable[..., Batch]:
+    return lambda self: dataclasses.replace(right := batch(self), writer_places=right.writer_places + 1)
+
+
 def cut_learns_prompts(cut: Callable[..., Passage]) -> Callable[..., Passage]:
     return lambda self, *rest: dataclasses.replace(cut(self, *rest), supervise_from=1)
 
@@ -214,5 +219,6 @@ OF_TRAINING: tuple[OfTraining, ...] = (
                replacing(addition, "pack", reader_stretched), sums),
     OfTraining("rows learn prompts, where the shards do not", 11,
                replacing(TextRecipe, "cut", cut_learns_prompts), pairs),
+    OfTraining("workers hand batches over with other places", 11, replacing(Flat, "batch", writer_places_moved), pairs),
     OfTraining("positions are rounded by autocast", 13, replacing(View, "attend", rounded_positions), in_bf16),
 )  # fmt: skip

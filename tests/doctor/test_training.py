@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.doctor.bugs_training import SHAPE, in_bf16, pairs, prompts_are_learnt, sums
 from tests.doctor.plant import Patch
 from tidal.config import Text, Train
-from tidal.doctor import Report, examine, recipes, run
+from tidal.doctor import Report, examine, recipes, run, texts
 from tidal.doctor.examine import _patient
 from tidal.doctor.feeding import compare_batch
 from tidal.doctor.patient import Patient
@@ -120,6 +121,20 @@ def test_training_hands_over_what_it_feeds_and_its_precision(tmp_path: Path, mon
     assert given["feed"].batch.n_units == recipe.batch(0).n_units
     assert precision_of_run({"settings": dataclasses.asdict(settings)}) == "bf16"
     assert precision_of_run({}) == "float32"
+
+
+@pytest.mark.parametrize(("reader_budget", "least"), [(64, texts.LONG_IF_QUICK), (900, 901), (10**6, 5000)])
+def test_a_prompt_is_longer_than_rows_of_training(reader_budget: int, least: int, tmp_path: Path,
+                                                  monkeypatch: Patch) -> None:  # fmt: skip
+    """But for rows that are too long to be examined in float64."""
+    monkeypatch.setattr(texts, "MOST_LONG", 5000)
+    settings = pairs(tmp_path)
+    recipe = make_recipe(settings)
+    feed, patient = feed_of(settings, recipe), patient_of(settings, recipe)
+    reader_ids = torch.zeros(1, reader_budget, dtype=torch.int32)
+    patient.feed = dataclasses.replace(feed, batch=dataclasses.replace(feed.batch, reader_ids=reader_ids))
+    n_tokens = len(patient.layout(texts.long_prompt(patient)).tokens)
+    assert least < n_tokens < least + 200
 
 
 def test_it_is_said_that_a_run_is_not_compared(tmp_path: Path) -> None:

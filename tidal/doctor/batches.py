@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tidal.doctor.patient import UNWILLING, WILLING, Patient, lively
 from tidal.doctor.registry import EXACT
 from tidal.doctor.report import Meter, Where
-from tidal.doctor.tape import stand_in
 from tidal.doctor.texts import BUILT_IN
 from tidal.infer.completion import Completion, Limits
 from tidal.infer.decoder import Decoder
@@ -25,11 +22,13 @@ ROWS, STEPS = 3, 5
 ROOM = 4
 TOP_P = 0.5
 """Of every other request of that engine."""
+MANY = 67
+"""More rows than engines have if nobody asks."""
 
 
 def in_any_batch(patient: Patient, meter: Meter) -> None:
-    """What is generated alone, with all others, and in an engine of fewer rows than requests, which do not come at
-    once, nor ask for the same sampling.
+    """What is generated alone, with all others, among many, and in an engine of fewer rows than requests, which do not
+    come at once, nor ask for the same sampling.
     """
     prompts, units = [document.prompt for document in patient.documents], 16 if patient.quick else 40
     few = prompts[: 2 * ROWS if patient.quick else None]
@@ -43,25 +42,14 @@ def in_any_batch(patient: Patient, meter: Meter) -> None:
         for one, blocks in zip(in_turn, streamed, strict=True):
             meter.same("streamed blocks", one.blocks, blocks, Where(one.prompt), ("completion", "streamed"))
         together = continued(prompts, seed=range(len(prompts)))
-        for side, those, others in (("in a batch", alone, together), ("in turn", mixed, in_turn)):
+        drawn = np.random.default_rng(0).integers(0, len(prompts), MANY if temperature else 0).tolist()
+        among_many = continued([prompts[i] for i in drawn], seed=drawn, batch_size=MANY)
+        for side, those, others in (("in a batch", alone, together), ("in turn", mixed, in_turn),
+                                    (f"among {MANY} rows", [alone[i] for i in drawn], among_many)):  # fmt: skip
             for one, other in zip(those, others, strict=True):
                 here, sides = Where(one.prompt), ("alone", side)
                 meter.same("generated blocks", one.blocks, other.blocks, here, sides)
                 meter.close("log-probabilities", np.array(one.log_probs), np.array(other.log_probs), EXACT, here, sides)
-
-
-def numbers_of_their_own(patient: Patient, meter: Meter) -> None:
-    """A prompt that is given twice is continued in two ways, where one unit is as likely as another."""
-
-    def head(states: Tensor) -> Tensor:
-        logits = torch.zeros(len(states), patient.model.config.n_head, dtype=states.dtype)
-        logits[:, patient.tokenizer.eob_id] = math.log(logits.shape[1])  # half of the time, or nothing is kept
-        return logits
-
-    prompt, even = BUILT_IN[0].text, stand_in(patient.exact, head=head)
-    one, other = generate(even, patient.tokenizer, [prompt] * 2, temperature=1.0, seed=1, max_new_units=24)
-    meter.holds(one.completion != other.completion or one.units < 2, "two samples of a prompt are the same",
-                Where(prompt, tensor="completion", sides=("both", ""), values=(repr(one.completion), "")))  # fmt: skip
 
 
 def _come_and_go(model: TidalTransformer, patient: Patient, prompts: list[str], temperature: float,

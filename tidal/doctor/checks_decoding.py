@@ -134,8 +134,8 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     """Log-probabilities of every unit of known text, in float64 and in the model's own dtype; and of what is generated,
     against those of one training pass. Largest difference, 95th percentile and mean.
     """
-    differences = []
-    for document in (*patient.documents, long_prompt(patient.tokenizer, patient.quick)):
+    differences, far = [], long_prompt(patient)
+    for document in (*patient.documents, far):
         try:
             differences.append(meter.close("log-probabilities", patient.packed(document), patient.decoded(document),
                                            EXACT, partial(patient.where, document), (TRAINED, DECODED)))
@@ -149,8 +149,6 @@ def decoded_is_trained(patient: Patient, meter: Meter) -> None:
     _generated(patient, meter)
     if patient.dtype != torch.float64:
         own, documents = [], patient.documents[: 2 if patient.quick else None]
-        # far enough for bfloat16 to tell every fourth position apart only
-        far = long_prompt(patient.tokenizer, patient.quick and patient.dtype == torch.float32)
         decoded = [one for some in (documents[:1], documents, [far]) for one in patient.decode(patient.model, some, 3)]
         for document, one in zip((documents[0], *documents, far), decoded, strict=True):
             packed, limit = _own_dtype(patient, document, one, meter)

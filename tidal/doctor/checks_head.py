@@ -15,6 +15,7 @@ from torch import Tensor
 from tidal.doctor.patient import Document, Patient, lively
 from tidal.doctor.registry import EXACT, ORACLE, check
 from tidal.doctor.report import Floats, Meter, Where
+from tidal.doctor.requests import settings_reach
 from tidal.doctor.tape import stand_in
 from tidal.doctor.texts import BUILT_IN, HOSTILE
 from tidal.infer.beam import beam_search
@@ -112,6 +113,7 @@ def masked(patient: Patient, meter: Meter) -> None:
                             Where(tensor="unit", values=(str(unit), ""), sides=("chosen", "")))  # fmt: skip
     _distributed(patient, meter)
     _repeated(patient, meter)
+    settings_reach(patient, meter)
     _writable(patient, meter, grammar)
     for seed in range(8 if patient.quick else 24):
         _walk(patient, meter, grammar, np.random.default_rng(seed))

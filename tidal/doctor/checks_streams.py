@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tidal.blocks import BOS_BLOCK, NOTHING, BlockTable, Passage, windows
 from tidal.boundary_dropout import cut_at_random
-from tidal.doctor.batches import in_any_batch, numbers_of_their_own, trimmed
+from tidal.doctor.batches import in_any_batch, trimmed
 from tidal.doctor.feeding import compare_batch, features, fed_in, written_blocks
 from tidal.doctor.oracle import Layout, place_encodings
 from tidal.doctor.patient import Document, Patient
 from tidal.doctor.registry import DECODED, EXACT, ORACLE, TRAINED, check
 from tidal.doctor.report import Meter, Where
+from tidal.doctor.requests import seeds_reach
 from tidal.doctor.tape import Tape
 from tidal.prepare.corpus import Corpus, Rows
 from tidal.prepare.reading import Part
@@ -270,7 +271,7 @@ def batch_and_padding(patient: Patient, meter: Meter) -> None:
                     partial(patient.where, document), ("alone", "side by side"))  # fmt: skip
     trimmed(patient, meter)
     in_any_batch(patient, meter)
-    numbers_of_their_own(patient, meter)
+    seeds_reach(patient, meter)
 
 
 def _fill_padding(patient: Patient, batch: Batch, documents: Sequence[Document]) -> Batch:

@@ -40,7 +40,7 @@ def same_ids(patient: Patient, meter: Meter) -> None:
             meter.holds(0 < n <= tokenizer.max_block_units,
                         f"a block has {n} units, not 1 to {tokenizer.max_block_units}", Where(text, block))  # fmt: skip
     cut = (_cut_inside(patient, d) for d in patient.documents if d.text)
-    for document in [*patient.documents, *cut, long_prompt(tokenizer, patient.quick)]:
+    for document in [*patient.documents, *cut, long_prompt(patient)]:
         layout, tape = patient.layout(document), Tape(patient.exact)
         wanted = [token.id for token in layout.tokens]
         trained = patient.pack([[document]]).reader_ids[0]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -178,10 +178,10 @@ class Patient:
                 decoder.read(list(finished), list(finished.values()))
         return [np.array(mine) for mine in log_probs]
 
-    def forced(self, model: TidalTransformer, document: Document, script: Sequence[int]) -> Completion:
+    def forced(self, model: TidalTransformer, document: Document, script: Sequence[int], **asked: Any) -> Completion:
         """What the engine makes of a model that has learnt one text by heart: it prefers the units of `script`."""
         return generate(by_heart(model, script, FORCED, -FORCED), self.tokenizer, [document.prompt],
-                        max_new_units=len(script))[0]  # fmt: skip
+                        **{"max_new_units": len(script), **asked})[0]  # fmt: skip
 
 
 def by_heart(model: TidalTransformer, script: Sequence[int], known: float, others: float) -> TidalTransformer:

@@ -19,6 +19,7 @@ from tidal.tokenizer import MixedTokenizer
 from tidal.train.loop import Recipe, make_recipe
 from tidal.train.recipes.text import TextRecipe
 from tidal.train.resume import with_tokenizer
+from tidal.train.workers import Flat
 
 LONGEST = 4_000
 """Characters of a document that are looked at."""
@@ -27,8 +28,8 @@ MOST_READ = 4_000_000
 
 
 def feed_of(settings: Train, recipe: Recipe) -> Feed:
-    """The first batch of a recipe, and what it may do to documents."""
-    batch = recipe.batch(0)
+    """The first batch of a recipe, as a worker hands it over, and what it may do to documents."""
+    batch = Flat.of(recipe.batch(0)).batch()
     if isinstance(recipe, TextRecipe):
         return Feed(batch, _prompts(settings.text).get, cuts=settings.text.cut_probability > 0, strays=False,
                     stretch=1.0, validate=recipe.validate)  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidal.cli import UserError
-from tidal.doctor.patient import Document
+from tidal.doctor.patient import Document, Patient
 from tidal.prepare.again import held_out_again, training_of
 from tidal.tokenizer import MixedTokenizer
 from tidal.train.recipes.addition import random_problem
@@ -44,14 +44,16 @@ BUILT_IN: tuple[Document, ...] = (
 )
 """Used where there is no data; the laws hold for any text."""
 
-LONG, LONG_IF_QUICK = 600, 300
-"""Tokens, at least, of a prompt: the decoder's caches begin with room for 256."""
+LONG, LONG_IF_QUICK, MOST_LONG = 1200, 600, 8192
+"""Tokens, at least and at most, of a long prompt: the decoder's caches begin with room for 256."""
 
 
-def long_prompt(tokenizer: MixedTokenizer, quick: bool) -> Document:
-    """A sentence behind a prompt so long that what ends at a length has ended."""
-    text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if quick else LONG
-    n_tokens = sum(len(tokenizer.encode_block(block).tokens) for block in tokenizer.split(text))
+def long_prompt(patient: Patient) -> Document:
+    """A sentence behind a prompt so long that what ends at a length has ended: longer, too, than training's rows."""
+    text, wanted = " ".join(document.text for document in BUILT_IN), LONG_IF_QUICK if patient.quick else LONG
+    if patient.feed is not None:
+        wanted = min(max(wanted, 1 + patient.feed.batch.reader_ids.shape[1]), MOST_LONG)
+    n_tokens = sum(len(patient.tokenizer.encode_block(block).tokens) for block in patient.tokenizer.split(text))
     return Document(text * math.ceil(wanted / n_tokens), " the cat sat.\n")
 
 
