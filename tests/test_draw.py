@@ -93,3 +93,12 @@ def test_in_letters_curves_are_told_apart() -> None:
     assert {letter for row in drawn[: len(drawn) // 2] for letter in row if letter.isalpha()} == {"b"}
     assert {letter for row in drawn[len(drawn) // 2 :] for letter in row if letter.isalpha()} == {"a"}
     assert re.search("[a-z]", "".join(terminal(Panel("Held out", "share", [low])).splitlines()[1:])) is None
+
+
+@pytest.mark.parametrize("values", [(1e308, -1e308), (1e299, -1e299), (-1e17, -1e17), (1e-320, 1e-320),
+                                    (1e299, 1e-320)])  # fmt: skip
+def test_numbers_at_the_ends_of_floats(values: tuple[float, float]) -> None:
+    for zoom in (False, True):
+        panel = Panel("loss", "nats", [Curve("one", [(1.0, values[0]), (2.0, values[1])])], zoom=zoom)
+        assert bool(svg(panel)) == (abs(values[0]) < 1e300)
+        assert bool(terminal(panel)) == (abs(values[0]) < 1e300)

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,21 @@ def test_nothing_is_left_of_a_failure(fabricated: Path, tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
         build.build("kjv", tmp_path / "file/out", fabricated)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_another_process_may_be_quicker(fabricated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = build._sources
+
+    def overtaken(got: Sequence[fetch.Archive]) -> list[dict[str, str]]:
+        with monkeypatch.context() as other:
+            other.setattr(build, "_sources", right)
+            other.setattr(os, "getpid", lambda: 1)
+            assert build.build("kjv", tmp_path / "out", fabricated)[1]
+        return right(got)
+
+    monkeypatch.setattr(build, "_sources", overtaken)
+    content, new = build.build("kjv", tmp_path / "out", fabricated)
+    assert (content["name"], new, os.listdir(tmp_path)) == ("kjv", False, ["out"])
 
 
 def test_what_cannot_be_read_is_not_blamed_on_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,8 @@ def test_command_draws(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--tile", "0"], "--tile is 0; it must be 1 or more"),
+    (["--tile", "0"], "--tile is 0; it must be 1 to 4096"),
+    (["--tile", "1" + "0" * 20], "--tile is 10{20}; it must be 1 to 4096"),
     (["--out", "p.jpg"], r"--out 'p.jpg': the picture is a .png"),
     (["--out", "nowhere/p.png"], r"cannot write 'nowhere/p.png': No such file"),
     (["--text", "a\udcff"], "cannot draw this: .*surrogate"),

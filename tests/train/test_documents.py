@@ -128,12 +128,29 @@ def test_a_folder_without_known_names_gives_whatever_is_text(tmp_path: Path) -> 
         assert re.match(r".*cut\.gz is not intact gzip: .*; pack it again, or fetch it again$", complaint(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSON.gz"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_documents_by_lines_whatever_the_name(name: str, in_folder: bool, tmp_path: Path) -> None:
+    data = b'{"text": "one\\n", "id": 1}\n{"prompt": "two", "completion": " three"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    assert texts(tmp_path if in_folder else tmp_path / name) == ["one\n", " three"]
+
+
+@pytest.mark.parametrize("text", ['{\n"text": "one"\n}\n', '[{"text": "one"}]\n', '{"name": "one"}',
+                                  '{"prompt": "one"}', "{"])  # fmt: skip
+def test_other_json_is_text_as_it_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert texts(tmp_path / "a.json") == [text]
+
+
 def test_files_passed_over_for_their_names_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("README.md", ".hidden", "b.py", "a.py"):
         (tmp_path / name).write_text(name)
     assert texts(tmp_path) == ["README.md"]
-    assert capsys.readouterr().err == (f"{tmp_path}: 2 files passed over, not named .txt, .md, .jsonl or .parquet, "
-                                       f"such as {tmp_path / 'a.py'}; for these give a glob\n")  # fmt: skip
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: 2 files passed over, not named .txt, .md, .jsonl, .ndjson or .parquet, "
+        f"such as {tmp_path / 'a.py'}; for these give a glob\n"
+    )
     assert texts(tmp_path / "*.py", tmp_path / "README.md") == ["a.py", "b.py", "README.md"]
     assert capsys.readouterr().err == ""
 

@@ -92,7 +92,12 @@ def build(name: str, out: Path, archives: Path | None = None) -> tuple[dict[str,
         text = json.dumps(content, indent=2, ensure_ascii=False)
         with _writing(out):
             (new / "corpus.json").write_text(text + "\n", encoding="utf-8")
-            os.rename(new, out)
+            try:
+                os.rename(new, out)
+            except OSError:
+                if (there := _there(name, out)) is None:  # else another process was quicker
+                    raise
+                return there, False
     except OSError as error:
         raise UserError(f"cannot make {name}: {error}; see to that, and try again") from error
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tidal.cli import UserError
-from tidal.prepare.reading import from_json
+from tidal.prepare.reading import OF_LINES, from_json
 from tidal.tokenizer.split import utf8
 
 WANT = '{"prompt": "…"}'
@@ -14,8 +14,8 @@ WANT = '{"prompt": "…"}'
 def read_prompts(path: str | None) -> list[str]:
     """One prompt a line; None and "-" are standard input.
 
-    A line of .jsonl is {"prompt": …} (other keys are ignored), so that a prompt may have line breaks, and the data of
-    training can be asked; empty lines are none there.
+    A line of .jsonl or .ndjson is {"prompt": …} (other keys are ignored), so that a prompt may have line breaks, and
+    the data of training can be asked; empty lines are none there.
 
     Raises:
         UserError: a file that cannot be read, is not UTF-8 text or has no prompts; a line of .jsonl that is none.
@@ -35,7 +35,7 @@ def read_prompts(path: str | None) -> list[str]:
         raise UserError(f"{source} is not UTF-8 text: byte {at} is 0x{data[at]:02x}") from error
     if lines[-1] == "":
         lines.pop()
-    if source.lower().endswith(".jsonl"):
+    if source.lower().endswith(OF_LINES):
         lines = [_prompt(line, f"{source}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not lines:
         raise UserError(f"no prompts in {source}; give one a line, or use --prompt")

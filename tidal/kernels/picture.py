@@ -290,8 +290,8 @@ def panels_of(texts: Sequence[str], tokenizer_folder: Path | None = None) -> lis
 def run(argv: list[str]) -> None:
     """Draw the picture that the arguments ask for."""
     settings = parse(Settings, argv, "tidal.kernels.picture", "Which keys each query sees, tile by tile.")
-    if settings.tile < 1:
-        raise UserError(f"--tile is {settings.tile}; it must be 1 or more")
+    if not 1 <= settings.tile <= MOST:
+        raise UserError(f"--tile is {settings.tile}; it must be 1 to {MOST}")
     if settings.out and settings.out.suffix != ".png":
         raise UserError(f"--out {str(settings.out)!r}: the picture is a .png, name it so")
     if settings.out and not importlib.util.find_spec("matplotlib"):

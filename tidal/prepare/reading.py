@@ -17,13 +17,16 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 from tidal.cli import UserError
 from tidal.prepare.tabular import hugging_face_rows, parquet_rows
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+OF_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".md", *OF_LINES, ".parquet")
 MAGIC = {b"\x1f\x8b": "it is gzipped: name it .gz", b"\xff\xfe": "it is UTF-16: convert it with iconv",
          b"\xfe\xff": "it is UTF-16: convert it with iconv"}  # fmt: skip
 CHUNK = 1 << 20
 """Bytes read at once."""
 PART = 1 << 20
 """Characters of a part."""
+LONGEST_LINE = 1 << 24
+"""Bytes of the first line of .json that are looked at."""
 OWN = {
     "config.json": ({"recipe", "max_steps", "optim"}, "is a run, not data; to learn what is in its files, name them"),
     "plan.json": ({"version", "tokenizer", "shard"}, "is prepared data, not text; train on it by --prepared"),
@@ -54,15 +57,15 @@ class _File:
 def read_parts(paths: Sequence[str], tell: Callable[[str], None] = lambda line: None) -> Iterator[Part]:
     """The documents of files, folders and globs, one after the other, in a fixed order, in parts of PART characters.
 
-    A folder gives its .txt, .md, .jsonl and .parquet files, also below it and also gzipped, or if it has none of
-    these every file that is UTF-8 text. Hidden files are left out, and so are folders below it, or found by a glob,
+    A folder gives its .txt, .md, .jsonl, .ndjson and .parquet files, also below it and also gzipped, or if it has none
+    of these every file that is UTF-8 text. Hidden files are left out, and so are folders below it, or found by a glob,
     that hold a run or prepared data. `tell` is given a line about each such folder, and one about files of other names.
 
-    A line of .jsonl (a row of .parquet) is {"text": …} or {"prompt": …, "completion": …} (other keys are ignored) and
-    is held in memory as a whole; any other file is one document, with its line ends as they are, and is not. A byte
-    order mark is dropped. What holds nothing but white space is no document. A file that is named twice is read once,
-    so that no text is both learned and held out. `hf:NAME` streams a dataset, see
-    `tidal.prepare.tabular.hugging_face_rows`.
+    A line of .jsonl or .ndjson (a row of .parquet) is {"text": …} or {"prompt": …, "completion": …} (other keys are
+    ignored) and is held in memory as a whole; so is a line of .json, if the first is such an object. Any other file is
+    one document, with its line ends as they are, and is not. A byte order mark is dropped. What holds nothing but white
+    space is no document. A file that is named twice is read once, so that no text is both learned and held out.
+    `hf:NAME` streams a dataset, see `tidal.prepare.tabular.hugging_face_rows`.
 
     Raises:
         UserError: a path that is missing or cannot be read, a run, prepared data, a glob without a match, a binary
@@ -123,8 +126,8 @@ def _in_folder(folder: Path, tell: Callable[[str], None]) -> list[_File]:
     found.sort()
     texts = [path for path in found if path.name.lower().removesuffix(".gz").endswith(SUFFIXES)]
     if texts and (others := sorted({*found} - {*texts})):
-        tell(f"{folder}: {len(others):,} file{'s' * (len(others) > 1)} passed over, not named .txt, .md, .jsonl or "
-             f".parquet, such as {others[0]}; for these give a glob")  # fmt: skip
+        tell(f"{folder}: {len(others):,} file{'s' * (len(others) > 1)} passed over, not named "
+             f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, such as {others[0]}; for these give a glob")  # fmt: skip
     return [_File(path) for path in texts] or [_File(path, lenient=True) for path in found]
 
 
@@ -169,7 +172,8 @@ def _in_file(file: _File) -> Iterator[Part]:
     try:
         opener = gzip.open if name.endswith(".gz") else open
         with cast(BinaryIO, opener(file.path, "rb")) as data:
-            if name.removesuffix(".gz").endswith(".jsonl"):
+            name = name.removesuffix(".gz")
+            if name.endswith(OF_LINES) or (name.endswith(".json") and _begins_with_row(data)):
                 yield from _lines(data, source)
             elif not file.lenient or _is_text(data, source):
                 yield from _parts("", _decoded(data, source), source)
@@ -177,6 +181,16 @@ def _in_file(file: _File) -> Iterator[Part]:
         raise UserError(f"{file.path} is not intact gzip: {error}; pack it again, or fetch it again") from error
     except OSError as error:
         raise UserError(f"cannot read {file.path}: {error.strerror or error}; check the path") from error
+
+
+def _begins_with_row(data: BinaryIO) -> bool:
+    """Whether the first line of a file is a document by itself, as in .jsonl; leaves it at its beginning."""
+    try:
+        first = json.loads(data.readline(LONGEST_LINE))
+    except (ValueError, RecursionError):
+        first = None
+    data.seek(0)
+    return isinstance(first, dict) and ("text" in first or {"prompt", "completion"} <= first.keys())
 
 
 def _is_text(data: BinaryIO, source: str) -> bool:

@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 22
 MOST_POINTS = 400  # of a curve; more cannot be seen
 FEW = 40  # points that are shown one by one
+HIGHEST = 1e300  # of what can be drawn: the ends of an axis must be floats, too
 COLOURS = ("#0f766e", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#4d7c0f", "#0369a1", "#7c3aed", "#475569")
 COLOURS_ON_DARK = ("#5eead4", "#fdba74", "#a5b4fc", "#fde047", "#f9a8d4", "#bef264", "#7dd3fc", "#c4b5fd", "#cbd5e1")
 
@@ -41,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram. What cannot be drawn (NaN, infinity) is left out."""
+    """One diagram. What cannot be drawn (NaN, infinity, numbers near it) is left out."""
 
     title: str
     unit: str
@@ -58,7 +59,7 @@ class Panel:
         """The curves that have points, without those that cannot be drawn, and not too many."""
         curves = []
         for curve in self.curves:
-            points = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
+            points = [(x, y) for x, y in curve.points if abs(x) < HIGHEST and abs(y) < HIGHEST]  # NaN is not
             stride = -(-len(points) // MOST_POINTS)
             if points:
                 curves.append(Curve(curve.label, points[:: max(1, stride)] + points[-1:] * (stride > 1), curve.colour))
@@ -155,7 +156,7 @@ def _range(values: list[float], log: bool, zoom: bool) -> tuple[float, float]:
     if log:
         return low / 1.1, high * 1.1
     low = low if zoom else min(0.0, low)
-    room = 0.05 * (high - low) or 1.0
+    room = 0.05 * (high - low) or max(1.0, 0.05 * abs(high))
     return low - room * (low < 0 or zoom), high + room
 
 
